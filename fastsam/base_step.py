@@ -1,0 +1,207 @@
+"""The base optimizer's step on restored weights: fused with the restore where the base allows it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from fastsam.kernels import dispatch
+from fastsam.kernels.reference import AdamOptions, SGDOptions
+from fastsam.kernels.tensor_list import Backup
+
+
+@torch.no_grad()
+def update(
+    base: Optimizer, backup: Backup, grad_scale: Tensor | None, found_inf: Tensor | None, check_finite: bool
+) -> Tensor | None:
+    """Restore the weights, then take the base's step with the gradients in p.grad, unless these are not finite.
+
+    Args:
+        base: the base optimizer; steps on every parameter with a gradient.
+        backup: what the last perturbation saved; invalid afterwards.
+        grad_scale: 0-dim tensor that the gradients are divided by, in place; None where they are unscaled.
+        found_inf: 0-dim tensor, not 0 where a GradScaler has found inf or NaN; None where nobody has looked.
+        check_finite: look, where nobody has.
+
+    Returns:
+        0-dim tensor that is not 0 if the step was skipped; None if nobody has looked.
+    """
+    grads = [p.grad for group in base.param_groups for p in group["params"] if p.grad is not None]
+    if found_inf is None and check_finite and grads:
+        found_inf = dispatch.pick(grads).found_nonfinite([_entries(g) for g in grads])
+    if is_fusable(base):
+        restore_and_step(base, backup, grad_scale, found_inf)
+        return found_inf
+    dispatch.pick(backup.weights).restore_(backup)
+    base._opt_called = True  # type: ignore[attr-defined]
+    if found_inf is not None and base.state and getattr(base, "_step_supports_amp_scaling", False):
+        vars(base).update(grad_scale=grad_scale, found_inf=found_inf)
+        try:
+            run_own_step(base)
+        finally:
+            vars(base).pop("grad_scale"), vars(base).pop("found_inf")
+        return found_inf
+    if grad_scale is not None:
+        for g in grads:
+            _entries(g).mul_(grad_scale.double().reciprocal().to(g.device, torch.float32))
+    if found_inf is None or not bool(found_inf):  # a base that cannot skip on the device
+        run_own_step(base)
+    return found_inf
+
+
+def _entries(grad: Tensor) -> Tensor:
+    """The numbers of a gradient as a strided real tensor that shares its memory."""
+    grad = grad._values() if grad.is_sparse else grad
+    return torch.view_as_real(grad) if grad.is_complex() else grad
+
+
+def run_own_step(base: Optimizer) -> None:
+    """Run the base optimizer's own step with its own hooks, once each."""
+    if not is_stepped_plainly(base):
+        base.step()
+        return
+    args: Any = (base,)
+    kwargs: Any = {}
+    for pre_hook in base._optimizer_step_pre_hooks.values():
+        args, kwargs = pre_hook(base, args, kwargs) or (args, kwargs)
+    # exactly one level below the wrapper that fires hooks: global ones have fired for the outer step
+    type(base).step.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
+    for post_hook in base._optimizer_step_post_hooks.values():
+        post_hook(base, args, kwargs)
+
+
+def is_stepped_plainly(base: Optimizer) -> bool:
+    """Whether nobody replaced this instance's step (a scheduler that only counts calls did not)."""
+    patched = vars(base).get("step")
+    return patched is None or (
+        hasattr(patched, "_wrapped_by_lr_sched") and getattr(patched, "__wrapped__", None) is type(base).step
+    )
+
+
+def is_fusable(base: Optimizer) -> bool:
+    """Whether `restore_and_step` may stand in for this base's own step."""
+    return (
+        type(base) in (SGD, Adam, AdamW)
+        and is_stepped_plainly(base)
+        and not base._optimizer_step_pre_hooks
+        and not base._optimizer_step_post_hooks
+        and all(_is_supported(group) for group in base.param_groups)
+    )
+
+
+def _is_supported(group: dict) -> bool:
+    # an explicit foreach= or fused=False is the user's choice of implementation, and is respected
+    if group["foreach"] is not None or group["fused"] is False:
+        return False
+    tensors = [group["weight_decay"], *group.get("betas", ())]
+    return not any(isinstance(value, Tensor) for value in tensors) and not any(
+        p.is_complex() or (p.grad is not None and p.grad.is_sparse) for p in group["params"]
+    )
+
+
+Stepped = list[tuple[dict[str, Any], Tensor]]
+"""Each parameter with a gradient, beside its group."""
+
+
+@torch.no_grad()
+def restore_and_step(base: Optimizer, backup: Backup, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """Restore every weight in `backup` and take a fusable base's step on every parameter with a gradient.
+
+    Args:
+        base: an optimizer for which `is_fusable` holds.
+        backup: what the last perturbation saved; invalid afterwards.
+        grad_scale: 0-dim tensor the gradients are divided by first, in place; None where they are unscaled.
+        found_inf: 0-dim tensor; where it is not 0, weights are restored and nothing is stepped.
+    """
+    stepped = [(group, p) for group in base.param_groups for p in group["params"] if p.grad is not None]
+    kernels = dispatch.pick([p for _, p in stepped])
+    if stepped and not _skips_first_damped_step(base, stepped, found_inf):
+        weights = [p for _, p in stepped]
+        sources = [backup.of(p) for p in weights]
+        grads = [p.grad for p in weights]
+        if type(base) is SGD:
+            kernels.restore_sgd_step_(
+                weights, sources, grads, *_sgd_lists(base, stepped), grad_scale=grad_scale, found_inf=found_inf
+            )
+        else:
+            kernels.restore_adam_step_(
+                weights, sources, grads, *_adam_lists(base, stepped), grad_scale=grad_scale, found_inf=found_inf
+            )
+        backup.release(weights)
+    kernels.restore_(backup)  # perturbed, but without a final gradient
+    base._opt_called = True  # type: ignore[attr-defined]
+
+
+def _skips_first_damped_step(base: Optimizer, stepped: Stepped, found_inf: Tensor | None) -> bool:
+    """Whether a skip meets dampening's first step, whose buffer is the gradient itself: the one case read on the host.
+
+    Everywhere else a buffer of zeros, which a skipped step leaves as it is, starts the momentum just as well.
+    """
+    return (
+        found_inf is not None
+        and any(g.get("dampening") and g["momentum"] and "momentum_buffer" not in base.state[p] for g, p in stepped)
+        and bool(found_inf)
+    )
+
+
+def _sgd_lists(base: Optimizer, stepped: Stepped) -> tuple[list[Tensor | None], list[SGDOptions]]:
+    per_group = {id(group): _sgd_options(group) for group, _ in stepped}
+    buffers: list[Tensor | None] = []
+    options: list[SGDOptions] = []
+    for group, p in stepped:
+        o = per_group[id(group)]
+        if o.momentum != 0 and base.state[p].get("momentum_buffer") is None:
+            base.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            o = o._replace(dampening=0.0)  # torch does not damp the first gradient
+        buffers.append(base.state[p]["momentum_buffer"] if o.momentum != 0 else None)
+        options.append(o)
+    return buffers, options
+
+
+def _sgd_options(group: dict[str, Any]) -> SGDOptions:
+    return SGDOptions(
+        lr=group["lr"],
+        momentum=group["momentum"],
+        dampening=group["dampening"],
+        weight_decay=group["weight_decay"],
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+    )
+
+
+def _adam_lists(
+    base: Optimizer, stepped: Stepped
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], list[Tensor], list[AdamOptions]]:
+    per_group = {id(group): _adam_options(group) for group, _ in stepped}
+    states = []
+    for group, p in stepped:
+        state = base.state[p]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            if group["amsgrad"]:
+                state["max_exp_avg_sq"] = torch.zeros_like(p)
+        # torch keeps the counters of its unfused Adam on the host; a step that may be skipped on the device cannot
+        state["step"] = state["step"].to(p.device, torch.float32)
+        states.append(state)
+    return (
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [state.get("max_exp_avg_sq") for state in states],
+        [state["step"] for state in states],
+        [per_group[id(group)] for group, _ in stepped],
+    )
+
+
+def _adam_options(group: dict[str, Any]) -> AdamOptions:
+    return AdamOptions(
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=group["decoupled_weight_decay"],
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+    )

@@ -1,0 +1,51 @@
+"""Batches: tensors, or nested dicts, lists and tuples of them, with one leading size."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a nested batch that have a leading dimension; all else passes through untouched."""
+    if isinstance(batch, Tensor):
+        if batch.dim() > 0:
+            yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors_of(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from tensors_of(value)
+
+
+def batch_size(batch: tuple[Any, ...]) -> int:
+    """Return the leading size n that all tensors of the batch share.
+
+    Raises:
+        TypeError: the batch holds no tensor.
+        ValueError: leading sizes differ, or are 0.
+    """
+    sizes = [t.shape[0] for t in tensors_of(batch)]
+    if not sizes:
+        kinds = ", ".join(type(item).__name__ for item in batch)
+        raise TypeError(f"the batch holds no tensor with a leading dimension, only {kinds}; pass tensors")
+    if len(set(sizes)) > 1:
+        raise ValueError(f"batch tensors have different leading sizes {sizes}; every tensor needs one row per sample")
+    if sizes[0] == 0:
+        raise ValueError("the batch is empty (leading size 0); skip it")
+    return sizes[0]
+
+
+def check_losses(losses: Any, n: int) -> Tensor:
+    """Return `losses` if it is a tensor of n per-sample losses with a gradient, else raise what is wrong with it."""
+    remedy = f"it must return per-sample losses of shape [{n}] without calling backward, e.g. with reduction='none'"
+    if not isinstance(losses, torch.Tensor):
+        raise TypeError(f"the loss function returned {type(losses).__name__}; {remedy}")
+    if losses.shape != (n,):
+        what = "a scalar" if losses.dim() == 0 else f"a tensor of shape {list(losses.shape)}"
+        raise TypeError(f"the loss function returned {what}; {remedy}")
+    if not losses.requires_grad:
+        raise RuntimeError("the losses have no gradient; compute them from the model outside torch.no_grad()")
+    return losses

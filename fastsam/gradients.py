@@ -1,0 +1,70 @@
+"""What sits in p.grad: fresh gradients, gradients that a step has consumed, and gradients set aside."""
+
+import weakref
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def flat(groups: Sequence[dict]) -> list[Tensor]:
+    """All parameters in group order."""
+    return [p for group in groups for p in group["params"]]
+
+
+def take(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The parameters' gradients as they are."""
+    return [p.grad for p in params]
+
+
+def put(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Make `grads` the parameters' gradients."""
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+
+
+def clear(params: Sequence[Tensor]) -> None:
+    """Drop the parameters' gradients."""
+    for p in params:
+        p.grad = None
+
+
+class ConsumedMark:
+    """Remembers the gradients that the last step consumed, so that leftovers are not mistaken for new ones.
+
+    A gradient is consumed while it is the same tensor at the same version. One tensor per group is watched: a backward
+    writes all of them or none.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[weakref.ref, int]] = {}
+
+    def set(self, groups: Sequence[dict]) -> None:
+        """Declare whatever is in p.grad now consumed."""
+        self._seen = {}
+        for group in groups:
+            for p, grad in _first_with_grad(group):
+                self._seen[id(p)] = weakref.ref(grad), grad._version
+
+    def covers(self, groups: Sequence[dict]) -> bool:
+        """Whether nothing in p.grad is newer than the last step."""
+        for group in groups:
+            for p, grad in _first_with_grad(group):
+                reference, version = self._seen.get(id(p), (None, -1))
+                if reference is None or reference() is not grad or grad._version != version:
+                    return False
+        return True
+
+
+def _first_with_grad(group: dict) -> list[tuple[Tensor, Tensor]]:
+    return next(([(p, p.grad)] for p in group["params"] if p.grad is not None), [])
+
+
+def refuse_fresh(consumed: ConsumedMark, groups: Sequence[dict]) -> None:
+    """Raise RuntimeError if p.grad holds gradients that a closure, which makes its own, would lose."""
+    if consumed.covers(groups) or not any(bool(p.grad.any()) for p in flat(groups) if p.grad is not None):
+        return  # reading values is for the error's sake: gradients that somebody filled with zeros are nobody's loss
+    raise RuntimeError(
+        "step(closure) found gradients that no step has used: the closure runs backward itself, so they would be lost. "
+        "Drop the backward() before it, or use `with opt.ascent(): ...` and `with opt.descent(): ...` around your own "
+        "backwards, then opt.step()."
+    )

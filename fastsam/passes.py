@@ -1,0 +1,192 @@
+"""The passes of one step: what is set aside around each, and how everything is put back whatever happens."""
+
+import enum
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsam.batchnorm import RunningStatistics
+from fastsam.gradients import ConsumedMark, clear, flat, put, take
+from fastsam.kernels import dispatch
+from fastsam.kernels.tensor_list import Backup
+from fastsam.random_state import RandomState
+
+
+class Stage(enum.Enum):
+    """Where a step is."""
+
+    IDLE = "between steps"
+    ASCENT = "inside ascent()"
+    ASCENDED = "after ascent(), before its descent()"
+    DESCENT = "inside descent()"
+    FIRST = "after first_step(), before second_step()"
+
+
+class Run:
+    """The state of a step that is under way, and the way into and out of its passes.
+
+    One object, because frameworks make proxies of an optimizer that share its attributes but not later assignments.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], model: nn.Module | None) -> None:
+        self.stage = Stage.IDLE
+        self.failed = False
+        self.pairs = 0
+        self.in_second_step = False
+        self.warned_about_base_step = False
+        self.params: list[Tensor] = []
+        self.aside: list[Tensor | None] | None = None
+        self.ascent_grads: list[Tensor | None] = []
+        self.backup = Backup([])
+        self.statistics = RunningStatistics(model)
+        self.first_draws: RandomState | None = None
+        self.later_draws: RandomState | None = None
+        self.consumed = ConsumedMark()
+        self.last_grad_norm: Tensor | None = None
+        device = next((p.device for p in flat(groups)), torch.device("cpu"))
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def refuse(self, call: str, *stages: Stage) -> None:
+        """Raise RuntimeError if the step is in one of these stages."""
+        if self.stage in stages:
+            raise RuntimeError(f"{call} cannot be called {self.stage.value}; {_WAYS_OUT[self.stage]}")
+
+    def require(self, call: str, stage: Stage) -> None:
+        """Raise RuntimeError unless the step is in this stage and no pass of it has failed."""
+        if self.failed:
+            raise RuntimeError(f"{call} after a failed pass; call zero_grad() and start the step again")
+        if self.stage is not stage:
+            way_out = _WAYS_IN[stage] if self.stage is Stage.IDLE else _WAYS_OUT[self.stage]
+            raise RuntimeError(f"{call} cannot be called {self.stage.value}; {way_out}")
+
+    def enter_ascent(self, groups: Sequence[dict[str, Any]], same_rng: bool) -> None:
+        """Set p.grad aside, so that the backward that follows leaves the ascent gradient alone in it."""
+        self.params = flat(groups)
+        if not self.pairs and self.consumed.covers(groups):
+            clear(self.params)  # leftovers of the last step
+        self.first_draws = RandomState({p.device for p in self.params}) if same_rng else None
+        self.aside = take(self.params)
+        self.stage = Stage.ASCENT
+        clear(self.params)
+
+    def leave_ascent(self) -> None:
+        """Keep the ascent gradient and put p.grad back."""
+        self.ascent_grads = take(self.params)
+        put(self.params, self.aside or [])
+        self.aside = None
+        self.stage = Stage.ASCENDED
+
+    def enter_descent(self, perturb: Callable[[list[Tensor], list[Tensor | None]], None]) -> None:
+        """Perturb the weights and rewind the random draws, for a second pass whose traces are wiped afterwards."""
+        self.statistics.save()
+        self.stage = Stage.DESCENT
+        perturb(self.params, self.ascent_grads)
+        if self.first_draws is not None:
+            self.later_draws = RandomState({p.device for p in self.params})
+            self.first_draws.set()
+
+    def leave_descent(self) -> None:
+        """Wipe the second pass's traces; the weights stay perturbed until they are restored."""
+        self.statistics.put_back()
+        if self.later_draws is not None:
+            self.later_draws.set()
+        self.later_draws = self.first_draws = None
+        self.ascent_grads = []
+
+    def clear_aside(self, set_to_none: bool) -> None:
+        """Clear the gradients that were set aside."""
+        for grad in self.aside or ():
+            if grad is not None and not set_to_none:
+                grad.zero_()
+        if set_to_none and self.aside is not None:
+            self.aside = [None] * len(self.aside)
+
+    def restore(self) -> None:
+        """Bring the weights back, bit for bit. Idempotent."""
+        if self.backup.valid:
+            dispatch.pick(self.backup.weights).restore_(self.backup)
+
+    def finish_pair(self) -> None:
+        """Count a completed pair."""
+        self.pairs += 1
+        self.stage = Stage.IDLE
+
+    def abort(self) -> None:
+        """Put everything back as it was before the pass, whatever has happened in it. Idempotent."""
+        self.restore()
+        self.leave_descent()
+        if self.aside is not None:
+            put(self.params, self.aside)
+            self.aside = None
+        self.stage = Stage.IDLE
+
+
+_WAYS_OUT = {
+    Stage.ASCENT: "leave the ascent() context first",
+    Stage.ASCENDED: "run `with opt.descent(): ...` first, or drop the ascent with restore()",
+    Stage.DESCENT: "leave the descent() context first",
+    Stage.FIRST: "call second_step() first, or undo first_step() with restore()",
+}
+_WAYS_IN = {
+    Stage.ASCENDED: "run `with opt.ascent(): ...` first",
+    Stage.FIRST: "call first_step() first",
+}
+
+
+class ScalerTarget:
+    """What a GradScaler steps within `step(loss_fn, ..., scaler=)`: the groups, and an update in place of a step."""
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, for the scaler to unscale."""
+        return self._optimizer.param_groups
+
+    def step(self) -> None:
+        """Called by the scaler, with its scale and its finding set as attributes."""
+        self._optimizer._update(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
+
+
+class Pass(ExitStack):
+    """A context whose exit is registered twice: if an interrupt hits the first call, the second puts things right.
+
+    Args:
+        run: the state to act on.
+        check: raises where the pass may not start, before anything changes.
+        enter: starts the pass.
+        leave: ends it after success.
+    """
+
+    def __init__(
+        self, run: Run, check: Callable[[], None], enter: Callable[[], None], leave: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self._run, self._check, self._begin, self._end = run, check, enter, leave
+        self._left = False
+
+    def __enter__(self) -> "Pass":
+        self._check()
+        try:
+            self._begin()
+            self.push(self._finish)
+            self.push(self._finish)
+        except BaseException:
+            self._finish(*sys.exc_info())
+            raise
+        return self
+
+    def _finish(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None:
+            self._run.abort()
+            self._run.failed = True
+        elif not self._left:
+            self._end()
+            self._left = True

@@ -1,0 +1,22 @@
+"""The state of torch's random number generators, for drawing the same dropout masks in both passes."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class RandomState:
+    """States of the CPU's generator and of those of the given CUDA devices, at the time of construction."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda: dict[torch.device, Tensor] = {
+            device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"
+        }
+
+    def set(self) -> None:
+        """Put the generators into these states."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)

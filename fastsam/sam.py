@@ -1,0 +1,126 @@
+"""SAM: Sharpness-Aware Minimization (Foret et al. 2020, https://arxiv.org/abs/2010.01412).
+
+    g     = grad L_B(w)
+    eps   = rho g / ||g||_2                              (Eq. 2, p = 2)
+    d     = grad L_B(w + eps)                            (Eq. 3)
+    w    <- base step from w with d                      (Alg. 1)
+
+With adaptive=True it is ASAM (Kwon et al. 2021, https://arxiv.org/abs/2102.11600), T = diag(|w|):
+
+    eps   = rho T^2 g / ||T g||_2                        (Eq. 7)
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastsam.kernels import dispatch
+from fastsam.kernels.philox import Draw
+from fastsam.two_pass import Ascended, TwoPassOptimizer
+from fastsam.wrapping import FROM_BASE
+
+OFFICIAL_ETA, OFFICIAL_E0 = 0.01, 1e-16
+
+
+class SAM(TwoPassOptimizer):
+    """Sharpness-Aware Minimization around any first-order base optimizer, a drop-in `torch.optim.Optimizer`.
+
+    Args:
+        params: tensors, named tensors or groups, as for any torch optimizer. Groups may set `rho`, `adaptive` and
+            `perturb` (False leaves the group's tensors out of the perturbation and its norm). With several values of
+            rho the length of the whole perturbation is none of them: each group's part is scaled by its own.
+        base_optimizer: class of the optimizer that takes the step, e.g. torch.optim.SGD; or "apex.FusedSGD" and the
+            like for NVIDIA apex's, where installed. For an instance use `SAM.wrap`.
+        rho: radius of the perturbation in the 2-norm over all tensors, >= 0. Default 0.05.
+        adaptive: False for SAM; True for ASAM with T = |w| for every tensor; "official" for the ASAM paper's code:
+            T = |w| + 0.01 for tensors whose name contains "weight" and T = 1 for the others, which needs `model` or
+            named parameters. ASAM wants a rho about ten times as large.
+        model: the module that is trained, or its wrapper. With it the running statistics of batch norm are those of
+            the first pass alone; without it they are yours to handle. It is held, not registered.
+        same_rng: draw the same random numbers (dropout) in both passes. `first_step`/`second_step` cannot.
+        stochastic_rounding: "auto" or True round the perturbation of float16 and bfloat16 weights stochastically,
+            since rounding to nearest drops most of it; False rounds to nearest.
+        check_finite: skip steps whose final gradient holds inf or NaN, and count them in `skipped_steps`. Costs one
+            read of the gradient unless a GradScaler has looked already.
+        seed: of the random numbers of stochastic rounding.
+        **base_kwargs: the base optimizer's own arguments (lr, momentum, ...).
+
+    Raises:
+        TypeError: base_optimizer is no optimizer class, does not know a keyword, or an argument has the wrong type.
+        ValueError: a negative or non-finite rho, no parameters, the same parameter twice in a group, or a base that
+            cannot work (LBFGS, SparseAdam, differentiable=True).
+
+    Example::
+
+        opt = SAM(model.parameters(), torch.optim.SGD, rho=0.05, model=model, lr=0.1, momentum=0.9)
+
+        def losses(x, y):
+            return F.cross_entropy(model(x), y, reduction="none")
+
+        for x, y in loader:
+            loss = opt.step(losses, x, y)
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        base_optimizer: type[Optimizer] | str,
+        rho: float = 0.05,
+        adaptive: bool | Literal["official"] = False,
+        *,
+        model: nn.Module | None = None,
+        same_rng: bool = True,
+        stochastic_rounding: bool | Literal["auto"] = "auto",
+        check_finite: bool = True,
+        seed: int = 0,
+        **base_kwargs: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            base_optimizer,
+            {"rho": rho, "adaptive": adaptive, "perturb": True},
+            model=model,
+            same_rng=same_rng,
+            stochastic_rounding=stochastic_rounding,
+            check_finite=check_finite,
+            seed=seed,
+            base_kwargs=base_kwargs,
+        )
+
+    @classmethod
+    def wrap(cls, base_optimizer: Optimizer, rho: float = 0.05, adaptive: Any = False, **keywords: Any) -> "SAM":
+        """Return SAM around an optimizer instance, which keeps its state; the keywords are those of the constructor."""
+        return cls(FROM_BASE, base_optimizer, rho, adaptive, **keywords)  # type: ignore[arg-type]
+
+    def _check_knobs(self, knobs: dict[str, Any]) -> None:
+        rho, adaptive = knobs.get("rho", 0.0), knobs.get("adaptive", False)
+        if isinstance(rho, bool) or not isinstance(rho, (int, float)):
+            raise TypeError(f"rho must be a number, got {rho!r} of type {type(rho).__name__}")
+        if not (rho >= 0 and math.isfinite(rho)):
+            raise ValueError(f"rho must be finite and >= 0, got {rho}")
+        if adaptive not in (False, True, "official"):
+            raise ValueError(f"adaptive must be False, True or 'official', got {adaptive!r}")
+        if not isinstance(knobs.get("perturb", True), bool):
+            raise TypeError(f"perturb must be True or False, got {knobs['perturb']!r}")
+
+    def _perturb(self, ascended: Ascended) -> Tensor:
+        kernels = dispatch.pick(ascended.weights)
+        etas = [self._eta(group, i) for group, i in zip(ascended.groups, ascended.indices, strict=True)]
+        adaptive = etas if any(eta is not None for eta in etas) else None
+        norm = kernels.norm(ascended.grads, ascended.weights, adaptive)
+        rho = [-r if group.get("maximize") else r for group in ascended.groups for r in [self.knob(group, "rho")]]
+        draw = Draw(ascended.seed, ascended.step, ascended.indices) if self.stochastic_rounding else None
+        official = any(self.knob(group, "adaptive") == "official" for group in self.param_groups)
+        e0 = {"e0": OFFICIAL_E0} if official else {}
+        kernels.perturb_(ascended.weights, ascended.grads, ascended.backup, norm, rho, adaptive, draw, **e0)
+        return norm
+
+    def _eta(self, group: dict[str, Any], index: int) -> float | None:
+        """Eta of ASAM's T = |w| + eta for the tensor at `index` in group order, None for T = 1."""
+        adaptive = self.knob(group, "adaptive")
+        if adaptive != "official":
+            return 0.0 if adaptive else None
+        return OFFICIAL_ETA if "weight" in self._name(index) else None

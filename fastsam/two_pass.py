@@ -1,0 +1,408 @@
+"""What every two-pass method shares: three ways to take a step, and weights that always come back.
+
+w                             first pass  -> g      (batch-norm statistics and dropout draws are this pass's)
+w + eps(g)                    second pass -> d      (a method says what eps is: `_perturb`)
+w, bit for bit                base step with d
+"""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastsam.base_step import update
+from fastsam.batch import batch_size, check_losses
+from fastsam.gradients import clear, flat, refuse_fresh, take
+from fastsam.kernels.tensor_list import Backup
+from fastsam.passes import Pass, Run, ScalerTarget, Stage
+from fastsam.wrapping import SEED, STEP, WrappedOptimizer
+
+
+@dataclass
+class Ascended:
+    """The tensors to perturb, those of groups with perturb=True that got an ascent gradient, in parallel lists.
+
+    `indices` count all tensors in group order; `step` and `seed` address random numbers; `backup` is for the weights.
+    """
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    groups: list[dict[str, Any]]
+    indices: tuple[int, ...]
+    backup: Backup
+    step: int
+    seed: int
+
+
+class TwoPassOptimizer(WrappedOptimizer):
+    """A base optimizer whose gradient is taken at perturbed weights. Methods derive from it; see `SAM`."""
+
+    # tells GradScaler.step to hand its scale and its found_inf to our step
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable,
+        base_optimizer: type[Optimizer] | str,
+        knobs: dict[str, Any],
+        *,
+        model: nn.Module | None,
+        same_rng: bool,
+        stochastic_rounding: Any,
+        check_finite: bool,
+        seed: int,
+        base_kwargs: dict[str, Any],
+    ) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if stochastic_rounding not in ("auto", True, False):
+            raise ValueError(f"stochastic_rounding must be 'auto', True or False, got {stochastic_rounding!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer, got {seed!r}")
+        super().__init__(params, base_optimizer, knobs, seed, base_kwargs)
+        self.model = model
+        self.same_rng = same_rng
+        self.stochastic_rounding = bool(stochastic_rounding)
+        self.check_finite = check_finite
+        self._start()
+        if model is not None and not {id(p) for p in self._params()} & {id(p) for p in model.parameters()}:
+            warnings.warn(
+                "none of the optimizer's parameters belongs to model; build the optimizer after to_empty() and the "
+                "like, which replace parameters",
+                stacklevel=3,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._run.refuse("copying or pickling the optimizer", Stage.DESCENT, Stage.FIRST)
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_run", "_scaler_target")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
+    def _start(self) -> None:
+        self._run = Run(self.param_groups, self.model)
+        self._scaler_target = ScalerTarget(self)
+
+    # what a method adds
+
+    @abstractmethod
+    def _perturb(self, ascended: Ascended) -> Tensor:
+        """Perturb the weights in place and return the gradient norm."""
+
+    # what users read
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """Number of steps skipped since construction: a 0-dim int64 tensor on the first parameter's device."""
+        return self._run.skipped
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """Norm of the last ascent gradient: a 0-dim tensor on its device; None before the first step."""
+        return self._run.last_grad_norm
+
+    # way 1: a loss function, or torch's closure
+
+    def step(
+        self,
+        closure: Callable[..., Any] | None = None,
+        *batch: Any,
+        scaler: torch.amp.GradScaler | None = None,
+        clip_grad_norm: float | None = None,
+    ) -> Any:
+        """Take one step.
+
+        `step(loss_fn, *batch)` runs both passes: `loss_fn(*batch)` returns per-sample losses, shape [n], without
+        backward; fastsam takes their mean, runs backward, unscales and clips. Gradients that are there are discarded.
+        `step(closure)` is torch's convention: the closure runs zero_grad and backward itself, once in each pass.
+        `step()` finishes `ascent()`/`descent()` pairs; without any it is the base optimizer's step.
+
+        Args:
+            closure: the loss function or closure.
+            batch: tensors, or nested dicts, lists and tuples of them, of one leading size n.
+            scaler: GradScaler for `step(loss_fn, *batch)`; call its `update()` afterwards, as always. In the other
+                ways pass this optimizer to `scaler.step`.
+            clip_grad_norm: largest 2-norm of the final gradient, for `step(loss_fn, *batch)`.
+
+        Returns:
+            The first pass's mean loss, detached, on its device; what a torch closure returned, as it is; else None.
+
+        Raises:
+            TypeError: the loss function returned something else than n losses, or the batch holds no tensor.
+            ValueError: leading sizes of the batch differ, or clip_grad_norm is not positive.
+            RuntimeError: a wrong order of calls, a closure under a GradScaler, or fresh gradients before a closure.
+            Weights are what they were before the step, whatever is raised.
+        """
+        run = self._run
+        try:
+            self._check_step(closure, batch, scaler, clip_grad_norm)
+        except BaseException:
+            self._forget_scaler()
+            raise
+        try:
+            if closure is None:
+                self._update(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
+                return None
+            if not batch and run.pairs:  # a framework's closure on top of finished pairs
+                with torch.enable_grad():
+                    loss = closure()
+            elif not batch:
+                loss = self._two_passes(closure)
+            else:
+                n = batch_size(batch)
+                loss = self._two_passes(lambda: self._backward(closure, batch, n, scaler))
+                if scaler is not None or clip_grad_norm is not None:
+                    return self._unscale_and_update(loss, scaler, clip_grad_norm)
+            self._update(None, None)
+            return loss
+        except BaseException:
+            run.abort()
+            if closure is not None:
+                clear(self._params())  # half of a gradient is no gradient
+            self._forget_scaler()
+            raise
+
+    def _check_step(self, closure: Any, batch: tuple, scaler: Any, clip_grad_norm: float | None) -> None:
+        run = self._run
+        if not run.in_second_step:
+            run.refuse("step()", Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
+        if run.failed and not batch:
+            run.require("step()", Stage.IDLE)
+        if closure is not None and not callable(closure):
+            raise TypeError(f"step() takes a loss function or closure first, got {type(closure).__name__}")
+        if not batch and (scaler is not None or clip_grad_norm is not None):
+            raise TypeError("scaler= and clip_grad_norm= go with step(loss_fn, *batch) alone")
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm must be positive, got {clip_grad_norm}")
+        if closure is not None and not batch and "found_inf" in self.__dict__:
+            raise RuntimeError(
+                "scaler.step(opt, closure) cannot unscale the second pass's gradients; use opt.step(loss_fn, *batch, "
+                "scaler=scaler), or opt.ascent() and opt.descent() and then scaler.step(opt)"
+            )
+        if batch:
+            batch_size(batch)
+        elif closure is not None and not run.pairs:
+            refuse_fresh(run.consumed, self.param_groups)
+        elif closure is None and not run.pairs and not run.in_second_step:
+            self._warn_about_base_step()
+
+    def _two_passes(self, run_pass: Callable[[], Any]) -> Any:
+        """Run both passes from a clean p.grad; the weights stay perturbed for the update to restore."""
+        run = self._run
+        run.pairs, run.failed = 0, False
+        clear(self._params())
+        run.enter_ascent(self.param_groups, self.same_rng)
+        with torch.enable_grad():
+            first = run_pass()
+        run.leave_ascent()
+        run.enter_descent(self._perturb_params)
+        with torch.enable_grad():
+            run_pass()
+        run.leave_descent()
+        return first
+
+    def _backward(self, loss_fn: Callable, batch: tuple, n: int, scaler: Any) -> Tensor:
+        loss = check_losses(loss_fn(*batch), n).mean()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        return loss.detach()
+
+    def _unscale_and_update(self, loss: Tensor, scaler: Any, clip_grad_norm: float | None) -> Tensor:
+        if scaler is not None and clip_grad_norm is not None:
+            scaler.unscale_(self._scaler_target)
+        if clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._params(), clip_grad_norm)
+        if scaler is not None:
+            scaler.step(self._scaler_target)
+        else:
+            self._update(None, None)
+        return loss
+
+    # way 2: contexts
+
+    def ascent(self) -> Pass:
+        """Context for the first pass: its backward passes leave the ascent gradient, and p.grad as it was.
+
+        Raises:
+            RuntimeError: inside another pass, or the last ascent has not been used by a descent.
+        """
+        check = partial(self._run.require, "ascent()", Stage.IDLE)
+        enter = partial(self._run.enter_ascent, self.param_groups, self.same_rng)
+        return Pass(self._run, check, enter, self._run.leave_ascent)
+
+    def descent(self) -> Pass:
+        """Context for the second pass, at perturbed weights: its backward passes add to p.grad.
+
+        Weights are restored when it is left, whatever happens in it. After one pair or several, call `step()` or
+        `scaler.step(opt)`. Several backwards in one pair make one large batch; with several pairs, each with its own
+        perturbation, weighting the shards' losses is yours.
+
+        Raises:
+            RuntimeError: no ascent came before, or inside another pass.
+        """
+        check = partial(self._run.require, "descent()", Stage.ASCENDED)
+        enter = partial(self._run.enter_descent, self._perturb_params)
+        return Pass(self._run, check, enter, self._leave_descent)
+
+    def _leave_descent(self) -> None:
+        self._run.leave_descent()
+        self._run.restore()
+        self._run.finish_pair()
+
+    # way 3: two calls
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Perturb the weights along the gradient in p.grad, as davda54/sam does; `second_step` comes next.
+
+        Random draws are not replayed in this way; with `model`, batch-norm statistics are those of the first pass.
+
+        Args:
+            zero_grad: clear the gradients afterwards.
+
+        Raises:
+            RuntimeError: a pass is under way, or no backward has run since the last step.
+        """
+        run = self._run
+        run.require("first_step()", Stage.IDLE)
+        if run.consumed.covers(self.param_groups):
+            raise RuntimeError("first_step() needs fresh gradients; call backward() first")
+        try:
+            run.params = self._params()
+            run.ascent_grads = take(run.params)
+            run.enter_descent(self._perturb_params)
+            run.stage, run.ascent_grads = Stage.FIRST, []
+            if zero_grad:
+                self.zero_grad()
+        except BaseException:
+            run.abort()
+            raise
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restore the weights and take the base optimizer's step with the gradient in p.grad.
+
+        Args:
+            zero_grad: clear the gradients afterwards.
+
+        Raises:
+            RuntimeError: first_step() did not come before.
+        """
+        run = self._run
+        run.require("second_step()", Stage.FIRST)
+        try:
+            run.leave_descent()
+            run.in_second_step = True
+            self.step()
+            if zero_grad:
+                self.zero_grad()
+        except BaseException:
+            run.abort()
+            raise
+        finally:
+            run.in_second_step = False
+
+    def restore(self) -> None:
+        """Undo a `first_step`, or drop an ascent that no descent will use: weights and statistics are as before."""
+        self._run.refuse("restore()", Stage.ASCENT, Stage.DESCENT)
+        self._run.abort()
+
+    # what the three ways share
+
+    def _params(self) -> list[Tensor]:
+        return flat(self.param_groups)
+
+    @torch.no_grad()
+    def _perturb_params(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        run = self._run
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        chosen = [i for i, g in enumerate(grads) if g is not None and self.knob(groups[i], "perturb")]
+        if not chosen:
+            return
+        weights = [_as_real(params[i]) for i in chosen]
+        if not run.backup.fits(weights):
+            run.backup = Backup(weights)
+        run.last_grad_norm = self._perturb(
+            Ascended(
+                weights,
+                [_as_real(_as_dense(g)) for i in chosen if (g := grads[i]) is not None],
+                [groups[i] for i in chosen],
+                tuple(chosen),
+                run.backup,
+                step=self.param_groups[0][STEP],
+                seed=self.param_groups[0][SEED],
+            )
+        )
+        next_step = self.param_groups[0][STEP] + 1
+        for group in self.param_groups:
+            group[STEP] = next_step
+
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Restore the weights and take the base optimizer's step, unless the final gradient is not finite."""
+        run = self._run
+        found_inf = update(self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite)
+        if found_inf is not None:
+            run.skipped += (found_inf != 0).to(run.skipped.device)
+        run.consumed.set(self.param_groups)
+        run.pairs, run.stage = 0, Stage.IDLE
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and with them a failed pass or finished pairs that no step has used.
+
+        Args:
+            set_to_none: drop the gradients rather than filling them with zeros.
+        """
+        run = self._run
+        if run.stage is Stage.ASCENT and not run.pairs:
+            run.clear_aside(set_to_none)
+        super().zero_grad(set_to_none)
+        run.consumed.set(self.param_groups)
+        if run.stage is Stage.IDLE:
+            run.failed, run.pairs = False, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state dict; a plain base optimizer of the same class loads it.
+
+        Raises:
+            RuntimeError: the weights are perturbed, so a checkpoint made now would hold the wrong ones.
+        """
+        self._run.refuse("state_dict()", Stage.DESCENT, Stage.FIRST)
+        return super().state_dict()
+
+    def _name(self, index: int) -> str:
+        """Name of the parameter at `index` in group order, from the groups or else from the model."""
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if not names and self.model is not None:
+            of = {id(p): name for name, p in self.model.named_parameters()}
+            names = [of.get(id(p), "") for p in self._params()]
+        if not names or not names[index]:
+            raise ValueError("this option needs parameter names: pass model=, or model.named_parameters() as params")
+        return names[index]
+
+    def _warn_about_base_step(self) -> None:
+        run = self._run
+        if run.warned_about_base_step or all(float(group.get("lr", 1)) == 0 for group in self.param_groups):
+            return
+        run.warned_about_base_step = True
+        warnings.warn(
+            f"{type(self).__name__}.step() without a loss function, a closure or an ascent()/descent() pair is a plain "
+            f"{type(self.base_optimizer).__name__} step; nothing is perturbed",
+            stacklevel=5,
+        )
+
+    def _forget_scaler(self) -> None:
+        for holder in (self, self._scaler_target):
+            holder.__dict__.pop("grad_scale", None)
+            holder.__dict__.pop("found_inf", None)
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _as_dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor  # sums the entries of an uncoalesced one

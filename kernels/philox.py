@@ -1,0 +1,58 @@
+"""Philox 4x32-10 random words, addressed by position instead of drawn in sequence.
+
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    key     = (seed mod 2^32, seed div 2^32)
+    counter = (element div 4 mod 2^32, tensor index, step, element div 4 div 2^32)
+    word    = the (element mod 4)-th of the four words that ten rounds give
+
+A word depends on its position alone, so draws do not change with block size, backend or sharding.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+class Draw(NamedTuple):
+    """Which random numbers a launch uses: `seed`, `step`, and one tensor index for every tensor of its list."""
+
+    seed: int
+    step: int
+    indices: tuple[int, ...]
+
+
+def _multiply(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of multiplier * x, in halves that int64 can hold."""
+    high = (multiplier * (x >> 16) + ((multiplier * (x & 0xFFFF)) >> 16)) >> 16
+    return high, (multiplier * x) & _MASK
+
+
+def words(n_elements: int, tensor_index: int, step: int, seed: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """Return the random words of elements 0 to `n_elements` - 1 of one tensor.
+
+    Args:
+        n_elements: how many words to draw.
+        tensor_index: position of the tensor in group order.
+        step: number of the step, taken modulo 2^32.
+        seed: any integer, taken modulo 2^64.
+        device: where the words are computed.
+
+    Returns:
+        int64 tensor of shape [n_elements] with values in [0, 2^32).
+    """
+    quads = torch.arange((n_elements + 3) // 4, device=device)
+    c0, c1 = quads & _MASK, torch.full_like(quads, tensor_index & _MASK)
+    c2, c3 = torch.full_like(quads, step & _MASK), quads >> 32
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return torch.stack((c0, c1, c2, c3), dim=1).reshape(-1)[:n_elements]

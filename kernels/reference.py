@@ -1,0 +1,335 @@
+"""Plain-torch twins of every launcher: the CPU's path, the tests' oracle and the benchmarks' baseline at once.
+
+On the CPU a scalar such as the gradient norm is read as a Python number (that costs nothing there and lets one foreach
+call do the work); elsewhere, or where `READ_SCALARS` is off, it stays a tensor and nothing waits for the device.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsam.kernels import philox
+from fastsam.kernels.philox import Draw
+from fastsam.kernels.tensor_list import Backup, buckets, in_memory_order, is_dense, same_layout
+
+READ_SCALARS = True
+E0 = 1e-12
+"""Added to the norm in the denominator of every perturbation."""
+
+
+class SGDOptions(NamedTuple):
+    """Hyperparameters of torch.optim.SGD for one tensor; without momentum there is no buffer."""
+
+    lr: float | Tensor
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+
+
+class AdamOptions(NamedTuple):
+    """Hyperparameters of torch.optim.Adam, or with `decoupled` of AdamW, for one tensor."""
+
+    lr: float | Tensor
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    amsgrad: bool = False
+    maximize: bool = False
+
+
+def _reads_scalars(device: torch.device) -> bool:
+    return READ_SCALARS and device.type == "cpu"
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+    return tensor.device, tensor.dtype
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype arithmetic runs in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def norm(
+    grads: Sequence[Tensor], weights: Sequence[Tensor] = (), adaptive: Sequence[float | None] | None = None
+) -> Tensor:
+    """Return ||T g||_2 over all tensors, T = 1 or |w| + eta (SAM Eq. 2 with p = 2; ASAM Eq. 4).
+
+    Args:
+        grads: floating-point tensors of any shapes, dtypes and devices; at least one.
+        weights: tensors of the same shapes; needed only with `adaptive`.
+        adaptive: for each tensor eta of T = |w| + eta, or None for T = 1; None altogether means T = 1.
+
+    Returns:
+        0-dim float64 tensor on the first tensor's device. Squares are summed in float64, so entries from 1e-20 to
+        1e20 neither overflow nor vanish; a non-finite entry gives a non-finite norm.
+    """
+    measured = list(grads)
+    for i, eta in enumerate(adaptive or ()):
+        if eta is not None:
+            measured[i] = weights[i].double().abs_().add_(eta).mul_(grads[i])
+    parts: list[Tensor] = []
+    for rows in buckets(_place(g) for g in measured):
+        norms = torch._foreach_norm([measured[i] for i in rows], 2, dtype=torch.float64)
+        parts.append(torch.linalg.vector_norm(torch.stack(norms)))
+    device = grads[0].device
+    return torch.linalg.vector_norm(torch.stack([part.to(device) for part in parts]))
+
+
+@torch.no_grad()
+def found_nonfinite(grads: Sequence[Tensor]) -> Tensor:
+    """Return 1.0 if any entry of any tensor is inf or NaN, else 0.0.
+
+    Args:
+        grads: floating-point tensors of any shapes, dtypes and devices; at least one.
+
+    Returns:
+        0-dim float32 tensor on the first tensor's device.
+    """
+    device = grads[0].device
+    flags: list[Tensor] = []
+    for rows in buckets(_place(g) for g in grads):
+        flag, one = grads[rows[0]].new_zeros((), dtype=torch.float32), torch.ones((), device=grads[rows[0]].device)
+        torch._amp_foreach_non_finite_check_and_unscale_([grads[i] for i in rows], flag, one)
+        flags.append(flag.to(device))
+    return torch.stack(flags).amax()
+
+
+@torch.no_grad()
+def perturb_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backup: Backup,
+    norm: Tensor,
+    rho: Sequence[float],
+    adaptive: Sequence[float | None] | None = None,
+    draw: Draw | None = None,
+    e0: float = E0,
+) -> None:
+    """Save `weights` into `backup` and add eps = rho T^2 g / (norm + e0) to them, T = 1 or |w| + eta.
+
+    SAM Eq. 2 with p = 2; ASAM Eq. 7. A norm that is zero, inf or NaN gives eps = 0.
+
+    Args:
+        weights: tensors to perturb in place; the storage stays where it is.
+        grads: their gradients, of the same shapes.
+        backup: made for exactly `weights`; becomes valid.
+        norm: 0-dim tensor, ||T g||_2 over all tensors.
+        rho: for each tensor its radius; a negative one perturbs downhill (maximize).
+        adaptive: for each tensor eta of T = |w| + eta, or None for T = 1; None altogether means T = 1.
+        draw: random numbers for rounding the sum stochastically to 16-bit weights; None rounds to nearest.
+        e0: added to the norm.
+    """
+    torch._foreach_copy_(backup.tensors, list(weights))
+    backup.trust()
+    reciprocal = torch.where(torch.isfinite(norm) & (norm > 0), 1 / (norm + e0), 0.0)
+
+    def is_plain(i: int) -> bool:
+        stochastic = draw is not None and weights[i].dtype in (torch.float16, torch.bfloat16)
+        return not stochastic and (adaptive is None or adaptive[i] is None) and _reads_scalars(weights[i].device)
+
+    keys = ((*_place(w), g.dtype, r, is_plain(i)) for i, (w, g, r) in enumerate(zip(weights, grads, rho, strict=True)))
+    for rows in buckets(keys):
+        first = weights[rows[0]]
+        scale: Tensor | float = reciprocal.to(first.device) * rho[rows[0]]
+        if _reads_scalars(first.device):
+            scale = float(scale)
+            if scale == 0:  # not inf * 0
+                continue
+        if is_plain(rows[0]) and isinstance(scale, float):
+            torch._foreach_add_([weights[i] for i in rows], [grads[i] for i in rows], alpha=scale)
+            continue
+        for i in rows:
+            eta = adaptive[i] if adaptive is not None else None
+            _perturb_one(weights[i], grads[i], scale, eta, draw, i)
+
+
+def _perturb_one(
+    weight: Tensor, grad: Tensor, scale: Tensor | float, eta: float | None, draw: Draw | None, position: int
+) -> None:
+    wide = _wide(weight.dtype)
+    w = weight.to(wide)
+    # the scale goes first: scale * g is moderate where g alone times w^2 may leave float32's range
+    eps = grad.to(wide) * (scale.to(wide) if isinstance(scale, Tensor) else scale)
+    if isinstance(scale, Tensor):
+        eps = torch.where(scale == 0, 0.0, eps)
+    if eta is not None:
+        t = w.abs().add_(eta)
+        eps = eps * t * t
+    moved = w + eps
+    if draw is not None and weight.dtype in (torch.float16, torch.bfloat16):
+        words = philox.words(weight.numel(), draw.indices[position], draw.step, draw.seed, device=weight.device)
+        moved = _round_stochastically(moved, weight, words)
+    weight.copy_(moved)
+
+
+def _round_stochastically(values: Tensor, like: Tensor, words: Tensor) -> Tensor:
+    """Round float32 `values` to a neighbour of `like`'s 16-bit dtype, up with the probability of the part cut off.
+
+    The low 16 bits of the random word decide, so that its high bits stay free for a Bernoulli mask. Words are counted
+    in `like`'s memory order. Values the dtype can represent, inf and NaN among them, stay as they are.
+    """
+    noise = torch.empty_like(like, dtype=torch.int32)
+    if is_dense(noise):
+        in_memory_order(noise).copy_(words & 0xFFFF)
+    else:
+        noise.copy_((words & 0xFFFF).view(like.shape))
+    bits = values.view(torch.int32)
+    if like.dtype == torch.bfloat16:
+        rounded = ((bits + noise) & -0x10000).view(torch.float32)
+    else:
+        rounded = ((bits + (noise & 0x1FFF)) & -0x2000).view(torch.float32)
+        # below 2^-14 float16 is a grid of step 2^-24
+        steps = (values.abs() * 2.0**24 + noise * 2.0**-16).floor() * 2.0**-24
+        rounded = torch.where(values.abs() < 2.0**-14, steps.copysign(values), rounded)
+    return torch.where(torch.isfinite(values), rounded, values)
+
+
+@torch.no_grad()
+def restore_(backup: Backup) -> None:
+    """Copy the backup back into the weights that still wait for it, bit for bit. Idempotent.
+
+    Args:
+        backup: as `perturb_` left it; invalid afterwards.
+    """
+    if backup.valid:
+        torch._foreach_copy_(*backup.waiting())
+        backup.release()
+
+
+@torch.no_grad()
+def restore_sgd_step_(
+    weights: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    options: Sequence[SGDOptions],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Set each weight to its source, then take torch.optim.SGD's step from there.
+
+    Args:
+        weights: tensors to update in place.
+        sources: for each weight its backup, or the weight itself where it was not perturbed.
+        grads: final gradients; divided in place by `grad_scale` if given.
+        momentum_buffers: updated in place, zeros before the first step; None where momentum is 0.
+        options: hyperparameters for each tensor.
+        grad_scale: 0-dim float32 tensor, a GradScaler's scale; None means the gradients are unscaled.
+        found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
+    """
+    _restore_from(weights, sources)
+    keys = (
+        (*_place(w), _hashable(o), _fusable(w, g, *_present(b)))
+        for w, g, b, o in zip(weights, grads, momentum_buffers, options, strict=True)
+    )
+    for rows in buckets(keys):
+        o = options[rows[0]]
+        buffers = [b for i in rows if (b := momentum_buffers[i]) is not None]
+        lists = _Dense([weights[i] for i in rows], [grads[i] for i in rows], buffers)
+        torch._fused_sgd_(
+            *lists.tensors,
+            weight_decay=o.weight_decay, momentum=o.momentum, lr=o.lr, dampening=o.dampening,
+            nesterov=o.nesterov, maximize=o.maximize, is_first_step=False,
+            grad_scale=_to(grad_scale, weights[rows[0]]), found_inf=_to(found_inf, weights[rows[0]]),
+        )  # fmt: skip
+        lists.write_back()
+
+
+@torch.no_grad()
+def restore_adam_step_(
+    weights: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    options: Sequence[AdamOptions],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Set each weight to its source, then take torch.optim.Adam's or AdamW's step from there.
+
+    Args:
+        weights: tensors to update in place.
+        sources: for each weight its backup, or the weight itself where it was not perturbed.
+        grads: final gradients; divided in place by `grad_scale` if given.
+        exp_avgs: first moments, updated in place.
+        exp_avg_sqs: second moments, updated in place.
+        max_exp_avg_sqs: largest second moments so far, updated in place; None without amsgrad.
+        steps: 0-dim float32 step counters on the weights' devices, advanced in place.
+        options: hyperparameters for each tensor.
+        grad_scale: 0-dim float32 tensor, a GradScaler's scale; None means the gradients are unscaled.
+        found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
+    """
+    _restore_from(weights, sources)
+    keys = (
+        (*_place(w), _hashable(o), _fusable(w, g, m, v, *_present(x)))
+        for w, g, m, v, x, o in zip(weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, options, strict=True)
+    )
+    for rows in buckets(keys):
+        o, counters = options[rows[0]], [steps[i] for i in rows]
+        largest = [x for i in rows if (x := max_exp_avg_sqs[i]) is not None]
+        lists = _Dense(*([source[i] for i in rows] for source in (weights, grads, exp_avgs, exp_avg_sqs)), largest)
+        inf = _to(found_inf, weights[rows[0]])
+        torch._foreach_add_(counters, 1)
+        step = torch._fused_adamw_ if o.decoupled else torch._fused_adam_
+        step(  # type: ignore[call-overload]
+            *lists.tensors, counters,
+            lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay, eps=o.eps, amsgrad=o.amsgrad,
+            maximize=o.maximize, grad_scale=_to(grad_scale, weights[rows[0]]), found_inf=inf,
+        )  # fmt: skip
+        if inf is not None:
+            torch._foreach_sub_(counters, [inf] * len(counters))
+        lists.write_back()
+
+
+def _restore_from(weights: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    rows = [i for i, (w, s) in enumerate(zip(weights, sources, strict=True)) if w is not s]
+    if rows:
+        torch._foreach_copy_([weights[i] for i in rows], [sources[i] for i in rows])
+
+
+def _present(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    return () if tensor is None else (tensor,)
+
+
+def _to(scalar: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if scalar is None else scalar.to(like.device, non_blocking=True)
+
+
+def _hashable(options: tuple) -> tuple:
+    # tensors compare elementwise; two options with a tensor lr are alike only if it is the same tensor
+    return tuple(id(o) if isinstance(o, Tensor) else o for o in options)
+
+
+def _fusable(*tensors: Tensor) -> bool:
+    """Whether torch's fused kernels, which walk memory, treat these tensors of one parameter right."""
+    return same_layout(tensors) and all(t.dtype == tensors[0].dtype for t in tensors)
+
+
+class _Dense:
+    """The same lists in one layout and dtype: themselves where they agree already, else copies to be written back."""
+
+    def __init__(self, *lists: list[Tensor]) -> None:
+        self.originals, self.tensors = lists, lists
+        filled = [tensors for tensors in lists if tensors]
+        if not _fusable(*(tensors[0] for tensors in filled)):
+            wide = _wide(filled[0][0].dtype)
+            self.tensors = tuple([t.to(wide).contiguous() for t in tensors] for tensors in lists)
+
+    def write_back(self) -> None:
+        for originals, tensors in zip(self.originals, self.tensors, strict=True):
+            for original, tensor in zip(originals, tensors, strict=True):
+                if original is not tensor:
+                    original.copy_(tensor)

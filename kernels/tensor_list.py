@@ -1,0 +1,84 @@
+"""Lists of tensors: their memory layout, and exact copies of them."""
+
+from collections.abc import Hashable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory without gaps or overlaps, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors are dense and element i of memory means the same entry in each of them."""
+    first = tensors[0]
+    if all(t.is_contiguous() and t.shape == first.shape for t in tensors):
+        return True
+    return is_dense(first) and all(t.shape == first.shape and t.stride() == first.stride() for t in tensors)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """One-dimensional view of a dense tensor's elements as they lie in memory; a gappy one is copied."""
+    return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
+
+
+def buckets(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Positions that share a key, in order of first appearance."""
+    found: dict[Hashable, list[int]] = {}
+    for position, key in enumerate(keys):
+        found.setdefault(key, []).append(position)
+    return list(found.values())
+
+
+class Backup:
+    """Bit-exact copies of a list of weights, and which of them are to be trusted.
+
+    A weight is trusted from the moment that every copy is complete, before any weight changes, until it is restored or
+    has taken a step from its copy. Restoring is therefore idempotent, and answers an exception at any moment.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights = list(weights)
+        self.tensors = [torch.empty_like(w) for w in weights]
+        self._trusted: dict[int, int] = {}
+
+    @property
+    def valid(self) -> bool:
+        """Whether any weight still waits to be restored."""
+        return bool(self._trusted)
+
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        """Whether this backup was made for exactly these tensors, as they are now."""
+        return len(weights) == len(self.weights) and all(
+            w is own and w.dtype == copy.dtype and w.device == copy.device and w.shape == copy.shape
+            for w, own, copy in zip(weights, self.weights, self.tensors, strict=True)
+        )
+
+    def trust(self) -> None:
+        """Declare every copy complete."""
+        self._trusted = {id(w): i for i, w in enumerate(self.weights)}
+
+    def release(self, weights: Sequence[Tensor] | None = None) -> None:
+        """Declare these weights, or all, to be themselves again."""
+        keys = list(self._trusted) if weights is None else [id(w) for w in weights]
+        for key in keys:
+            self._trusted.pop(key, None)
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Return the true value of `weight`: its copy while that is trusted, else the weight itself."""
+        position = self._trusted.get(id(weight))
+        return weight if position is None else self.tensors[position]
+
+    def waiting(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the weights that wait to be restored, and their copies."""
+        rows = list(self._trusted.values())
+        return [self.weights[i] for i in rows], [self.tensors[i] for i in rows]
