@@ -92,7 +92,7 @@ def is_fusable(base: Optimizer) -> bool:
 
 def _is_supported(group: dict) -> bool:
     # an explicit foreach= or fused=False is the user's choice of implementation, and is respected
-    if group["foreach"] is not None or group["fused"] is False:
+    if group.get("foreach") is not None or group.get("fused") is False:
         return False
     tensors = [group["weight_decay"], *group.get("betas", ())]
     return not any(isinstance(value, Tensor) for value in tensors) and not any(

@@ -56,7 +56,10 @@ class ConsumedMark:
 
 
 def _first_with_grad(group: dict) -> list[tuple[Tensor, Tensor]]:
-    return next(([(p, p.grad)] for p in group["params"] if p.grad is not None), [])
+    for p in group["params"]:
+        if p.grad is not None:
+            return [(p, p.grad)]
+    return []
 
 
 def refuse_fresh(consumed: ConsumedMark, groups: Sequence[dict]) -> None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from fastsam.kernels import dispatch
 from fastsam.kernels.philox import Draw
+from fastsam.kernels.reference import E0
 from fastsam.two_pass import Ascended, TwoPassOptimizer
 from fastsam.wrapping import FROM_BASE
 
@@ -89,6 +90,8 @@ class SAM(TwoPassOptimizer):
             seed=seed,
             base_kwargs=base_kwargs,
         )
+        if self._is_official():
+            self._names()  # raises now rather than in the first step
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, rho: float = 0.05, adaptive: Any = False, **keywords: Any) -> "SAM":
@@ -108,19 +111,28 @@ class SAM(TwoPassOptimizer):
 
     def _perturb(self, ascended: Ascended) -> Tensor:
         kernels = dispatch.pick(ascended.weights)
-        etas = [self._eta(group, i) for group, i in zip(ascended.groups, ascended.indices, strict=True)]
-        adaptive = etas if any(eta is not None for eta in etas) else None
+        adaptive = self._adaptive(ascended)
         norm = kernels.norm(ascended.grads, ascended.weights, adaptive)
-        rho = [-r if group.get("maximize") else r for group in ascended.groups for r in [self.knob(group, "rho")]]
+        radii = [self.knob(group, "rho") for group in ascended.groups]
+        rho = [-r if group.get("maximize") else r for r, group in zip(radii, ascended.groups, strict=True)]
         draw = Draw(ascended.seed, ascended.step, ascended.indices) if self.stochastic_rounding else None
-        official = any(self.knob(group, "adaptive") == "official" for group in self.param_groups)
-        e0 = {"e0": OFFICIAL_E0} if official else {}
-        kernels.perturb_(ascended.weights, ascended.grads, ascended.backup, norm, rho, adaptive, draw, **e0)
+        e0 = OFFICIAL_E0 if self._is_official() else E0
+        kernels.perturb_(ascended.weights, ascended.grads, ascended.backup, norm, rho, adaptive, draw, e0)
         return norm
 
-    def _eta(self, group: dict[str, Any], index: int) -> float | None:
-        """Eta of ASAM's T = |w| + eta for the tensor at `index` in group order, None for T = 1."""
-        adaptive = self.knob(group, "adaptive")
-        if adaptive != "official":
-            return 0.0 if adaptive else None
-        return OFFICIAL_ETA if "weight" in self._name(index) else None
+    def _is_official(self) -> bool:
+        return any(self.knob(group, "adaptive") == "official" for group in self.param_groups)
+
+    def _adaptive(self, ascended: Ascended) -> list[float | None] | None:
+        """For each tensor eta of ASAM's T = |w| + eta, or None for T = 1; None altogether without ASAM."""
+        kinds = [self.knob(group, "adaptive") for group in ascended.groups]
+        if not any(kinds):
+            return None
+        names = self._names() if self._is_official() else []
+
+        def eta(kind: Any, index: int) -> float | None:
+            if kind == "official":
+                return OFFICIAL_ETA if "weight" in names[index] else None
+            return 0.0 if kind else None
+
+        return [eta(kind, index) for kind, index in zip(kinds, ascended.indices, strict=True)]

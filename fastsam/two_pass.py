@@ -202,6 +202,8 @@ class TwoPassOptimizer(WrappedOptimizer):
         with torch.enable_grad():
             first = run_pass()
         run.leave_ascent()
+        if isinstance(first, Tensor) and first.requires_grad and all(g is None for g in run.ascent_grads):
+            raise RuntimeError("the closure returned a loss, but no parameter has a gradient; call backward() in it")
         run.enter_descent(self._perturb_params)
         with torch.enable_grad():
             run_pass()
@@ -373,15 +375,37 @@ class TwoPassOptimizer(WrappedOptimizer):
         self._run.refuse("state_dict()", Stage.DESCENT, Stage.FIRST)
         return super().state_dict()
 
-    def _name(self, index: int) -> str:
-        """Name of the parameter at `index` in group order, from the groups or else from the model."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, of the plain base optimizer, or of davda54's SAM around such a base.
+
+        Knobs that the dict lacks keep the values they have here.
+
+        Raises:
+            RuntimeError: a pass is under way.
+            ValueError: a bad knob, or other numbers of groups or parameters than here.
+        """
+        self._run.refuse("load_state_dict()", Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
+        super().load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; knobs that it does not name take the constructor's values.
+
+        Raises:
+            RuntimeError: a pass is under way.
+            ValueError: a bad knob, or a parameter that is there already.
+        """
+        self._run.refuse("add_param_group()", Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
+        super().add_param_group(param_group)
+
+    def _names(self) -> list[str]:
+        """Names of all parameters in group order, from the groups or else from the model."""
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         if not names and self.model is not None:
-            of = {id(p): name for name, p in self.model.named_parameters()}
-            names = [of.get(id(p), "") for p in self._params()]
-        if not names or not names[index]:
+            name_of = {id(p): name for name, p in self.model.named_parameters()}
+            names = [name_of.get(id(p), "") for p in self._params()]
+        if not names or not all(names):
             raise ValueError("this option needs parameter names: pass model=, or model.named_parameters() as params")
-        return names[index]
+        return names
 
     def _warn_about_base_step(self) -> None:
         run = self._run

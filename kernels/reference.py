@@ -74,7 +74,7 @@ def norm(
     measured = list(grads)
     for i, eta in enumerate(adaptive or ()):
         if eta is not None:
-            measured[i] = weights[i].double().abs_().add_(eta).mul_(grads[i])
+            measured[i] = weights[i].double().abs().add_(eta).mul_(grads[i])
     parts: list[Tensor] = []
     for rows in buckets(_place(g) for g in measured):
         norms = torch._foreach_norm([measured[i] for i in rows], 2, dtype=torch.float64)
@@ -315,6 +315,8 @@ def _hashable(options: tuple) -> tuple:
 
 def _fusable(*tensors: Tensor) -> bool:
     """Whether torch's fused kernels, which walk memory, treat these tensors of one parameter right."""
+    if tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.float16, torch.bfloat16):
+        return False  # torch 2.13's _fused_sgd_ leaves most of a 16-bit weight as it was
     return same_layout(tensors) and all(t.dtype == tensors[0].dtype for t in tensors)
 
 

@@ -69,9 +69,9 @@ class Backup:
 
     def release(self, weights: Sequence[Tensor] | None = None) -> None:
         """Declare these weights, or all, to be themselves again."""
-        keys = list(self._trusted) if weights is None else [id(w) for w in weights]
-        for key in keys:
-            self._trusted.pop(key, None)
+        done = set(self._trusted if weights is None else map(id, weights))
+        # one assignment, so that an interrupt finds all of them released or none
+        self._trusted = {key: i for key, i in self._trusted.items() if key not in done}
 
     def of(self, weight: Tensor) -> Tensor:
         """Return the true value of `weight`: its copy while that is trusted, else the weight itself."""
