@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from problems import assert_same, batches, largest_difference, losses_of, mlp, snapshot
+from problems import assert_same, batches, losses_of, mlp, snapshot
 from test_exactness import WAYS, with_contexts, with_loss_function, with_two_steps
 from torch import nn
 

@@ -1,0 +1,322 @@
+"""The order of calls: what may follow what, gradients that are already there, closures of frameworks."""
+
+import pytest
+import torch
+from problems import batches, largest_difference, losses_of, mlp
+from test_exactness import with_closure, with_contexts, with_loss_function
+from torch import nn
+
+from fastsam import SAM
+
+X, Y = batches(1)[0]
+
+
+@pytest.fixture
+def pair(backend):
+    model = mlp()
+    return model, SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+
+
+def backward(model):
+    losses_of(model)(X, Y).mean().backward()
+
+
+def enter(context):
+    with context:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("call", "needle"),
+    [
+        (lambda opt: enter(opt.descent()), r"descent\(\) cannot be called between steps; run `with opt.ascent"),
+        (lambda opt: opt.second_step(), r"second_step\(\) cannot be called between steps; call first_step\(\) first"),
+        (lambda opt: opt.first_step(), r"first_step\(\) needs fresh gradients; call backward\(\)"),
+    ],
+)
+def test_a_call_that_comes_too_early_says_what_is_missing(pair, call, needle):
+    model, opt = pair
+    with pytest.raises(RuntimeError, match=needle):
+        call(opt)
+    with_loss_function(opt, losses_of(model), X, Y)  # and nothing is broken
+
+
+INSIDE = {
+    "ascent": lambda opt: enter(opt.ascent()),
+    "descent": lambda opt: enter(opt.descent()),
+    "step": lambda opt: opt.step(),
+    "first_step": lambda opt: opt.first_step(),
+    "second_step": lambda opt: opt.second_step(),
+    "load_state_dict": lambda opt: opt.load_state_dict({}),
+    "add_param_group": lambda opt: opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
+}
+
+
+@pytest.mark.parametrize("name", [*INSIDE, "restore"])
+def test_nothing_else_may_happen_inside_ascent(pair, name):
+    model, opt = pair
+    with opt.ascent():
+        with pytest.raises(RuntimeError, match=rf"{name}\(\) cannot be called inside ascent\(\); leave the ascent"):
+            {**INSIDE, "restore": lambda opt: opt.restore()}[name](opt)
+        backward(model)
+    with opt.descent():
+        backward(model)
+    opt.step()
+
+
+@pytest.mark.parametrize("name", [*INSIDE, "restore", "state_dict"])
+def test_nothing_else_may_happen_inside_descent(pair, name):
+    model, opt = pair
+    with opt.ascent():
+        backward(model)
+    with opt.descent():
+        perturbed = model[0].weight.detach().clone()
+        calls = {**INSIDE, "restore": lambda opt: opt.restore(), "state_dict": lambda opt: opt.state_dict()}
+        with pytest.raises(RuntimeError, match=rf"{name}\(\) cannot be called inside descent\(\); leave the descent"):
+            calls[name](opt)
+        assert torch.equal(model[0].weight, perturbed), "the refusal must not end the pass"
+        backward(model)
+    opt.step()
+
+
+@pytest.mark.parametrize("name", [n for n in INSIDE if n != "descent"])
+def test_an_ascent_waits_for_its_descent(pair, name):
+    model, opt = pair
+    with opt.ascent():
+        backward(model)
+    with pytest.raises(RuntimeError, match="after ascent"):
+        INSIDE[name](opt)
+    opt.state_dict()  # weights are true ones
+    opt.restore()
+    with_contexts(opt, losses_of(model), X, Y)
+
+
+@pytest.mark.parametrize("name", [n for n in INSIDE if n != "second_step"] + ["state_dict"])
+def test_a_first_step_waits_for_its_second(pair, name):
+    model, opt = pair
+    before = model[0].weight.detach().clone()
+    backward(model)
+    opt.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match=r"cannot be called after first_step\(\)"):
+        {**INSIDE, "state_dict": lambda opt: opt.state_dict()}[name](opt)
+    opt.restore()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_copying_mid_step_is_refused(pair):
+    import copy
+
+    model, opt = pair
+    backward(model)
+    opt.first_step()
+    with pytest.raises(RuntimeError, match="copying or pickling the optimizer cannot be called after first_step"):
+        copy.deepcopy(opt)
+
+
+def test_a_closure_after_a_backward_raises_and_names_the_ways_out(pair):
+    model, opt = pair
+    before = model[0].weight.detach().clone()
+
+    def closure():  # davda54's snippet
+        loss = losses_of(model)(X, Y).mean()
+        loss.backward()
+        return loss
+
+    backward(model)
+    gradient = model[0].weight.grad.clone()
+    with pytest.raises(RuntimeError, match=r"found gradients .* Drop the backward.*opt\.ascent\(\)"):
+        opt.step(closure)
+    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model[0].weight.grad, gradient), "the user's gradient must survive the refusal"
+    opt.zero_grad()
+    opt.step(closure)  # a closure without zero_grad is as good
+    other = mlp()
+    with_loss_function(SAM(other.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9), losses_of(other), X, Y)
+    assert largest_difference(model, other) < 1e-15
+
+
+def test_gradients_filled_with_zeros_do_not_stop_a_closure(pair):
+    model, opt = pair
+    backward(model)
+    model.zero_grad(set_to_none=False)
+    with_closure(opt, losses_of(model), X, Y)
+
+
+def test_gradients_already_there_are_discarded_by_a_loss_function(pair):
+    model, opt = pair
+    other = mlp()
+    with_loss_function(SAM(other.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9), losses_of(other), X, Y)
+    (100 * losses_of(model)(X, Y).sum()).backward()
+    with_loss_function(opt, losses_of(model), X, Y)
+    assert largest_difference(model, other) == 0
+
+
+def zero_before(opt, model):
+    opt.zero_grad()
+    with opt.ascent():
+        backward(model)
+    with opt.descent():
+        backward(model)
+    opt.step()
+
+
+def zero_never(opt, model):
+    with opt.ascent():
+        backward(model)
+    with opt.descent():
+        backward(model)
+    opt.step()
+
+
+def zero_inside(opt, model):
+    with opt.ascent():
+        model.zero_grad()
+        backward(model)
+    with opt.descent():
+        backward(model)
+    opt.step()
+
+
+def zero_by_optimizer_inside(opt, model):
+    with opt.ascent():
+        opt.zero_grad()
+        backward(model)
+    with opt.descent():
+        opt.zero_grad()
+        backward(model)
+    opt.step()
+
+
+def zero_between(opt, model):
+    with opt.ascent():
+        backward(model)
+    opt.zero_grad()
+    with opt.descent():
+        backward(model)
+    opt.step()
+
+
+def zero_after(opt, model):
+    zero_never(opt, model)
+    model.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize(
+    "loop", [zero_before, zero_never, zero_inside, zero_by_optimizer_inside, zero_between, zero_after]
+)
+def test_every_place_of_zero_grad_gives_the_same_numbers(pair, loop):
+    model, opt = pair
+    expected = mlp()
+    other = SAM(expected.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+    for _ in range(4):
+        loop(opt, model)
+        with_loss_function(other, losses_of(expected), X, Y)
+    assert largest_difference(model, expected) < 1e-15
+
+
+def test_optimizer_zero_grad_inside_the_first_ascent_clears_what_was_set_aside(pair):
+    model, opt = pair
+    (100 * losses_of(model)(X, Y).sum()).backward()
+    zero_by_optimizer_inside(opt, model)
+    expected = mlp()
+    other = SAM(expected.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+    with_loss_function(other, losses_of(expected), X, Y)
+    assert largest_difference(model, expected) < 1e-15
+
+
+def test_contexts_keep_gradients_that_are_being_accumulated(pair):
+    model, opt = pair
+    backward(model)
+    earlier = [p.grad.clone() for p in model.parameters()]
+    with opt.ascent():
+        assert all(p.grad is None for p in model.parameters())
+        backward(model)
+    assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), earlier, strict=True))
+    with opt.descent():
+        backward(model)
+    assert all(not torch.equal(p.grad, e) for p, e in zip(model.parameters(), earlier, strict=True))
+
+
+def test_a_closure_on_top_of_a_finished_pair_runs_once(pair):
+    model, opt = pair
+    calls = []
+    with opt.ascent():
+        backward(model)
+    with opt.descent():
+        backward(model)
+    assert opt.step(lambda: calls.append(1) or "loss") == "loss"
+    assert calls == [1]
+    expected = mlp()
+    other = SAM(expected.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+    with_loss_function(other, losses_of(expected), X, Y)
+    assert largest_difference(model, expected) < 1e-15
+
+
+def test_what_a_step_returns(pair):
+    model, opt = pair
+    before = losses_of(model)(X, Y).mean().item()
+    loss = opt.step(losses_of(model), X, Y)
+    assert loss.item() == pytest.approx(before)
+    assert loss.dim() == 0
+    assert not loss.requires_grad
+    opt.zero_grad()
+    assert opt.step(lambda: None) is None
+    assert opt.step(lambda: {"anything": 1}) == {"anything": 1}
+
+
+def test_a_step_without_passes_is_the_base_step_and_warns_once(pair):
+    model, opt = pair
+    plain = mlp()
+    base = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for i in range(2):
+        backward(model)
+        losses_of(plain)(X, Y).mean().backward()
+        if i == 0:
+            with pytest.warns(UserWarning, match="is a plain SGD step; nothing is perturbed"):
+                opt.step()
+        else:
+            opt.step()
+        opt.zero_grad()
+        base.step()
+        base.zero_grad()
+    assert largest_difference(model, plain) < 1e-15
+
+
+def test_final_gradients_stay_until_zero_grad(pair):
+    model, opt = pair
+    weight = model[0].weight.detach().clone()
+    opt.step(losses_of(model), X, Y)
+    torch.testing.assert_close(model[0].weight.detach(), weight - 0.1 * model[0].weight.grad)
+    opt.zero_grad()
+    assert model[0].weight.grad is None
+
+
+def test_nested_batches_and_other_values_reach_the_loss_function(backend):
+    model = mlp()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+
+    def losses(batch, scale, names):
+        assert names == "passes through"
+        return losses_of(model)(batch["x"], batch["labels"][0]) * scale
+
+    opt.step(losses, {"x": X, "labels": (Y, Y)}, 1.0, "passes through")
+    expected = mlp()
+    opt = SAM(expected.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    opt.step(losses_of(expected), X, Y)
+    assert largest_difference(model, expected) == 0
+
+
+def test_clipping_limits_the_final_gradient_alone(backend):
+    model, plain = mlp(), mlp()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    other = SAM(plain.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    opt.step(losses_of(model), X, Y, clip_grad_norm=0.01)
+    with other.ascent():
+        backward(plain)
+    with other.descent():
+        backward(plain)
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+    assert norm > 0.1
+    other.step()
+    assert largest_difference(model, plain) == 0
+    assert opt.last_grad_norm > 0.1
