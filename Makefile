@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: compare test lint bench wheel clean
+.PHONY: compare test test-wheel lint bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,8 +27,18 @@ lint: $(VENV)/.ready  ## style and types; mypy sees kernels/ where it is install
 bench: $(VENV)/.ready  ## pytest-benchmark suites
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-wheel: $(VENV)/.ready  ## build the wheel and the source distribution
-	rm -rf build dist && $(BIN)/python -m build --quiet
+test-wheel: $(VENV)/.ready  ## build the wheel and run the optimizer tests on it, outside the tree
+	rm -rf build/wheel && mkdir -p build/wheel && cp -r pyproject.toml README.md LICENSE fastsam kernels build/wheel/
+	cd build/wheel && $(abspath $(BIN))/pip wheel --quiet --no-deps --no-build-isolation -w . .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install --quiet --no-deps build/wheel/*.whl
+	# borrow the dependencies but not the editable install: a .pth in a borrowed folder is not read
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(build/wheel/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
+	outside=$$(mktemp -d) && cp -r tests $$outside/ && cp pyproject.toml $$outside/options.toml && cd $$outside && \
+		$(abspath build/wheel/venv/bin/python) -m pytest -n auto -q -c options.toml --rootdir . \
+		tests/test_exactness.py tests/test_restore.py tests/test_checkpoints.py tests/test_protocols.py && \
+		rm -rf $$outside
 
 clean:
 	rm -rf build dist runs .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info

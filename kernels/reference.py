@@ -132,8 +132,9 @@ def perturb_(
     reciprocal = torch.where(torch.isfinite(norm) & (norm > 0), 1 / (norm + e0), 0.0)
 
     def is_plain(i: int) -> bool:
-        stochastic = draw is not None and weights[i].dtype in (torch.float16, torch.bfloat16)
-        return not stochastic and (adaptive is None or adaptive[i] is None) and _reads_scalars(weights[i].device)
+        # foreach on the CPU would round the scale to a 16-bit dtype
+        wide = weights[i].dtype not in (torch.float16, torch.bfloat16)
+        return wide and (adaptive is None or adaptive[i] is None) and _reads_scalars(weights[i].device)
 
     keys = ((*_place(w), g.dtype, r, is_plain(i)) for i, (w, g, r) in enumerate(zip(weights, grads, rho, strict=True)))
     for rows in buckets(keys):
@@ -187,8 +188,9 @@ def _round_stochastically(values: Tensor, like: Tensor, words: Tensor) -> Tensor
     else:
         rounded = ((bits + (noise & 0x1FFF)) & -0x2000).view(torch.float32)
         # below 2^-14 float16 is a grid of step 2^-24
-        steps = (values.abs() * 2.0**24 + noise * 2.0**-16).floor() * 2.0**-24
-        rounded = torch.where(values.abs() < 2.0**-14, steps.copysign(values), rounded)
+        steps = values.abs() * 2.0**24
+        steps = steps.floor() + (noise * 2.0**-16 < steps - steps.floor())
+        rounded = torch.where(values.abs() < 2.0**-14, (steps * 2.0**-24).copysign(values), rounded)
     return torch.where(torch.isfinite(values), rounded, values)
 
 

@@ -157,6 +157,7 @@ def test_knobs_that_the_base_uses_too_get_a_prefix(backend):
     assert (opt.param_groups[1]["rho"], opt.param_groups[1]["sam_rho"]) == (0.9, 0.4)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("base", STATEFUL)
 def test_distributed_checkpoint_round_trip(backend, base, tmp_path):
     data = batches(8)

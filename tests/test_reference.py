@@ -1,0 +1,285 @@
+"""The plain-torch twins against a float64 truth."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastsam.kernels import philox, reference
+from fastsam.kernels.philox import Draw
+from fastsam.kernels.reference import AdamOptions, SGDOptions
+from fastsam.kernels.tensor_list import Backup, in_memory_order, is_dense, same_layout
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[True, False], ids=["scalars read", "scalars on device"])
+def read_scalars(request, monkeypatch):
+    monkeypatch.setattr(reference, "READ_SCALARS", request.param)
+
+
+def tensors(dtypes, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64) * scale
+
+    made = []
+    for dtype in dtypes:
+        made += [randn(n).to(dtype) for n in (0, 1, 63, 4096, 65537)]
+        made += [randn(()).to(dtype), randn(6, 4, 3, 3).to(dtype).to(memory_format=torch.channels_last)]
+        made += [randn(101).to(dtype)[1:], randn(7, 9).to(dtype).t(), randn(8, 6).to(dtype)[:, ::2]]
+    return made
+
+
+def copies(ts):
+    """Copies with the same strides, gaps included."""
+    made = []
+    for t in ts:
+        c = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+        made.append(c.copy_(t))
+    return made
+
+
+def philox_by_numpy(element, index, step, seed):
+    c = [element // 4 & 0xFFFFFFFF, index, step, element // 4 >> 32]
+    k = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [b >> 32 ^ c[1] ^ k[0], b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c[element % 4]
+
+
+def test_philox_known_answer():
+    # the first known-answer vector of the Random123 distribution
+    assert philox.words(4, 0, 0, 0).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
+def test_philox_words_are_those_of_its_definition(n, index, step, seed):
+    assert philox.words(n, index, step, seed).tolist() == [philox_by_numpy(e, index, step, seed) for e in range(n)]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtypes", [[d] for d in DTYPES] + [DTYPES])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_norm(dtypes, adaptive, scale):
+    if scale != 1 and torch.float16 in dtypes:
+        dtypes = [d for d in dtypes if d != torch.float16] or [torch.float32]
+    grads, weights = tensors(dtypes, scale=scale), tensors(dtypes, seed=1)
+    etas = [[None, 0.0, 0.5][i % 3] for i in range(len(grads))] if adaptive else None
+    truth = 0.0
+    for i, (g, w) in enumerate(zip(grads, weights, strict=True)):
+        t = w.double().abs() + etas[i] if etas and etas[i] is not None else 1.0
+        truth += np.longdouble(((t * g.double() / scale) ** 2).sum().item())
+    before = copies(weights)
+    norm = reference.norm(grads, weights, etas)
+    assert norm.dtype == torch.float64
+    assert norm.item() == pytest.approx(float(np.sqrt(truth)) * scale, rel=1e-13)
+    assert all(map(torch.equal, weights, before))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_non_finite_entries_are_found(dtype, bad):
+    grads = tensors([torch.float32, dtype])
+    assert reference.found_nonfinite(grads).item() == 0.0
+    before = copies(grads)
+    reference.found_nonfinite(grads)
+    assert all(map(torch.equal, grads, before))
+    grads[-1][3, 1] = bad
+    assert reference.found_nonfinite(grads).item() == 1.0
+    assert not torch.isfinite(reference.norm(grads))
+
+
+@pytest.mark.usefixtures("read_scalars")
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtypes", [[d] for d in DTYPES] + [DTYPES])
+def test_perturb_and_restore(dtypes, adaptive):
+    weights, grads = tensors(dtypes), tensors(dtypes, seed=1)
+    etas = [[None, 0.0, 0.5][i % 3] for i in range(len(grads))] if adaptive else None
+    rho = [[0.5, -0.25, 0.0][i % 3] for i in range(len(grads))]
+    before, addresses = copies(weights), [w.data_ptr() for w in weights]
+    norm = reference.norm(grads, weights, etas)
+    backup = Backup(weights)
+    for t in backup.tensors:
+        t.fill_(float("nan"))
+    reference.perturb_(weights, grads, backup, norm, rho, etas)
+    for i, (w, b, g) in enumerate(zip(weights, before, grads, strict=True)):
+        t = b.double().abs() + etas[i] if etas and etas[i] is not None else 1.0
+        truth = b.double() + rho[i] * t**2 * g.double() / (norm + 1e-12)
+        # one rounding of the sum, and one of each factor in the dtype of the arithmetic
+        exact = torch.finfo(w.dtype).eps / 2 * truth.abs()
+        arithmetic = 4 * torch.finfo(reference._wide(w.dtype)).eps * ((truth - b.double()).abs() + truth.abs())
+        assert ((w.double() - truth).abs() <= exact + arithmetic + torch.finfo(w.dtype).tiny).all()
+    assert all(map(torch.equal, backup.tensors, before))
+    reference.restore_(backup)
+    assert all(map(torch.equal, weights, before))
+    for w in weights:
+        w.fill_(3)
+    reference.restore_(backup)  # a second time does nothing
+    assert all((w == 3).all() for w in weights)
+    assert addresses == [w.data_ptr() for w in weights]
+
+
+@pytest.mark.usefixtures("read_scalars")
+@pytest.mark.parametrize("norm", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("adaptive", [None, 0.0])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_useless_norm_leaves_weights_alone(norm, adaptive, stochastic):
+    weights, grads = tensors(DTYPES), tensors(DTYPES, seed=1)
+    for g in grads:
+        g.fill_(0 if norm == 0 else norm)
+    before = copies(weights)
+    etas = [adaptive] * len(weights)
+    draw = Draw(0, 0, tuple(range(len(weights)))) if stochastic else None
+    reference.perturb_(
+        weights, grads, Backup(weights), torch.tensor(norm, dtype=torch.float64), [1.0] * len(weights), etas, draw
+    )
+    assert all(map(torch.equal, weights, before))
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e4, 3e-6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_goes_to_a_neighbour_with_the_right_probability(dtype, magnitude):
+    value = torch.tensor(magnitude * 1.2345, dtype=torch.float32)
+    weights = [torch.zeros(40_000, dtype=dtype)]
+    grads = [torch.full((40_000,), 1.0, dtype=dtype)]
+    rho = value.item() * 200.0
+    norm = torch.tensor(200.0, dtype=torch.float64)
+    reference.perturb_(weights, grads, Backup(weights), norm, [rho], None, Draw(1, 2, (3,)), e0=0.0)
+    nearest = value.to(dtype)
+    other = torch.nextafter(nearest, torch.tensor(float("inf") if nearest.float() < value else 0.0).to(dtype))
+    low, high = sorted((nearest.double().item(), other.double().item()))
+    assert set(weights[0].double().unique().tolist()) <= {low, high}
+    share = (weights[0].double() == high).double().mean().item()
+    expected = (value.double().item() - low) / (high - low)
+    assert share == pytest.approx(expected, abs=4 * (0.25 / 40_000) ** 0.5)
+
+
+def test_stochastic_rounding_keeps_what_is_representable():
+    for dtype in (torch.bfloat16, torch.float16):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        rounded = reference._round_stochastically(every.float(), every, torch.full((2**16,), 0xFFFF)).to(dtype)
+        assert torch.equal(rounded.view(torch.int16)[~every.isnan()], every.view(torch.int16)[~every.isnan()])
+        assert rounded[every.isnan()].isnan().all()
+
+
+def test_random_words_follow_memory_order():
+    flat = torch.zeros(2 * 3 * 4 * 5, dtype=torch.bfloat16)
+    contiguous, strided = flat.clone().view(2, 3, 4, 5), flat.clone().view(2, 4, 5, 3).permute(0, 3, 1, 2)
+    for w in (contiguous, strided):
+        norm = torch.tensor(1.0, dtype=torch.float64)
+        reference.perturb_([w], [torch.ones_like(w)], Backup([w]), norm, [1.001], None, Draw(0, 0, (0,)))
+    assert torch.equal(in_memory_order(contiguous), in_memory_order(strided))
+    assert not torch.equal(contiguous, strided)
+
+
+def sgd_by_hand(w, g, m, o):
+    g = (-g if o.maximize else g) + o.weight_decay * w
+    if o.momentum:
+        m = o.momentum * m + (1 - o.dampening) * g
+        g = g + o.momentum * m if o.nesterov else m
+    return w - o.lr * g, m
+
+
+@pytest.mark.parametrize("dtypes", [[d] for d in DTYPES] + [DTYPES])
+@pytest.mark.parametrize("skip", [None, False, True])
+@pytest.mark.parametrize("perturbed", [False, True])
+@pytest.mark.parametrize(
+    "o",
+    [
+        SGDOptions(0.1),
+        SGDOptions(0.1, 0.9, 0.0, 0.01, True, False),
+        SGDOptions(torch.tensor(0.1), 0.9, 0.3, 0.01, False, True),
+    ],
+)
+def test_restore_and_sgd_step(o, perturbed, skip, dtypes):
+    truth, grads, buffers = tensors(dtypes), tensors(dtypes, seed=1), tensors(dtypes, seed=2)
+    sources = copies(truth)
+    weights = copies(truth)
+    if perturbed:
+        for w in weights:
+            w.fill_(float("nan"))
+    before_m = copies(buffers)
+    scale = None if skip is None else torch.tensor(4.0)
+    found = None if skip is None else torch.tensor(float(skip))
+    given = [g * 4 if scale is not None else g for g in copies(grads)]
+    args = (weights, sources if perturbed else weights, given, buffers if o.momentum else [None] * len(weights))
+    reference.restore_sgd_step_(*args, [o] * len(weights), grad_scale=scale, found_inf=found)
+    for w, t, g, m, m0 in zip(weights, truth, grads, buffers, before_m, strict=True):
+        if skip:
+            assert torch.equal(w, t)
+            assert torch.equal(m, m0)
+            continue
+        wide = o._replace(lr=float(o.lr))
+        expected, expected_m = sgd_by_hand(t.double(), g.double(), m0.double(), wide)
+        eps = torch.finfo(w.dtype).eps
+        size = t.double().abs() + g.double().abs() + m0.double().abs()
+        assert ((w.double() - expected).abs() <= 2 * eps * size).all()
+        if o.momentum:
+            assert ((m.double() - expected_m).abs() <= 2 * eps * size).all()
+    if scale is not None and not skip:
+        assert all(((a - b).double().abs() <= torch.finfo(a.dtype).eps * b.double().abs()).all()
+                   for a, b in zip(given, grads, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", [[d] for d in DTYPES] + [DTYPES])
+@pytest.mark.parametrize("skip", [None, False, True])
+@pytest.mark.parametrize("o", [
+    AdamOptions(0.01),
+    AdamOptions(0.01, weight_decay=0.1, decoupled=True, maximize=True),
+    AdamOptions(torch.tensor(0.01), weight_decay=0.1, amsgrad=True),
+])  # fmt: skip
+def test_restore_and_adam_step(o, skip, dtypes):
+    truth, grads, m = tensors(dtypes), tensors(dtypes, seed=1), tensors(dtypes, seed=2)
+    v = [t.abs() for t in tensors(dtypes, seed=3)]
+    sources, weights = copies(truth), copies(truth)
+    for w in weights:
+        w.fill_(float("nan"))
+    m0, v0 = copies(m), copies(v)
+    largest = copies(v) if o.amsgrad else [None] * len(v)
+    steps = [torch.tensor(3.0) for _ in weights]
+    found = None if skip is None else torch.tensor(float(skip))
+    reference.restore_adam_step_(weights, sources, grads, m, v, largest, steps, [o] * len(weights), found_inf=found)
+    assert all(s.item() == (3 if skip else 4) for s in steps)
+    for i, (w, t) in enumerate(zip(weights, truth, strict=True)):
+        if skip:
+            assert torch.equal(w, t)
+            assert torch.equal(m[i], m0[i])
+            continue
+        lr, x = float(o.lr), t.double()
+        g = -grads[i].double() if o.maximize else grads[i].double()
+        if o.decoupled:
+            x = x * (1 - lr * o.weight_decay)
+        else:
+            g = g + o.weight_decay * x
+        m1 = o.beta1 * m0[i].double() + (1 - o.beta1) * g
+        v1 = o.beta2 * v0[i].double() + (1 - o.beta2) * g**2
+        peak = torch.maximum(v0[i].double(), v1) if o.amsgrad else v1
+        update = lr * (m1 / (1 - o.beta1**4)) / ((peak / (1 - o.beta2**4)).sqrt() + o.eps)
+        eps = torch.finfo(w.dtype).eps
+        size = x.abs() + update.abs() + (lr * m0[i].double() / peak.sqrt().clamp_min(1e-30)).abs()
+        assert ((w.double() - (x - update)).abs() <= 8 * eps * size + 1e-9).all(), (w.dtype, i)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dense"),
+    [
+        (torch.zeros(3, 4), True),
+        (torch.zeros(3, 4).t(), True),
+        (torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), True),
+        (torch.zeros(()), True),
+        (torch.zeros(0), True),
+        (torch.zeros(1, 5)[:, 2:], True),
+        (torch.zeros(3, 4)[:, ::2], False),
+        (torch.zeros(3, 1).expand(3, 4), False),
+        (torch.zeros(4, 4)[:2, :2], False),
+    ],
+)
+def test_what_is_dense(tensor, dense):
+    assert is_dense(tensor) is dense
+    assert same_layout([tensor, torch.empty_strided(tensor.shape, tensor.stride())]) in (True, dense)
