@@ -170,10 +170,10 @@ class Pass(ExitStack):
     ) -> None:
         super().__init__()
         self._run, self._check, self._begin, self._end = run, check, enter, leave
-        self._left = False
 
     def __enter__(self) -> "Pass":
         self._check()
+        self._left = False
         try:
             self._begin()
             self.push(self._finish)

@@ -118,11 +118,7 @@ class WrappedOptimizer(Optimizer):
             group.setdefault(key, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; knobs that it does not name take the constructor's values.
-
-        Raises:
-            ValueError: a bad knob, or a parameter that is there already.
-        """
+        """Add a group to the base optimizer, with the knobs and counters it lacks."""
         params = param_group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
@@ -134,7 +130,7 @@ class WrappedOptimizer(Optimizer):
     # checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state dict; a plain base optimizer of the same class loads it."""
+        """Return the base optimizer's state dict."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base_optimizer.state_dict()
@@ -143,10 +139,7 @@ class WrappedOptimizer(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class, of the plain base optimizer, or of davda54's SAM around such a base.
-
-        Knobs that the dict lacks keep the values they have here.
-        """
+        """Load a state dict into the base optimizer; see `_before_load` for what it may lack or hold."""
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
