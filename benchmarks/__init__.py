@@ -1,0 +1,1 @@
+"""Benchmarks of fastsam; not part of the installed package."""

@@ -1,0 +1,31 @@
+"""What users would otherwise run: SAM in the eager style of github.com/davda54/sam, rewritten as a baseline.
+
+One small operation per tensor for the norm, the copy, the perturbation and the swap of storages.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class EagerSAM:
+    """The optimizer-side work of a davda54-style SAM around `base`."""
+
+    def __init__(self, params: Sequence[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        self.params, self.base, self.rho = params, base, rho
+        self.old: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        norm = torch.norm(torch.stack([(1.0 * p.grad).norm(p=2) for p in self.params]), p=2)
+        scale = self.rho / (norm + 1e-12)
+        for p in self.params:
+            self.old[p] = p.data.clone()
+            p.add_(1.0 * p.grad * scale)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in self.params:
+            p.data = self.old[p]
+        self.base.step()

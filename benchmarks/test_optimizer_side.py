@@ -1,0 +1,49 @@
+"""Optimizer-side work of one step on the CPU: everything but forward and backward, over real parameter lists."""
+
+import pytest
+import torch
+
+from benchmarks.eager_sam import EagerSAM
+from benchmarks.parameter_lists import LISTS
+from fastsam import SAM
+
+BASES = {
+    "sgd": (torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-4}),
+}
+
+
+def parameters(name):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.05) for shape in LISTS[name]()]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator) * 1e-3
+    return params
+
+
+def steps(params, kind, base):
+    cls, kwargs = BASES[base]
+    plain = cls(params, **kwargs)
+    if kind == "base":
+        return plain.step
+    if kind == "eager sam":
+        eager = EagerSAM(params, plain)
+        return lambda: (eager.first_step(), eager.second_step())
+    opt = SAM.wrap(plain)
+
+    def step():
+        params[0].grad.add_(0)  # a fresh gradient, as a backward would leave
+        opt.first_step()
+        opt.second_step()
+
+    return step
+
+
+@pytest.mark.parametrize("kind", ["base", "eager sam", "fastsam"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", ["resnet18", "vit_s16"])
+def test_optimizer_side(benchmark, name, base, kind):
+    benchmark.group = f"{name}, {base}"
+    step = steps(parameters(name), kind, base)
+    step()
+    benchmark.pedantic(step, rounds=15, iterations=1, warmup_rounds=2)
