@@ -34,7 +34,7 @@ class Interrupt:
         self.seen += 1
         if self.seen == self.n:
             sys.setprofile(None)
-            raise KeyboardInterrupt(f"{event} at {frame.f_code.co_qualname}:{frame.f_lineno}")
+            raise KeyboardInterrupt(f"{event} at {frame.f_code.co_name}:{frame.f_lineno}")
 
     def __enter__(self):
         sys.setprofile(self._profile)
