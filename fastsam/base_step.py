@@ -13,7 +13,12 @@ from fastsam.kernels.tensor_list import Backup
 
 @torch.no_grad()
 def update(
-    base: Optimizer, backup: Backup, grad_scale: Tensor | None, found_inf: Tensor | None, check_finite: bool
+    base: Optimizer,
+    backup: Backup,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    check_finite: bool,
+    skip: Tensor | None = None,
 ) -> Tensor | None:
     """Restore the weights, then take the base's step with the gradients in p.grad, unless these are not finite.
 
@@ -23,6 +28,7 @@ def update(
         grad_scale: 0-dim tensor that the gradients are divided by, in place; None where they are unscaled.
         found_inf: 0-dim tensor, not 0 where a GradScaler has found inf or NaN; None where nobody has looked.
         check_finite: look, where nobody has.
+        skip: 0-dim bool tensor, true where the step is to be skipped anyway.
 
     Returns:
         0-dim tensor that is not 0 if the step was skipped; None if nobody has looked.
@@ -30,6 +36,9 @@ def update(
     grads = [p.grad for group in base.param_groups for p in group["params"] if p.grad is not None]
     if found_inf is None and check_finite and grads:
         found_inf = dispatch.pick(grads).found_nonfinite([_entries(g) for g in grads])
+    if skip is not None and grads:
+        also = skip.to(grads[0].device, torch.float32)
+        found_inf = also if found_inf is None else found_inf + also.to(found_inf.device)
     if is_fusable(base):
         restore_and_step(base, backup, grad_scale, found_inf)
         return found_inf

@@ -38,14 +38,37 @@ def batch_size(batch: tuple[Any, ...]) -> int:
     return sizes[0]
 
 
-def check_losses(losses: Any, n: int) -> Tensor:
-    """Return `losses` if it is a tensor of n per-sample losses with a gradient, else raise what is wrong with it."""
+def take_rows(batch: Any, rows: Tensor) -> Any:
+    """Return a nested batch of the same structure with the rows at these indices; all else passes through.
+
+    Args:
+        batch: tensors, or nested dicts, lists and tuples of them, of one leading size.
+        rows: int64 indices of shape [k], on any device.
+    """
+    if isinstance(batch, Tensor):
+        return batch.index_select(0, rows.to(batch.device)) if batch.dim() > 0 else batch
+    if isinstance(batch, Mapping):
+        return type(batch)({key: take_rows(value, rows) for key, value in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(take_rows(value, rows) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(take_rows(value, rows) for value in batch)
+    return batch
+
+
+def check_losses(losses: Any, n: int, needs_grad: bool = True) -> Tensor:
+    """Return `losses` if it is a tensor of n per-sample losses with a gradient, else raise what is wrong with it.
+
+    Raises:
+        TypeError: `losses` is something else than n losses.
+        RuntimeError: `losses` has no gradient, but `needs_grad`.
+    """
     remedy = f"it must return per-sample losses of shape [{n}] without calling backward, e.g. with reduction='none'"
     if not isinstance(losses, torch.Tensor):
         raise TypeError(f"the loss function returned {type(losses).__name__}; {remedy}")
     if losses.shape != (n,):
         what = "a scalar" if losses.dim() == 0 else f"a tensor of shape {list(losses.shape)}"
         raise TypeError(f"the loss function returned {what}; {remedy}")
-    if not losses.requires_grad:
+    if needs_grad and not losses.requires_grad:
         raise RuntimeError("the losses have no gradient; compute them from the model outside torch.no_grad()")
     return losses

@@ -16,6 +16,10 @@ class RunningStatistics:
         self.layers = [m for m in model.modules() if isinstance(m, _NormBase)] if model is not None else []
         self._saved: list[tuple[Tensor, Tensor]] = []
 
+    def any_training(self) -> bool:
+        """Whether a layer normalises by the statistics of its batch, which takes two rows."""
+        return any(layer.training or layer.running_mean is None for layer in self.layers)
+
     @torch.no_grad()
     def save(self) -> None:
         """Copy the statistics of every layer that would update them now."""

@@ -41,6 +41,7 @@ class Run:
         self.params: list[Tensor] = []
         self.aside: list[Tensor | None] | None = None
         self.ascent_grads: list[Tensor | None] = []
+        self.frozen: list[Tensor] = []
         self.backup = Backup([])
         self.statistics = RunningStatistics(model)
         self.first_draws: RandomState | None = None
@@ -73,8 +74,21 @@ class Run:
         self.stage = Stage.ASCENT
         clear(self.params)
 
+    def freeze(self, params: Sequence[Tensor]) -> None:
+        """Switch off requires_grad until the ascent is left, so that no work goes into these gradients."""
+        self.frozen = [p for p in params if p.requires_grad]
+        for p in self.frozen:
+            p.requires_grad_(False)
+
+    def unfreeze(self) -> None:
+        """Undo `freeze`. Idempotent."""
+        for p in self.frozen:
+            p.requires_grad_(True)
+        self.frozen = []
+
     def leave_ascent(self) -> None:
         """Keep the ascent gradient and put p.grad back."""
+        self.unfreeze()
         self.ascent_grads = take(self.params)
         put(self.params, self.aside or [])
         self.aside = None
@@ -88,6 +102,16 @@ class Run:
         if self.first_draws is not None:
             self.later_draws = RandomState({p.device for p in self.params})
             self.first_draws.set()
+
+    def replay_draws(self) -> None:
+        """Rewind the random draws once more, for another forward in the second pass."""
+        if self.first_draws is not None:
+            self.first_draws.set()
+
+    def use_ascent_gradient(self) -> None:
+        """Let the ascent gradient be the step's: nothing was perturbed, so a second pass would only repeat it."""
+        put(self.params, self.ascent_grads)
+        self.leave_descent()
 
     def leave_descent(self) -> None:
         """Wipe the second pass's traces; the weights stay perturbed until they are restored."""
@@ -105,6 +129,12 @@ class Run:
         if set_to_none and self.aside is not None:
             self.aside = [None] * len(self.aside)
 
+    def backup_of(self, weights: list[Tensor]) -> Backup:
+        """Return scratch for copies of these weights: the last step's, if it fits."""
+        if not self.backup.fits(weights):
+            self.backup = Backup(weights)
+        return self.backup
+
     def restore(self) -> None:
         """Bring the weights back, bit for bit. Idempotent."""
         if self.backup.valid:
@@ -118,6 +148,7 @@ class Run:
     def abort(self) -> None:
         """Put everything back as it was before the pass, whatever has happened in it. Idempotent."""
         self.restore()
+        self.unfreeze()
         self.leave_descent()
         if self.aside is not None:
             put(self.params, self.aside)

@@ -45,7 +45,7 @@ class PassOptimizer(WrappedOptimizer):
 
     @property
     def last_grad_norm(self) -> Tensor | None:
-        """Norm of the last ascent gradient: a 0-dim tensor on its device; None before the first step."""
+        """Norm of the last ascent gradient: a 0-dim tensor on its device; None if nothing was perturbed."""
         return self._run.last_grad_norm
 
     def _params(self) -> list[Tensor]:
@@ -63,9 +63,15 @@ class PassOptimizer(WrappedOptimizer):
         Raises:
             RuntimeError: inside another pass, or the last ascent has not been used by a descent.
         """
+        self._check_form("ascent()")
         check = partial(self._run.require, "ascent()", Stage.IDLE)
-        enter = partial(self._run.enter_ascent, self.param_groups, self.same_rng)
-        return Pass(self._run, check, enter, self._run.leave_ascent)
+        return Pass(self._run, check, self._enter_ascent, self._run.leave_ascent)
+
+    def _enter_ascent(self) -> None:
+        self._run.enter_ascent(self.param_groups, self.same_rng)
+
+    def _check_form(self, call: str) -> None:
+        """Raise RuntimeError if the method cannot take its step in this form. Methods override it."""
 
     def descent(self) -> Pass:
         """Context for the second pass, at perturbed weights: its backward passes add to p.grad.
@@ -100,6 +106,7 @@ class PassOptimizer(WrappedOptimizer):
             RuntimeError: a pass is under way, or no backward has run since the last step.
         """
         run = self._run
+        self._check_form("first_step()")
         run.require("first_step()", Stage.IDLE)
         if run.consumed.covers(self.param_groups):
             raise RuntimeError("first_step() needs fresh gradients; call backward() first")

@@ -11,7 +11,8 @@ With adaptive=True it is ASAM (Kwon et al. 2021, https://arxiv.org/abs/2102.1160
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -65,6 +66,9 @@ class SAM(TwoPassOptimizer):
             loss = opt.step(losses, x, y)
     """
 
+    _own_knobs: Mapping[str, Any] = MappingProxyType({})
+    """What a method that builds on this one adds to the knobs, set before its constructor calls ours."""
+
     def __init__(
         self,
         params: Iterable,
@@ -82,7 +86,7 @@ class SAM(TwoPassOptimizer):
         super().__init__(
             params,
             base_optimizer,
-            {"rho": rho, "adaptive": adaptive, "perturb": True},
+            {"rho": rho, "adaptive": adaptive, "perturb": True, **self._own_knobs},
             model=model,
             same_rng=same_rng,
             stochastic_rounding=stochastic_rounding,
@@ -110,15 +114,28 @@ class SAM(TwoPassOptimizer):
             raise TypeError(f"perturb must be True or False, got {knobs['perturb']!r}")
 
     def _perturb(self, ascended: Ascended) -> Tensor:
-        kernels = dispatch.pick(ascended.weights)
-        adaptive = self._adaptive(ascended)
-        norm = kernels.norm(ascended.grads, ascended.weights, adaptive)
-        radii = [self.knob(group, "rho") for group in ascended.groups]
-        rho = [-r if group.get("maximize") else r for r, group in zip(radii, ascended.groups, strict=True)]
-        draw = Draw(ascended.seed, ascended.step, ascended.indices) if self.stochastic_rounding else None
-        e0 = OFFICIAL_E0 if self._is_official() else E0
-        kernels.perturb_(ascended.weights, ascended.grads, ascended.backup, norm, rho, adaptive, draw, e0)
+        norm = self._norm(ascended)
+        self._move(ascended, norm)
         return norm
+
+    def _norm(self, ascended: Ascended) -> Tensor:
+        kernels = dispatch.pick(ascended.weights)
+        return kernels.norm(ascended.grads, ascended.weights, self._adaptive(ascended))
+
+    def _move(self, ascended: Ascended, norm: Tensor) -> None:
+        backup = self._run.backup_of(ascended.weights)
+        adaptive, draw = self._adaptive(ascended), self._draw(ascended)
+        e0 = OFFICIAL_E0 if self._is_official() else E0
+        kernels = dispatch.pick(ascended.weights)
+        kernels.perturb_(ascended.weights, ascended.grads, backup, norm, self._radii(ascended), adaptive, draw, e0)
+
+    def _radii(self, ascended: Ascended) -> list[float]:
+        """Rho of each tensor; negative where the objective is maximized."""
+        radii = [self.knob(group, "rho") for group in ascended.groups]
+        return [-r if group.get("maximize") else r for r, group in zip(radii, ascended.groups, strict=True)]
+
+    def _draw(self, ascended: Ascended) -> Draw | None:
+        return Draw(ascended.seed, ascended.step, ascended.indices) if self.stochastic_rounding else None
 
     def _is_official(self) -> bool:
         return any(self.knob(group, "adaptive") == "official" for group in self.param_groups)

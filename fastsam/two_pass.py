@@ -8,7 +8,7 @@ w, bit for bit                base step with d
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from fastsam.base_step import update
 from fastsam.batch import batch_size, check_losses
 from fastsam.gradients import clear, refuse_fresh
-from fastsam.kernels.tensor_list import Backup
 from fastsam.passes import Stage
 from fastsam.protocols import PassOptimizer
 from fastsam.wrapping import SEED, STEP
@@ -28,16 +27,20 @@ from fastsam.wrapping import SEED, STEP
 class Ascended:
     """The tensors to perturb, those of groups with perturb=True that got an ascent gradient, in parallel lists.
 
-    `indices` count all tensors in group order; `step` and `seed` address random numbers; `backup` is for the weights.
+    `indices` count all tensors in group order; `step` and `seed` address random numbers.
     """
 
     weights: list[Tensor]
     grads: list[Tensor]
     groups: list[dict[str, Any]]
     indices: tuple[int, ...]
-    backup: Backup
     step: int
     seed: int
+
+    def take(self, rows: list[int]) -> "Ascended":
+        """Return the tensors at these positions of the lists alone."""
+        weights, grads, groups = ([part[i] for i in rows] for part in (self.weights, self.grads, self.groups))
+        return replace(self, weights=weights, grads=grads, groups=groups, indices=tuple(self.indices[i] for i in rows))
 
 
 class TwoPassOptimizer(PassOptimizer):
@@ -84,6 +87,18 @@ class TwoPassOptimizer(PassOptimizer):
     def _perturb(self, ascended: Ascended) -> Tensor:
         """Perturb the weights in place and return the gradient norm."""
 
+    def _chosen(self) -> list[bool]:
+        """For each parameter in group order whether it is to be perturbed."""
+        return [self.knob(group, "perturb") for group in self.param_groups for _ in group["params"]]
+
+    def _skip_for(self) -> Tensor | None:
+        """A 0-dim bool tensor that is true if the step is to be skipped for the method's own reasons."""
+        return None
+
+    def _perturbs_nothing(self) -> bool:
+        """Whether it is known before the second pass that it would repeat the first."""
+        return False
+
     def step(
         self,
         closure: Callable[..., Any] | None = None,
@@ -128,10 +143,9 @@ class TwoPassOptimizer(PassOptimizer):
                 with torch.enable_grad():
                     loss = closure()
             elif not batch:
-                loss = self._two_passes(closure)
+                loss = self._two_passes(closure, closure)
             else:
-                n = batch_size(batch)
-                loss = self._two_passes(lambda: self._backward(closure, batch, n, scaler))
+                loss = self._two_passes_on_batch(closure, batch, scaler)
                 if scaler is not None or clip_grad_norm is not None:
                     return self._unscale_and_update(loss, scaler, clip_grad_norm)
             self._update(None, None)
@@ -151,6 +165,8 @@ class TwoPassOptimizer(PassOptimizer):
             run.require("step()", Stage.IDLE)
         if closure is not None and not callable(closure):
             raise TypeError(f"step() takes a loss function or closure first, got {type(closure).__name__}")
+        if closure is not None and not batch:
+            self._check_form("step(closure)")
         if not batch and (scaler is not None or clip_grad_norm is not None):
             raise TypeError("scaler= and clip_grad_norm= go with step(loss_fn, *batch) alone")
         if clip_grad_norm is not None and not clip_grad_norm > 0:
@@ -167,27 +183,54 @@ class TwoPassOptimizer(PassOptimizer):
         elif closure is None and not run.pairs and not run.in_second_step:
             self._warn_about_base_step()
 
-    def _two_passes(self, run_pass: Callable[[], Any]) -> Any:
+    def _two_passes(self, first_pass: Callable[[], Any], second_pass: Callable[[], Any]) -> Any:
         """Run both passes from a clean p.grad; the weights stay perturbed for the update to restore."""
         run = self._run
         run.pairs, run.failed = 0, False
         clear(self._params())
-        run.enter_ascent(self.param_groups, self.same_rng)
+        self._enter_ascent()
         with torch.enable_grad():
-            first = run_pass()
+            first = first_pass()
         run.leave_ascent()
         if isinstance(first, Tensor) and first.requires_grad and all(g is None for g in run.ascent_grads):
             raise RuntimeError("the closure returned a loss, but no parameter has a gradient; call backward() in it")
+        if self._perturbs_nothing():
+            run.use_ascent_gradient()
+            run.last_grad_norm = None
+            self._count_step()
+            return first
         run.enter_descent(self._perturb_params)
         with torch.enable_grad():
-            run_pass()
+            second_pass()
         run.leave_descent()
         return first
 
-    def _backward(self, loss_fn: Callable, batch: tuple, n: int, scaler: Any) -> Tensor:
-        loss = check_losses(loss_fn(*batch), n).mean()
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        return loss.detach()
+    def _two_passes_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any) -> Tensor:
+        n = batch_size(batch)
+        kept: list[Tensor] = []
+
+        def backward(losses: Tensor) -> None:
+            loss = losses.mean()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+
+        def first_pass() -> Tensor:
+            losses = check_losses(loss_fn(*batch), n)
+            backward(losses)
+            kept.append(losses.detach())
+            return kept[0].mean()
+
+        return self._two_passes(first_pass, lambda: self._second_pass(loss_fn, batch, kept[0], backward))
+
+    def _second_pass(self, loss_fn: Callable, batch: tuple, first: Tensor, backward: Callable[[Tensor], None]) -> None:
+        """Run the second pass: by default on the whole batch. Methods override it.
+
+        Args:
+            loss_fn: the user's loss function.
+            batch: its arguments.
+            first: the first pass's losses, shape [n], detached.
+            backward: takes per-sample losses and runs backward from their mean.
+        """
+        backward(check_losses(loss_fn(*batch), len(first)))
 
     def _unscale_and_update(self, loss: Tensor, scaler: Any, clip_grad_norm: float | None) -> Tensor:
         if scaler is not None and clip_grad_norm is not None:
@@ -204,23 +247,25 @@ class TwoPassOptimizer(PassOptimizer):
     def _perturb_params(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         run = self._run
         groups = [group for group in self.param_groups for _ in group["params"]]
-        chosen = [i for i, g in enumerate(grads) if g is not None and self.knob(groups[i], "perturb")]
+        chosen = [i for i, wanted in enumerate(self._chosen()) if wanted and grads[i] is not None]
         if not chosen:
+            run.last_grad_norm = None
+            self._count_step()
             return
-        weights = [_as_real(params[i]) for i in chosen]
-        if not run.backup.fits(weights):
-            run.backup = Backup(weights)
         run.last_grad_norm = self._perturb(
             Ascended(
-                weights,
+                [_as_real(params[i]) for i in chosen],
                 [_as_real(_as_dense(g)) for i in chosen if (g := grads[i]) is not None],
                 [groups[i] for i in chosen],
                 tuple(chosen),
-                run.backup,
                 step=self.param_groups[0][STEP],
                 seed=self.param_groups[0][SEED],
             )
         )
+        self._count_step()
+
+    def _count_step(self) -> None:
+        """Move on to the next step's random numbers."""
         next_step = self.param_groups[0][STEP] + 1
         for group in self.param_groups:
             group[STEP] = next_step
@@ -228,7 +273,7 @@ class TwoPassOptimizer(PassOptimizer):
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore the weights and take the base optimizer's step, unless the final gradient is not finite."""
         run = self._run
-        found_inf = update(self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite)
+        found_inf = update(self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite, self._skip_for())
         if found_inf is not None:
             run.skipped += (found_inf != 0).to(run.skipped.device)
         run.consumed.set(self.param_groups)

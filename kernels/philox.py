@@ -9,6 +9,8 @@ Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 A word depends on its position alone, so draws do not change with block size, backend or sharding.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,11 +22,22 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 class Draw(NamedTuple):
-    """Which random numbers a launch uses: `seed`, `step`, and one tensor index for every tensor of its list."""
+    """Which random numbers a launch uses, and what for.
+
+    `seed`, `step` and one tensor index for every tensor of its list address them. `rounding` rounds 16-bit weights
+    stochastically; `keep`, for every tensor the probability of keeping an element, masks the others out.
+    """
 
     seed: int
     step: int
     indices: tuple[int, ...]
+    rounding: bool = True
+    keep: tuple[float, ...] | None = None
+
+    def take(self, rows: Sequence[int]) -> "Draw":
+        """Return the draw for the tensors at these positions of the list alone."""
+        keep = None if self.keep is None else tuple(self.keep[i] for i in rows)
+        return self._replace(indices=tuple(self.indices[i] for i in rows), keep=keep)
 
 
 def _multiply(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,12 +60,27 @@ def words(n_elements: int, tensor_index: int, step: int, seed: int, *, device: t
         int64 tensor of shape [n_elements] with values in [0, 2^32).
     """
     quads = torch.arange((n_elements + 3) // 4, device=device)
-    c0, c1 = quads & _MASK, torch.full_like(quads, tensor_index & _MASK)
-    c2, c3 = torch.full_like(quads, step & _MASK), quads >> 32
+    index = torch.full_like(quads, tensor_index & _MASK)
+    return torch.stack(_rounds(quads, index, step, seed), dim=1).reshape(-1)[:n_elements]
+
+
+def first_words(n_tensors: int, step: int, seed: int) -> Tensor:
+    """Return the random word of element 0 of each of the tensors 0 to `n_tensors` - 1: int64, on the CPU."""
+    indices = torch.arange(n_tensors)
+    return _rounds(torch.zeros_like(indices), indices, step, seed)[0]
+
+
+def threshold(keep: float) -> int:
+    """Words below this number keep their element with probability `keep`; all words do for 1."""
+    return math.floor(keep * 2**32) if keep < 1 else 2**32
+
+
+def _rounds(quads: Tensor, indices: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c0, c1, c2, c3 = quads & _MASK, indices, torch.full_like(quads, step & _MASK), quads >> 32
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return torch.stack((c0, c1, c2, c3), dim=1).reshape(-1)[:n_elements]
+    return c0, c1, c2, c3

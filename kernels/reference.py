@@ -58,23 +58,29 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def norm(
-    grads: Sequence[Tensor], weights: Sequence[Tensor] = (), adaptive: Sequence[float | None] | None = None
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor] = (),
+    adaptive: Sequence[float | None] | None = None,
+    draw: Draw | None = None,
 ) -> Tensor:
-    """Return ||T g||_2 over all tensors, T = 1 or |w| + eta (SAM Eq. 2 with p = 2; ASAM Eq. 4).
+    """Return ||m T g||_2 over all tensors, T = 1 or |w| + eta (SAM Eq. 2 with p = 2; ASAM Eq. 4; ESAM's mask m).
 
     Args:
         grads: floating-point tensors of any shapes, dtypes and devices; at least one.
         weights: tensors of the same shapes; needed only with `adaptive`.
         adaptive: for each tensor eta of T = |w| + eta, or None for T = 1; None altogether means T = 1.
+        draw: random numbers of the mask, if it has `keep`; None means m = 1.
 
     Returns:
         0-dim float64 tensor on the first tensor's device. Squares are summed in float64, so entries from 1e-20 to
         1e20 neither overflow nor vanish; a non-finite entry gives a non-finite norm.
     """
     measured = list(grads)
-    for i, eta in enumerate(adaptive or ()):
+    for i, eta in enumerate(adaptive or [None] * len(grads)):
         if eta is not None:
             measured[i] = weights[i].double().abs().add_(eta).mul_(grads[i])
+        if draw is not None and draw.keep is not None:
+            measured[i] = torch.where(_mask(draw, i, grads[i]), measured[i], 0)
     parts: list[Tensor] = []
     for rows in buckets(_place(g) for g in measured):
         norms = torch._foreach_norm([measured[i] for i in rows], 2, dtype=torch.float64)
@@ -113,9 +119,9 @@ def perturb_(
     draw: Draw | None = None,
     e0: float = E0,
 ) -> None:
-    """Save `weights` into `backup` and add eps = rho T^2 g / (norm + e0) to them, T = 1 or |w| + eta.
+    """Save `weights` into `backup` and add eps = rho m T^2 g / (norm + e0) to them, T = 1 or |w| + eta.
 
-    SAM Eq. 2 with p = 2; ASAM Eq. 7. A norm that is zero, inf or NaN gives eps = 0.
+    SAM Eq. 2 with p = 2; ASAM Eq. 7; ESAM Eq. 5 with its mask m and rho / beta for rho. A norm that is zero, inf or NaN gives eps = 0.
 
     Args:
         weights: tensors to perturb in place; the storage stays where it is.
@@ -124,7 +130,8 @@ def perturb_(
         norm: 0-dim tensor, ||T g||_2 over all tensors.
         rho: for each tensor its radius; a negative one perturbs downhill (maximize).
         adaptive: for each tensor eta of T = |w| + eta, or None for T = 1; None altogether means T = 1.
-        draw: random numbers for rounding the sum stochastically to 16-bit weights; None rounds to nearest.
+        draw: random numbers of the mask, and for rounding the sum stochastically to 16-bit weights; None means m = 1
+            and rounding to nearest.
         e0: added to the norm.
     """
     torch._foreach_copy_(backup.tensors, list(weights))
@@ -134,7 +141,8 @@ def perturb_(
     def is_plain(i: int) -> bool:
         # foreach on the CPU would round the scale to a 16-bit dtype
         wide = weights[i].dtype not in (torch.float16, torch.bfloat16)
-        return wide and (adaptive is None or adaptive[i] is None) and _reads_scalars(weights[i].device)
+        unmasked = draw is None or draw.keep is None
+        return wide and unmasked and (adaptive is None or adaptive[i] is None) and _reads_scalars(weights[i].device)
 
     keys = ((*_place(w), g.dtype, r, is_plain(i)) for i, (w, g, r) in enumerate(zip(weights, grads, rho, strict=True)))
     for rows in buckets(keys):
@@ -164,26 +172,38 @@ def _perturb_one(
     if eta is not None:
         t = w.abs().add_(eta)
         eps = eps * t * t
+    if draw is not None and draw.keep is not None:
+        eps = torch.where(_mask(draw, position, weight), eps, 0)
     moved = w + eps
-    if draw is not None and weight.dtype in (torch.float16, torch.bfloat16):
-        words = philox.words(weight.numel(), draw.indices[position], draw.step, draw.seed, device=weight.device)
-        moved = _round_stochastically(moved, weight, words)
+    if draw is not None and draw.rounding and weight.dtype in (torch.float16, torch.bfloat16):
+        moved = _round_stochastically(moved, weight.dtype, _words(draw, position, weight))
     weight.copy_(moved)
 
 
-def _round_stochastically(values: Tensor, like: Tensor, words: Tensor) -> Tensor:
-    """Round float32 `values` to a neighbour of `like`'s 16-bit dtype, up with the probability of the part cut off.
+def _words(draw: Draw, position: int, like: Tensor) -> Tensor:
+    """The random words of one tensor, int64 in its shape, counted in its memory order."""
+    words = philox.words(like.numel(), draw.indices[position], draw.step, draw.seed, device=like.device)
+    placed = torch.empty_like(like, dtype=torch.int64)
+    if is_dense(placed):
+        in_memory_order(placed).copy_(words)
+        return placed
+    return words.view(like.shape)
 
-    The low 16 bits of the random word decide, so that its high bits stay free for a Bernoulli mask. Words are counted
-    in `like`'s memory order. Values the dtype can represent, inf and NaN among them, stay as they are.
+
+def _mask(draw: Draw, position: int, like: Tensor) -> Tensor:
+    keep = 1.0 if draw.keep is None else draw.keep[position]
+    return _words(draw, position, like) < philox.threshold(keep)
+
+
+def _round_stochastically(values: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
+    """Round float32 `values` to a neighbour in a 16-bit dtype, up with the probability of the part cut off.
+
+    The low 16 bits of the random word decide, so that its high bits stay free for a Bernoulli mask. Values the dtype
+    can represent, inf and NaN among them, stay as they are.
     """
-    noise = torch.empty_like(like, dtype=torch.int32)
-    if is_dense(noise):
-        in_memory_order(noise).copy_(words & 0xFFFF)
-    else:
-        noise.copy_((words & 0xFFFF).view(like.shape))
+    noise = (words & 0xFFFF).int()
     bits = values.view(torch.int32)
-    if like.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         rounded = ((bits + noise) & -0x10000).view(torch.float32)
     else:
         rounded = ((bits + (noise & 0x1FFF)) & -0x2000).view(torch.float32)
@@ -202,7 +222,9 @@ def restore_(backup: Backup) -> None:
         backup: as `perturb_` left it; invalid afterwards.
     """
     if backup.valid:
-        torch._foreach_copy_(*backup.waiting())
+        weights, copies = backup.waiting()
+        if weights:
+            torch._foreach_copy_(weights, copies)
         backup.release()
 
 
@@ -337,3 +359,48 @@ class _Dense:
             for original, tensor in zip(originals, tensors, strict=True):
                 if original is not tensor:
                     original.copy_(tensor)
+
+
+_LOSSES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_selection(after: Tensor, before: Tensor, k: int) -> None:
+    """Raise ValueError unless `select_largest_increase` is defined for these arguments. Reads no loss."""
+    if after.dim() != 1 or after.shape != before.shape:
+        raise ValueError(
+            f"losses must be two vectors of one length, got shapes {tuple(after.shape)} and {tuple(before.shape)}"
+        )
+    if after.dtype not in _LOSSES or after.dtype != before.dtype:
+        raise ValueError(
+            "losses must both be float64, float32, float16 or bfloat16, the same one, "
+            f"got {after.dtype} and {before.dtype}; convert them"
+        )
+    if after.device != before.device:
+        raise ValueError(f"losses must be on one device, got {after.device} and {before.device}")
+    if not isinstance(k, int) or not 1 <= k <= len(after):
+        raise ValueError(f"k must be an integer from 1 to the number of losses, {len(after)}, got {k!r}")
+
+
+@torch.no_grad()
+def select_largest_increase(after: Tensor, before: Tensor, k: int) -> Tensor:
+    """Return the rows of the k largest after - before, ascending (ESAM's B+, Eq. 6).
+
+    Among equal differences the lower row goes first; a NaN comes after every number. Any number of rows will do.
+
+    Args:
+        after: per-sample losses, a vector of float64, float32, float16 or bfloat16; 16-bit differences are float32.
+        before: as `after`, in its dtype and on its device.
+        k: how many rows, at least 1 and at most all.
+
+    Returns:
+        int64 vector of length k.
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ, or k is out of range.
+    """
+    check_selection(after, before, k)
+    wide = _wide(after.dtype)
+    fall = before.to(wide) - after.to(wide)
+    # a device may sort by bits: one kind of zero, one kind of NaN, and that the largest
+    fall = torch.where(fall == 0, 0.0, torch.where(fall.isnan(), torch.nan, fall))
+    return torch.argsort(fall, stable=True)[:k].sort().values

@@ -163,7 +163,7 @@ def test_stochastic_rounding_goes_to_a_neighbour_with_the_right_probability(dtyp
 def test_stochastic_rounding_keeps_what_is_representable():
     for dtype in (torch.bfloat16, torch.float16):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-        rounded = reference._round_stochastically(every.float(), every, torch.full((2**16,), 0xFFFF)).to(dtype)
+        rounded = reference._round_stochastically(every.float(), dtype, torch.full((2**16,), 0xFFFF)).to(dtype)
         assert torch.equal(rounded.view(torch.int16)[~every.isnan()], every.view(torch.int16)[~every.isnan()])
         assert rounded[every.isnan()].isnan().all()
 

@@ -1,0 +1,186 @@
+"""Time of whole training steps, method by method, side by side.
+
+    python -m benchmarks.step --models resnet18,vit --methods base,sam,esam --out benchmarks/results/step_cpu.json
+
+Every round runs each arm once, in an order that changes from round to round, so that drifts of the machine hit all
+alike; ratios are medians of the ratios within a round. The base optimizer is timed twice: what its two arms differ by
+is the noise that no other difference may be smaller than. Beside the time stand the passes that ran: rows through
+forward passes, with and without a graph, and rows and tensors through backward passes.
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.models import MODELS
+from fastsam import ESAM, SAM
+
+BASES: dict[str, Callable] = {
+    "resnet18": partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4),
+    "vit": partial(torch.optim.AdamW, lr=1e-3),
+}
+METHODS: dict[str, Callable | None] = {
+    "base": None,
+    "base again": None,
+    "sam": SAM,
+    "esam": partial(ESAM, beta=0.6, gamma=0.5),
+    "esam, element mask": partial(ESAM, beta=0.6, gamma=0.5, mask="element"),
+    "esam, reuse": partial(ESAM, beta=0.6, gamma=0.5, selection="reuse"),
+    "esam, perturbation only": partial(ESAM, beta=0.6, gamma=1.0),
+    "esam, selection only": partial(ESAM, beta=1.0, gamma=0.5),
+}
+
+
+class Arm:
+    """One method on its own copy of one model."""
+
+    def __init__(self, model_name: str, method: str, rows: int, device: str) -> None:
+        torch.manual_seed(0)
+        self.model = MODELS[model_name]().to(device)
+        base = BASES[model_name]
+        build = METHODS[method]
+        if build is None:
+            self.opt = base(self.model.parameters())
+        else:
+            self.opt = build(self.model.parameters(), base.func, rho=0.05, model=self.model, **base.keywords)
+        self.is_base = build is None
+        self.x = torch.randn(rows, 3, 32, 32, device=device)
+        self.y = torch.randint(0, 10, (rows,), device=device)
+        self.device = device
+        self.times: list[float] = []
+        self.passes: dict[str, float] = {}
+
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(x), y, reduction="none")
+
+    def step(self) -> None:
+        if not self.is_base:
+            self.opt.step(self.losses, self.x, self.y)
+            return
+        self.opt.zero_grad()
+        self.losses(self.x, self.y).mean().backward()
+        self.opt.step()
+
+    def time(self, steps: int) -> None:
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.times.append((time.perf_counter() - start) / steps)
+
+    def count(self, steps: int) -> None:
+        """Run steps and count, per step and as shares of the batch, what passes through the model."""
+        seen = {"forward rows": 0, "forward rows without graph": 0, "backward rows": 0, "weight gradients": 0}
+        n_params = len(list(self.model.parameters()))
+
+        def forward(module: nn.Module, args: Any, out: Tensor) -> None:
+            seen["forward rows"] += len(out)
+            seen["forward rows without graph"] += 0 if out.requires_grad else len(out)
+
+        def backward(module: nn.Module, given: Any, out: tuple[Tensor]) -> None:
+            seen["backward rows"] += len(out[0])
+
+        def accumulated(p: Tensor) -> None:
+            seen["weight gradients"] += 1
+
+        handles = [self.model.register_forward_hook(forward), self.model.register_full_backward_hook(backward)]
+        handles += [p.register_post_accumulate_grad_hook(accumulated) for p in self.model.parameters()]
+        for _ in range(steps):
+            self.step()
+        for handle in handles:
+            handle.remove()
+        units = {"weight gradients": n_params}
+        self.passes = {k: round(v / steps / units.get(k, len(self.x)), 3) for k, v in seen.items()}
+
+
+def measure(model: str, methods: list[str], rows: int, rounds: int, steps: int, device: str) -> dict[str, Any]:
+    arms = {method: Arm(model, method, rows, device) for method in ["base", "base again", *methods]}
+    for arm in arms.values():
+        arm.count(10)  # the tensor mask is random: its share of weight gradients is a mean
+    order = list(arms)
+    for i in range(rounds):
+        random.Random(i).shuffle(order)
+        for method in order:
+            arms[method].time(steps)
+    reference = arms["base"].times
+    sam = arms["sam"].times if "sam" in arms else None
+
+    def ratio(times: list[float], other: list[float]) -> float:
+        return round(statistics.median(t / o for t, o in zip(times, other, strict=True)), 3)
+
+    return {
+        method: {
+            "milliseconds": round(statistics.median(arm.times) * 1e3, 2),
+            "spread": [round(min(arm.times) * 1e3, 2), round(max(arm.times) * 1e3, 2)],
+            "over base": ratio(arm.times, reference),
+            "over sam": ratio(arm.times, sam) if sam else None,
+            "passes": arm.passes,
+        }
+        for method, arm in arms.items()
+    }
+
+
+def environment(device: str) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "commit": commit or "unknown",
+    }
+
+
+def table(model: str, results: dict[str, Any]) -> str:
+    lines = [
+        f"{model:26} {'ms':>9} {'over base':>10} {'over SAM':>9}  forward (no graph) / backward rows / weight gradients"
+    ]
+    for method, row in results.items():
+        p = row["passes"]
+        lines.append(
+            f"{method:26} {row['milliseconds']:9.1f} {row['over base']:10.3f} {row['over sam'] or 0:9.3f}  "
+            f"{p['forward rows']:.2f} ({p['forward rows without graph']:.2f}) / {p['backward rows']:.2f} / "
+            f"{p['weight gradients']:.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="resnet18,vit", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--methods", default=",".join(m.replace(",", "+") for m in list(METHODS)[2:]),
+                        help="joined by commas, with + for a comma inside a name")  # fmt: skip
+    parser.add_argument("--rows", type=int, default=32, help="batch size")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3, help="steps of an arm in a round")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    methods = [m.replace("+", ",") for m in options.methods.split(",")]
+    record: dict[str, Any] = {
+        "environment": environment(options.device),
+        "options": {k: str(v) for k, v in vars(options).items()},
+    }
+    for model in options.models.split(","):
+        record[model] = measure(model, methods, options.rows, options.rounds, options.steps, options.device)
+        print(table(model, record[model]), end="\n\n", flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""A comparison: for each level of label noise choose the knobs on held-out data, then train every method and seed.
+
+All runs share one split, so the held-out part that a knob is chosen on never meets the test set; the seed decides
+weights, label noise and order. The final runs train on the whole training set, held-out part included, and methods
+take turns within each seed, so that step times are measured side by side.
+"""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fastsam.methods import METHODS, InputError, knobs_for
+from fastsam.report import make_directory, write_json
+from fastsam.training import CHECKPOINT, Config, Result, Watcher, train
+
+PLAN = "compare.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a comparison's numbers; `knobs` are those given for every method that has them."""
+
+    methods: list[str]
+    label_noise: list[float]
+    seeds: int
+    knobs: dict[str, float]
+    data: str
+    model: str
+    epochs: int
+    batch_size: int
+    label_smoothing: float
+    amp: str
+    device: str
+
+    def config(self, method: str, noise: float, seed: int) -> Config:
+        """Return the config of one run with the method's default for what is tuned."""
+        shared = {f.name: getattr(self, f.name) for f in fields(Config) if f.name in asdict(self)} | {
+            "knobs": knobs_for(method, {k: v for k, v in self.knobs.items() if k in METHODS[method].knobs}),
+            "label_noise": noise,
+        }
+        return Config(method=method, seed=seed, split_seed=0, scored_on="test", **shared)
+
+    def tunes(self, method: str) -> bool:
+        """Whether a knob of this method is to be chosen: one is tuned, and no value was given for it."""
+        return METHODS[method].tuned is not None and METHODS[method].tuned not in self.knobs
+
+    def runs(self) -> int:
+        """Return the number of runs, those that choose knobs included."""
+        choosing = sum(len(METHODS[m].grid) for m in self.methods if self.tunes(m))
+        return len(self.label_noise) * (choosing + self.seeds * len(self.methods))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The value chosen for a tuned knob, and the held-out accuracy in percent of each value tried."""
+
+    label_noise: float
+    method: str
+    tuned: str
+    value: float
+    held_out_accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: accuracies in percent over the seeds, times as medians; `step_ratio` is to `base`."""
+
+    label_noise: float
+    method: str
+    tuned: str | None
+    value: float | None
+    mean_last: float
+    std_last: float
+    mean_best: float
+    step_ms: float
+    base: str | None
+    step_ratio: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison: one result for each noise level, method and seed."""
+
+    plan: Plan
+    choices: list[Choice]
+    results: list[Result]
+
+    def of(self, noise: float, method: str) -> list[Result]:
+        """Return the results of one method at one noise level, one for each seed."""
+        return [r for r in self.results if r.config.label_noise == noise and r.config.method == method]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The table, noise level by noise level, methods in the order given."""
+        return [self._row(noise, method) for noise in self.plan.label_noise for method in self.plan.methods]
+
+    def _row(self, noise: float, method: str) -> Row:
+        results, entry = self.of(noise, method), METHODS[method]
+        last = [r.last for r in results]
+        step_ms = self._step_ms(noise, method)
+        base = entry.base if entry.base in self.plan.methods else None
+        return Row(
+            label_noise=noise,
+            method=method,
+            tuned=entry.tuned,
+            value=results[0].config.knobs[entry.tuned] if entry.tuned else None,
+            mean_last=statistics.mean(last),
+            std_last=statistics.stdev(last) if len(last) > 1 else 0.0,
+            mean_best=statistics.mean(r.best for r in results),
+            step_ms=step_ms,
+            base=base,
+            step_ratio=step_ms / self._step_ms(noise, base) if base else None,
+            seconds=statistics.median(r.seconds for r in results),
+        )
+
+    def _step_ms(self, noise: float, method: str) -> float:
+        return statistics.median(epoch.step_ms for r in self.of(noise, method) for epoch in r.history)
+
+
+def run(plan: Plan, out: Path, watcher: Watcher) -> Comparison:
+    """Carry out a plan, finished runs in `out` taken as they are and an unfinished one resumed.
+
+    Args:
+        plan: what to compare.
+        out: the comparison's directory, as `prepare` left it.
+        watcher: hears how each run gets on.
+
+    Returns:
+        All results, which an interruption does not change.
+
+    Raises:
+        InputError: a run's config cannot work, or a file cannot be written.
+    """
+    choices: list[Choice] = []
+    results: list[Result] = []
+    for noise in plan.label_noise:
+        here = [_choose(plan, noise, method, out, watcher) for method in plan.methods if plan.tunes(method)]
+        chosen = {choice.method: {choice.tuned: choice.value} for choice in here}
+        choices += here
+        for seed in range(plan.seeds):
+            for method in plan.methods:
+                config = plan.config(method, noise, seed)
+                config = replace(config, knobs=config.knobs | chosen.get(method, {}))
+                results.append(_train(config, out, watcher))
+    return Comparison(plan, choices, results)
+
+
+def _choose(plan: Plan, noise: float, method: str, out: Path, watcher: Watcher) -> Choice:
+    """Choose by the held-out accuracy after the last epoch; ties go to the smallest value, the nearest to the base."""
+    tuned = str(METHODS[method].tuned)
+    accuracy = {}
+    for value in METHODS[method].grid:
+        config = plan.config(method, noise, seed=0)
+        config = replace(config, scored_on="held_out", knobs=config.knobs | {tuned: value})
+        accuracy[value] = _train(config, out, watcher).last
+    best = max(accuracy, key=accuracy.__getitem__)  # the first of equals
+    return Choice(noise, method, tuned, best, {f"{value:g}": a for value, a in accuracy.items()})
+
+
+def _train(config: Config, out: Path, watcher: Watcher) -> Result:
+    directory = out / "runs" / _name(config)
+    make_directory(directory)
+    return train(config, directory, resume=(directory / CHECKPOINT).exists(), watcher=watcher)
+
+
+def _name(config: Config) -> str:
+    tuned = METHODS[config.method].tuned
+    knob = f"-{tuned}{config.knobs[tuned]:g}" if tuned else ""
+    held_out = "-held-out" if config.scored_on == "held_out" else ""
+    return f"noise{config.label_noise:g}-{config.method}{knob}-seed{config.seed}{held_out}"
+
+
+def prepare(plan: Plan, out: Path, *, overwrite: bool) -> None:
+    """Make the directory of a new comparison and write the plan into it.
+
+    Args:
+        plan: what to compare.
+        out: its directory, made with its parents.
+        overwrite: forget the runs of a comparison that is there.
+
+    Raises:
+        InputError: a comparison is there and overwrite is False, or the directory cannot be written.
+    """
+    done = list(out.glob(f"runs/noise*/{CHECKPOINT}")) if (out / PLAN).exists() else []
+    if done:
+        if not overwrite:
+            raise InputError(
+                f"{out} already holds a comparison; add --resume to finish it, --overwrite to start it afresh, "
+                "or choose another --out"
+            )
+        for path in done:
+            path.unlink()
+    make_directory(out)
+    write_json(out / PLAN, asdict(plan))
+
+
+def read_plan(out: Path) -> Plan:
+    """Return the plan of the comparison in `out`, or raise InputError if there is none that can be read."""
+    try:
+        return Plan(**json.loads((out / PLAN).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise InputError(f"nothing to resume: {out / PLAN} does not exist") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{out / PLAN} cannot be read as a plan: {error}") from error
+
+
+def flat(plan: Plan) -> dict[str, Any]:
+    """Return the plan's fields with the knobs among them."""
+    return {key: value for key, value in asdict(plan).items() if key != "knobs"} | plan.knobs

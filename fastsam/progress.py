@@ -1,0 +1,81 @@
+"""How a run gets on, shown on the terminal."""
+
+import math
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastsam.methods import METHODS
+from fastsam.report import SCORED
+from fastsam.training import Config, Epoch, Watcher
+
+
+class Display(Watcher):
+    """A progress bar on a terminal, plain lines elsewhere: one for each epoch, or for each of several runs."""
+
+    def __init__(self, console: Console, runs: int) -> None:
+        self.console, self.runs, self.run = console, runs, 0
+        # a short bar, so that a line fits into 80 columns
+        columns = BarColumn(10), TextColumn("{task.description}"), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.all_runs = self.bar.add_task("", visible=runs > 1, total=None)
+        self.this_run = self.bar.add_task("", total=None)
+        self.numbers, self.next_look = "", 0.0
+
+    def __enter__(self) -> "Display":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def started(self, config: Config, history: list[Epoch], steps_per_epoch: int) -> None:
+        """Start the run's bar where the run starts."""
+        self.run += 1
+        self.numbers = _numbers(config, history[-1]) if history else ""
+        total, done = config.epochs * steps_per_epoch, len(history) * steps_per_epoch
+        self.bar.reset(self.this_run, total=total, completed=done, description=self.numbers or "starting")
+        description = f"{self.run}/{self.runs}  {_label(config)}"
+        self.bar.update(self.all_runs, total=self.runs * config.epochs, description=description)
+        self.bar.advance(self.all_runs, len(history))
+        if self.runs == 1:
+            goes_on = f", goes on after epoch {len(history)} of {config.epochs}" if history else ""
+            self.console.print(f"{config.data}, {config.model}, {_label(config)}, {config.device}{goes_on}")
+        if len(history) == config.epochs:
+            self._finished(config, history[-1])
+
+    def step(self, loss: Tensor) -> None:
+        """Advance the bar, with a look at the loss a few times a second, since a look waits for the device."""
+        self.bar.advance(self.this_run)
+        if self.console.is_terminal and time.monotonic() > self.next_look:
+            self.next_look = time.monotonic() + 0.25
+            self.bar.update(self.this_run, description=f"loss {loss.item():.3f}  {self.numbers}")
+
+    def epoch(self, config: Config, epoch: Epoch) -> None:
+        """Show the epoch's numbers."""
+        self.numbers = _numbers(config, epoch)
+        self.bar.advance(self.all_runs)
+        if self.runs == 1 and not self.console.is_terminal:
+            self.console.print(f"epoch {epoch.epoch}/{config.epochs}  loss {epoch.train_loss:.3f}  {self.numbers}")
+        if epoch.epoch == config.epochs:
+            self._finished(config, epoch)
+
+    def _finished(self, config: Config, epoch: Epoch) -> None:
+        if self.runs > 1:
+            scored = SCORED[config.scored_on]
+            self.console.print(f"{self.run}/{self.runs}  {_label(config)}: {scored} accuracy {epoch.accuracy:.1f} %")
+        if not math.isfinite(epoch.train_loss):
+            self.console.print(f"{_label(config)}: the loss is no longer finite; try a smaller --lr")
+
+
+def _label(config: Config) -> str:
+    tuned = METHODS[config.method].tuned
+    knob = f" {tuned} {config.knobs[tuned]:g}" if tuned else ""
+    return f"{config.method}{knob}, noise {config.label_noise:.0%}, seed {config.seed}"
+
+
+def _numbers(config: Config, epoch: Epoch) -> str:
+    accuracies = f"train {epoch.train_accuracy:.1f} %  {SCORED[config.scored_on]} {epoch.accuracy:.1f} %"
+    return f"{accuracies}  {epoch.samples_per_second:,.0f} samples/s"

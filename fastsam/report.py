@@ -1,0 +1,285 @@
+"""The files that runs and comparisons leave behind, and the table on the terminal. Whole files or none, ever."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastsam.methods import METHODS, InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fastsam.compare import Comparison, Row
+    from fastsam.training import Config, Result
+
+RUN_COLUMNS = (
+    "label_noise",
+    "method",
+    "tuned",
+    "value",
+    "seed",
+    "last_accuracy",
+    "best_accuracy",
+    "step_ms",
+    "seconds",
+)
+SCORED = {"test": "test", "held_out": "held-out"}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that takes the place of `path` at the end, or is removed if anything goes wrong.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory with its parents, or raise InputError if that fails or nothing can be written into it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON; numbers that are not finite become null, since JSON has no word for them."""
+    write_text(path, json.dumps(_finite(value), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    return text.getvalue()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return what the numbers depend on: versions, device, threads, and the date in UTC."""
+    from fastsam import __version__
+
+    return {
+        "fastsam": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# one run
+
+
+def write_run(out: Path, result: Result) -> None:
+    """Write history.csv, result.json and curve.png of a finished run."""
+    scored = result.config.scored_on
+    columns = {"accuracy": f"{scored}_accuracy"}
+    epochs = [asdict(epoch) for epoch in result.history]
+    write_text(out / "history.csv", _csv([columns.get(k, k) for k in epochs[0]], [list(e.values()) for e in epochs]))
+    accuracy = {f"last_{scored}_accuracy": result.last, f"best_{scored}_accuracy": result.best}
+    numbers = {"config": asdict(result.config), **accuracy, "step_ms": result.step_ms, "seconds": result.seconds}
+    write_json(out / "result.json", numbers | {"environment": environment(result.config.device)})
+    _save(out / "curve.png", _curve(result))
+
+
+def _save(path: Path, figure: Figure) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _figure(width: float, height: float, rows: int) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure, axes
+
+
+def _title(config: Config) -> str:
+    tuned = METHODS[config.method].tuned
+    knob = f", {tuned} {config.knobs[tuned]:g}" if tuned else ""
+    noise = f", {config.label_noise:.0%} label noise" if config.label_noise else ""
+    return f"{config.method}{knob}: {config.data}, {config.model}{noise}, seed {config.seed}"
+
+
+def _curve(result: Result) -> Figure:
+    figure, axes = _figure(9, 3.6, rows=1)
+    accuracy, loss = axes[0]
+    epochs = [e.epoch for e in result.history]
+    dots = "." if len(epochs) < 40 else None
+    labels = "noisy training labels" if result.config.label_noise else "training set"
+    scored = f"{SCORED[result.config.scored_on]} {'set' if result.config.scored_on == 'test' else 'part'}"
+    accuracy.plot(epochs, [e.train_accuracy for e in result.history], marker=dots, color="C7", label=labels)
+    accuracy.plot(epochs, [e.accuracy for e in result.history], marker=dots, color="C0", label=scored)
+    accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
+    accuracy.legend(frameon=False)
+    loss.plot(epochs, [e.train_loss for e in result.history], marker=dots, color="C7")
+    loss.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    figure.suptitle(_title(result.config))
+    return figure
+
+
+# a comparison
+
+
+def write_comparison(out: Path, comparison: Comparison) -> None:
+    """Write results.json, results.csv, comparison.png and table.md of a finished comparison."""
+    about = environment(comparison.plan.device)
+    runs = [_run_row(result) for result in comparison.results]
+    chosen = [asdict(choice) for choice in comparison.choices]
+    curves = [[asdict(epoch) for epoch in result.history] for result in comparison.results]
+    dicts = [dict(zip(RUN_COLUMNS, run, strict=True)) | {"history": c} for run, c in zip(runs, curves, strict=True)]
+    write_json(
+        out / "results.json",
+        {
+            "plan": asdict(comparison.plan),
+            "table": [asdict(row) for row in comparison.rows],
+            "choices": chosen,
+            "runs": dicts,
+            "environment": about,
+        },
+    )
+    write_text(out / "results.csv", _csv(RUN_COLUMNS, runs))
+    write_text(out / "table.md", _markdown(comparison))
+    _save(out / "comparison.png", _comparison_figure(comparison))
+
+
+def _run_row(result: Result) -> list[Any]:
+    config, tuned = result.config, METHODS[result.config.method].tuned
+    value = config.knobs[tuned] if tuned else ""
+    numbers = [result.last, result.best, result.step_ms, result.seconds]
+    return [config.label_noise, config.method, tuned or "", value, config.seed, *numbers]
+
+
+def cells(row: Row, seeds: int) -> list[str]:
+    """Return a row of the table, one text for each of `headers`."""
+    spread = f" ± {row.std_last:.1f}" if seeds > 1 else ""
+    ratio = f" ({row.step_ratio:.2f}x {row.base})" if row.step_ratio is not None else ""
+    return [
+        f"{row.label_noise:.0%}",
+        row.method,
+        f"{row.tuned} {row.value:g}" if row.tuned else "-",
+        f"{row.mean_last:.1f}{spread}",
+        f"{row.mean_best:.1f}",
+        f"{row.step_ms:.1f} ms{ratio}",
+        f"{row.seconds:.1f} s",
+    ]
+
+
+headers = ("noise", "method", "chosen", "last (%)", "best (%)", "step", "run")
+
+
+def caption(comparison: Comparison) -> str:
+    """Return what the table's numbers are and where they come from."""
+    plan, about = comparison.plan, environment(comparison.plan.device)
+    choice = (
+        "chosen: after the last epoch on a held-out tenth of the training set, with seed 0; ties go to the smallest. "
+    )
+    chosen = choice if comparison.choices else ""
+    seeds = f"seeds 0 to {plan.seeds - 1}, mean ± standard deviation" if plan.seeds > 1 else "seed 0"
+    return (
+        f"Test accuracy on clean labels of {plan.data}, {plan.model}, {plan.epochs} epochs, batch {plan.batch_size}; "
+        f"{seeds}. last: after the last epoch. best: the best epoch, picked with the test set. "
+        f"{chosen}step: median training step, with its ratio to the base's in this comparison. run: median time in "
+        f"training steps. {about['device']}, {about['threads']} threads, torch {about['torch']}, amp {plan.amp}."
+    )
+
+
+def _markdown(comparison: Comparison) -> str:
+    lines = [headers, ["---"] * len(headers), *(cells(row, comparison.plan.seeds) for row in comparison.rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{caption(comparison)}\n"
+
+
+def _comparison_figure(comparison: Comparison) -> Figure:
+    noises = comparison.plan.label_noise
+    figure, axes = _figure(10, 0.8 + 3.4 * len(noises), rows=len(noises))
+    for noise, (over_epochs, over_time) in zip(noises, axes, strict=True):
+        rows = [row for row in comparison.rows if row.label_noise == noise]
+        for row in rows:
+            _draw(over_epochs, over_time, comparison, row)
+        low, high = _limits(comparison, noise)
+        for axis in (over_epochs, over_time):
+            axis.set(ylim=(low, high), ylabel="test accuracy (%)")
+        over_epochs.set(xlabel="epoch", title=f"{noise:.0%} label noise", xlim=(0, None))
+        over_time.set(xlabel="seconds of training steps", title=f"{noise:.0%} label noise, by time", xlim=(0, None))
+        over_time.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    plan = comparison.plan
+    band = f"mean and range of {plan.seeds} seeds" if plan.seeds > 1 else "one seed"
+    figure.suptitle(f"{plan.data}, {plan.model}: {band}")
+    return figure
+
+
+def _draw(over_epochs: Axes, over_time: Axes, comparison: Comparison, row: Row) -> None:
+    histories = [r.history for r in comparison.of(row.label_noise, row.method)]
+    by_epoch = [[epoch.accuracy for epoch in epochs] for epochs in zip(*histories, strict=True)]
+    # medians, since one seed that had to share the machine for a while would stretch the whole curve
+    seconds = [statistics.median(epoch.seconds for epoch in epochs) for epochs in zip(*histories, strict=True)]
+    times = [sum(seconds[: i + 1]) for i in range(len(seconds))]
+    color = f"C{list(METHODS).index(row.method)}"
+    label = f"{row.method} ({row.tuned} {row.value:g})" if row.tuned else row.method
+    for axis, x in ((over_epochs, list(range(1, len(times) + 1))), (over_time, times)):
+        marker = "." if len(x) == 1 else None  # a line of one point is invisible
+        axis.plot(x, [statistics.mean(a) for a in by_epoch], color=color, label=label, marker=marker)
+        axis.fill_between(x, [min(a) for a in by_epoch], [max(a) for a in by_epoch], color=color, alpha=0.2, lw=0)
+
+
+def _limits(comparison: Comparison, noise: float) -> tuple[float, float]:
+    """Leave the first epochs out of sight where the rest would be squeezed at the top."""
+    results = [result for result in comparison.results if result.config.label_noise == noise]
+    settled = comparison.plan.epochs // 10
+    values = [epoch.accuracy for result in results for epoch in result.history[settled:]]
+    low, high = min(values), max(values)
+    margin = max(0.08 * (high - low), 0.5)
+    return low - margin, min(high + margin, 100.5)

@@ -1,0 +1,294 @@
+"""One training run: built from a `Config`, trained epoch by epoch, and resumed bit for bit from its checkpoint.
+
+Everything random (weights, split, label noise, order of the samples) comes from the seeds in the config, so a run
+repeats bit for bit on one machine with one number of threads.
+"""
+
+import math
+import pickle
+import statistics
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam.data import generator, load
+from fastsam.methods import METHODS, BatchLosses, InputError, StepClock, build
+from fastsam.models import MODELS, has_batch_norm
+from fastsam.report import replacing
+
+CHECKPOINT = "checkpoint.pt"
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCORE_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's numbers. Names are keys of METHODS, DATA_SETS, MODELS and AMP."""
+
+    method: str
+    knobs: dict[str, float]
+    data: str = "digits"
+    model: str = "cnn"
+    epochs: int = 30
+    batch_size: int = 64
+    label_smoothing: float = 0.0
+    label_noise: float = 0.0
+    seed: int = 0
+    split_seed: int = 0
+    scored_on: str = "test"
+    amp: str = "off"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known of one epoch. Accuracies in percent; `seconds` are those of the training steps alone.
+
+    Train loss and accuracy are those of each step's first forward pass, against the labels trained on, noisy ones and
+    all; `accuracy` is that of the test set, or of the held-out part, after the epoch. `step_ms` is the median step.
+    """
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    accuracy: float
+    samples_per_second: float
+    seconds: float
+    step_ms: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    config: Config
+    history: tuple[Epoch, ...]
+
+    @property
+    def last(self) -> float:
+        """Accuracy after the last epoch, in percent."""
+        return self.history[-1].accuracy
+
+    @property
+    def best(self) -> float:
+        """Highest accuracy of any epoch, in percent: chosen by looking at the very set it is measured on."""
+        return max(epoch.accuracy for epoch in self.history)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in training steps."""
+        return sum(epoch.seconds for epoch in self.history)
+
+    @property
+    def step_ms(self) -> float:
+        """Median over the epochs of the median step, in milliseconds."""
+        return statistics.median(epoch.step_ms for epoch in self.history)
+
+
+class Watcher:
+    """Hears how a run gets on; this one keeps quiet."""
+
+    def started(self, config: Config, history: list[Epoch], steps_per_epoch: int) -> None:
+        """A run begins, or goes on after the epochs in `history`."""
+
+    def step(self, loss: Tensor) -> None:
+        """A step was taken, with this mean loss: 0-dim, on the run's device."""
+
+    def epoch(self, config: Config, epoch: Epoch) -> None:
+        """An epoch is over and its checkpoint written."""
+
+
+class Run:
+    """A run in progress.
+
+    Args:
+        config: what to train.
+
+    Raises:
+        InputError: the optimizer refuses a knob's value, or the batch size cannot work.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.device = config, torch.device(config.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.deterministic = True  # or runs would not repeat
+        self.data = load(
+            config.data,
+            seed=config.seed,
+            split_seed=config.split_seed,
+            label_noise=config.label_noise,
+            scored_on=config.scored_on,
+            device=self.device,
+        )
+        torch.manual_seed(config.seed)
+        model = MODELS[config.model].build(tuple(self.data.x.shape[1:]), self.data.classes)
+        self.model = model.to(self.device)
+        self.method = METHODS[config.method]
+        self.optimizer: Any = build(config.method, self.model, config.knobs)
+        self.scaler = torch.amp.GradScaler(config.device) if config.amp == "fp16" else None
+        self.shuffle = generator(config.seed, "order of the samples")
+        self.history: list[Epoch] = []
+        self.steps_per_epoch = len(self._batch_sizes())
+
+    def _batch_sizes(self) -> list[int]:
+        n, size = len(self.data.x), self.config.batch_size
+        sizes = [size] * (n // size) + ([n % size] if n % size else [])
+        if has_batch_norm(self.model):
+            if size == 1:
+                raise InputError(f"batch size 1 cannot train {self.config.model}: batch norm needs at least 2 samples")
+            # the statistics of one picture would go into the running ones with the weight of a full batch
+            sizes = [s for s in sizes if s > 1]
+        return sizes
+
+    def train_epoch(self, watcher: Watcher) -> None:
+        """Train one epoch, score it, and add it to the history."""
+        clock = StepClock(self.device)
+        losses = BatchLosses(self.model, self.config.label_smoothing, AMP[self.config.amp], self.device)
+        total = torch.zeros((), device=self.device)
+        order = torch.randperm(len(self.data.x), generator=self.shuffle).to(self.device)
+        sizes = self._batch_sizes()
+        self.model.train()
+        begin = time.perf_counter()
+        for i, rows in enumerate(order[: sum(sizes)].split(self.config.batch_size)):
+            x, y = self.data.x[rows], self.data.y[rows]
+            self._set_learning_rate(i)
+            losses.counting = True
+            start = clock.now()
+            loss = self.method.step(self.optimizer, losses, x, y, self.scaler)
+            if self.scaler is not None:
+                self.scaler.update()
+            clock.marks.append((start, clock.now()))
+            total += loss * len(rows)
+            watcher.step(loss)
+        step_ms = clock.median_ms()
+        seconds = time.perf_counter() - begin
+        self.history.append(
+            Epoch(
+                epoch=len(self.history) + 1,
+                train_loss=total.item() / sum(sizes),
+                train_accuracy=100 * losses.hits.item() / losses.rows,
+                accuracy=self.accuracy(),
+                samples_per_second=sum(sizes) / seconds,
+                seconds=seconds,
+                step_ms=step_ms,
+            )
+        )
+
+    def _set_learning_rate(self, step_in_epoch: int) -> None:
+        """Cosine from lr to 0 over all steps, set before each: a function of the step, with no state to save."""
+        done = len(self.history) * self.steps_per_epoch + step_in_epoch
+        share = done / (self.config.epochs * self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.knobs["lr"] * 0.5 * (1 + math.cos(math.pi * share))
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """Return the accuracy in percent on the test set or the held-out part, in eval mode and full precision."""
+        self.model.eval()
+        pairs = zip(self.data.score_x.split(SCORE_BATCH), self.data.score_y.split(SCORE_BATCH), strict=True)
+        hits = sum(int((self.model(x).argmax(dim=1) == y).sum()) for x, y in pairs)
+        return 100 * hits / len(self.data.score_y)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, or leave the one that is there if that fails or is interrupted."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        checkpoint = {
+            "config": asdict(self.config),
+            "history": [asdict(epoch) for epoch in self.history],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "random": {"shuffle": self.shuffle.get_state(), "torch": torch.get_rng_state(), "cuda": cuda},
+        }
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint of the same config, as if there had been no interruption."""
+        self.history = [Epoch(**epoch) for epoch in checkpoint["history"]]
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.shuffle.set_state(checkpoint["random"]["shuffle"])
+        torch.set_rng_state(checkpoint["random"]["torch"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], self.device)
+
+
+def train(config: Config, out: Path, *, resume: bool = False, watcher: Watcher | None = None) -> Result:
+    """Train one run with a checkpoint at the start and after every epoch.
+
+    Args:
+        config: what to train.
+        out: an existing directory for the checkpoint.
+        resume: go on from the checkpoint in `out`, whose config must be this one.
+        watcher: hears how the run gets on.
+
+    Returns:
+        The config and one `Epoch` for each epoch, those before the interruption included.
+
+    Raises:
+        InputError: the config cannot work, or the checkpoint is missing, broken or of another config.
+    """
+    watcher = watcher or Watcher()
+    run, path = Run(config), out / CHECKPOINT
+    if resume:
+        checkpoint = read_checkpoint(path)
+        refuse_differences(path, flat(read_config(checkpoint, path)), flat(config))
+        run.load(checkpoint)
+    else:
+        run.save(path)
+    watcher.started(config, run.history, run.steps_per_epoch)
+    while len(run.history) < config.epochs:
+        run.train_epoch(watcher)
+        run.save(path)
+        watcher.epoch(config, run.history[-1])
+    return Result(config, tuple(run.history))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return the config's fields with the knobs among them."""
+    return {key: value for key, value in asdict(config).items() if key != "knobs"} | config.knobs
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the checkpoint at `path`, its tensors on the CPU.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"nothing to resume: {path} does not exist") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is broken, or no checkpoint") from error
+    if not isinstance(checkpoint, dict) or not {"config", "history", "model", "optimizer"} <= set(checkpoint):
+        raise InputError(f"{path} is not a checkpoint of fastsam train")
+    return checkpoint
+
+
+def read_config(checkpoint: dict[str, Any], path: Path) -> Config:
+    """Return a checkpoint's config, or raise InputError if another version of fastsam wrote it."""
+    if set(checkpoint["config"]) != {field.name for field in fields(Config)}:
+        raise InputError(f"{path} was written by another version of fastsam; resume it with that one")
+    return Config(**checkpoint["config"])
+
+
+def refuse_differences(path: Path, started_with: dict[str, Any], asked_for: dict[str, Any]) -> None:
+    """Raise InputError that names every entry of `asked_for` which is another in `started_with`."""
+    missing = object()
+    different = [
+        f"{key.replace('_', '-')} {value} (it has {started_with.get(key)})"
+        for key, value in asked_for.items()
+        if started_with.get(key, missing) != value
+    ]
+    if different:
+        raise InputError(f"{path} cannot be resumed with {', '.join(different)}; use its own, or another --out")

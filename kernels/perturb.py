@@ -1,0 +1,217 @@
+"""Backup and perturbation of a list of weights, in one pass over memory."""
+# mypy: disable-error-code="no-untyped-def"
+
+import itertools
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsam.kernels import reference
+from fastsam.kernels.chunks import (
+    COLUMNS,
+    ELEMENTS,
+    address,
+    aligned_length,
+    block_size,
+    chunks_of,
+    element_ptr,
+    find_chunk,
+    launch,
+    on_device,
+    split,
+    t_of,
+    table,
+    take,
+    to_device,
+    wide,
+    widen,
+)
+from fastsam.kernels.philox import Draw, threshold
+from fastsam.kernels.random_words import is_kept, join_seed, random_words, signed
+from fastsam.kernels.tensor_list import Backup, in_memory_order
+
+
+@triton.jit
+def _round_stochastically(values, words, DTYPE: tl.constexpr):
+    """Round float32 values to a neighbour in a 16-bit dtype; the twin in reference.py says how."""
+    noise = (words & 0xFFFF).to(tl.int32)
+    bits = values.to(tl.int32, bitcast=True)
+    if DTYPE.is_bf16():
+        rounded = ((bits + noise) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        rounded = ((bits + (noise & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True)
+        # below 2^-14 float16 is a grid of step 2^-24
+        steps = tl.abs(values) * 16777216.0
+        whole = tl.floor(steps)
+        whole += (noise.to(tl.float32) * 1.52587890625e-05 < steps - whole).to(tl.float32)
+        magnitude = (whole * 5.9604644775390625e-08).to(tl.int32, bitcast=True)
+        small = (magnitude | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+        rounded = tl.where(tl.abs(values) < 6.103515625e-05, small, rounded)
+    return tl.where(tl.abs(values) < float("inf"), rounded, values).to(DTYPE)
+
+
+@triton.jit
+def _perturb_stretch(
+    w_base, g_base, b_base, scale, adaptive, eta, start, length, mark_ptr, mark, seed, index, step, threshold,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr, ADAPTIVE: tl.constexpr,
+    MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.arange(0, LANES)
+    mask = offsets < length
+    w_ptr = element_ptr(w_base, start, WEIGHT, WIDEST, ALIGNED) + offsets
+    w = tl.load(w_ptr, mask=mask)
+    g = tl.load(element_ptr(g_base, start, GRAD, WIDEST, ALIGNED) + offsets, mask=mask)
+    tl.store(element_ptr(b_base, start, WEIGHT, WIDEST, ALIGNED) + offsets, w, mask=mask)
+    tl.store(mark_ptr, mark)
+    # the scale goes first: scale * g is moderate where g alone times w^2 may leave float32's range
+    eps = widen(g, COMPUTE) * scale
+    if ADAPTIVE:
+        t = tl.where(adaptive, tl.abs(widen(w, COMPUTE)) + eta, 1.0)
+        eps = eps * t * t
+    if MASKED or STOCHASTIC:
+        words = random_words(seed, index, step, start, ALIGNED, LANES)
+    if MASKED:
+        eps = tl.where(is_kept(words, threshold), eps, 0.0)
+    moved = widen(w, COMPUTE) + eps
+    if STOCHASTIC:
+        perturbed = _round_stochastically(moved, words, WEIGHT)
+    else:
+        perturbed = moved.to(WEIGHT)
+    tl.store(w_ptr, tl.where(scale == 0, w, perturbed), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tick", "step", "seed_low", "seed_high"], do_not_specialize_on_alignment=["norm_ptr"])
+def _perturb_kernel(
+    rows_ptr, chunks_ptr, hyperparameters_ptr, norm_ptr, marks_ptr, tick, step, seed_low, seed_high,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr, ADAPTIVE: tl.constexpr,
+    MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """backup = w; w += rho m T^2 g / (norm + e0), T = 1 or |w| + eta, m = 1 or a random mask. Overwrites w.
+
+    Reads w, g; writes w, backup: 16 B per float32 element. After each stretch of copies and before the change of its
+    weights, a chunk's mark becomes (tick of this launch, number of elements copied).
+    """
+    row_ptr, start, length = find_chunk(rows_ptr, chunks_ptr, COLUMNS + 4, BLOCK_SIZE)
+    w_base = tl.load(row_ptr + COLUMNS)
+    g_base = tl.load(row_ptr + COLUMNS + 1)
+    b_base = tl.load(row_ptr + COLUMNS + 2)
+    index = tl.load(row_ptr + COLUMNS + 3).to(tl.uint32)
+    set_ptr = hyperparameters_ptr + tl.load(row_ptr + 1) * 5
+    norm = tl.load(norm_ptr).to(tl.float64)
+    reciprocal = 1.0 / (norm + tl.load(set_ptr + 1))
+    reciprocal = tl.where((norm > 0) & (norm < float("inf")), reciprocal, 0.0)
+    scale = (reciprocal * tl.load(set_ptr)).to(COMPUTE)
+    adaptive = tl.load(set_ptr + 2) != 0
+    eta = tl.load(set_ptr + 3).to(COMPUTE)
+    threshold = tl.load(set_ptr + 4)
+    seed, step = join_seed(seed_low, seed_high), step.to(tl.uint32, bitcast=True)
+    mark_ptr = marks_ptr + tl.program_id(0)
+    mark = tick.to(tl.int64) << 32
+    done = aligned_length(length, w_base | g_base | b_base)
+    _perturb_stretch(
+        w_base, g_base, b_base, scale, adaptive, eta, start, done, mark_ptr, mark + done, seed, index, step, threshold,
+        WEIGHT, GRAD, WIDEST, COMPUTE, ADAPTIVE, MASKED, STOCHASTIC, True, BLOCK_SIZE,
+    )  # fmt: skip
+    while done < length:
+        copied = tl.minimum(done + BLOCK_SIZE // 4, length)
+        _perturb_stretch(
+            w_base, g_base, b_base, scale, adaptive, eta, start + done, copied - done, mark_ptr, mark + copied,
+            seed, index, step, threshold,
+            WEIGHT, GRAD, WIDEST, COMPUTE, ADAPTIVE, MASKED, STOCHASTIC, False, BLOCK_SIZE // 4,
+        )  # fmt: skip
+        done = copied
+
+
+class _Launch(NamedTuple):
+    rows: list[int]
+    lengths: list[int]
+    size: int
+    marks: Tensor
+
+
+class _Part(Backup):
+    """Some rows of a backup, for a twin to fill."""
+
+    def __init__(self, whole: Backup, rows: list[int]) -> None:
+        self.tensors = [whole.tensors[i] for i in rows]
+        self._whole, self._rows = whole, rows
+
+    def trust(self, rows: Iterable[int] | None = None) -> None:
+        self._whole.trust(self._rows)
+
+
+_ticks = itertools.count(1)
+
+
+@torch.no_grad()
+def perturb_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backup: Backup,
+    norm: Tensor,
+    rho: Sequence[float],
+    adaptive: Sequence[float | None] | None = None,
+    draw: Draw | None = None,
+    e0: float = reference.E0,
+) -> None:
+    """Save `weights` into `backup` and add eps = rho m T^2 g / (norm + e0); see `reference.perturb_`.
+
+    One launch for each dtype combination. A host is never told how far a device came, so there is nothing to trust
+    before the weights change: the marks that the kernel leaves are what an interrupt is answered from.
+    """
+    etas = [None] * len(weights) if adaptive is None else list(adaptive)
+    keep = None if draw is None else draw.keep
+    launches, rest = split(weights, grads, backup.tensors)
+    if rest:
+        reference.perturb_(
+            take(weights, rest), take(grads, rest), _Part(backup, rest), norm, take(rho, rest), take(etas, rest),
+            None if draw is None else draw.take(rest), e0,
+        )  # fmt: skip
+    tick = next(_ticks)
+    launched: list[_Launch] = []
+    backup.expect(partial(_copied, backup, launched, tick))
+    for rows in launches:
+        w, g = weights[rows[0]], grads[rows[0]]
+        size = block_size(w.dtype, g.dtype)
+        stochastic = draw is not None and draw.rounding and w.dtype.itemsize == 2
+        is_drawn = stochastic or keep is not None
+        lengths = [weights[i].numel() for i in rows]
+        columns = [[address(t) for t in take(tensors, rows)] for tensors in (weights, grads, backup.tensors)]
+        columns.append([draw.indices[i] & 0xFFFFFFFF if draw is not None and is_drawn else 0 for i in rows])
+        sets = [
+            (rho[i], e0, *t_of(etas[i]), 0.0 if keep is None else float(threshold(keep[i]))) for i in rows
+        ]  # fmt: skip
+        work = table(lengths, columns, sets, size, w.device)
+        marks = backup.marks.get(tuple(rows))
+        if marks is None or marks.shape[0] != work.n_programs:
+            marks = backup.marks[tuple(rows)] = torch.zeros(work.n_programs, dtype=torch.int64, device=w.device)
+        launched.append(_Launch(rows, lengths, size, marks))
+        step, seed = (draw.step, draw.seed) if draw is not None and is_drawn else (0, 0)
+        with on_device(w.device):
+            launch(
+                _perturb_kernel, work.n_programs, *work, to_device(norm, w.device), marks,
+                tick, signed(step), signed(seed), signed(seed >> 32),
+                WEIGHT=ELEMENTS[w.dtype], GRAD=ELEMENTS[g.dtype], WIDEST=8 * max(w.dtype.itemsize, g.dtype.itemsize),
+                COMPUTE=wide(w.dtype), ADAPTIVE=any(etas[i] is not None for i in rows), MASKED=keep is not None,
+                STOCHASTIC=stochastic, BLOCK_SIZE=size,
+                enable_fp_fusion=False,  # product and sum rounded as the twin does, or stochastic rounding would differ
+            )  # fmt: skip
+    backup.trust()
+    torch.autograd.graph.increment_version(weights)
+
+
+def _copied(backup: Backup, launches: list[_Launch], tick: int) -> list[tuple[Tensor, Tensor]]:
+    """Stretches of weights whose copies the launch numbered `tick` has completed, beside these copies."""
+    pairs = []
+    for rows, lengths, size, marks in launches:
+        for (row, chunk), mark in zip(chunks_of(lengths, size).tolist(), marks.tolist(), strict=True):
+            if mark >> 32 == tick:
+                stretch = slice(chunk * size, chunk * size + (mark & 0xFFFFFFFF))
+                weight, copy = backup.weights[rows[row]], backup.tensors[rows[row]]
+                pairs.append((in_memory_order(weight)[stretch], in_memory_order(copy)[stretch]))
+    return pairs

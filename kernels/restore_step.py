@@ -1,0 +1,244 @@
+"""Restore of the weights, alone or fused into an SGD step; and what every fused step shares.
+
+A fused step reads the backup and writes the weight, so that restoring costs no memory traffic of its own.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsam.kernels import reference
+from fastsam.kernels.chunks import (
+    COLUMNS,
+    ELEMENTS,
+    address,
+    aligned_length,
+    block_size,
+    element_ptr,
+    find_chunk,
+    launch,
+    on_device,
+    split,
+    table,
+    take,
+    to_device,
+    wide,
+    widen,
+)
+from fastsam.kernels.reference import SGDOptions
+from fastsam.kernels.tensor_list import Backup
+
+_INTEGERS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+
+@triton.jit
+def _copy_stretch(w_base, b_base, start, length, WORD: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr):
+    offsets = tl.arange(0, LANES)
+    mask = offsets < length
+    bits = tl.load(element_ptr(b_base, start, WORD, WORD.primitive_bitwidth, ALIGNED) + offsets, mask=mask)
+    tl.store(element_ptr(w_base, start, WORD, WORD.primitive_bitwidth, ALIGNED) + offsets, bits, mask=mask)
+
+
+@triton.jit
+def _restore_kernel(rows_ptr, chunks_ptr, WORD: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """w = backup, as integers, so that every bit survives. Reads backup; writes w: 8 B per float32 element."""
+    row_ptr, start, length = find_chunk(rows_ptr, chunks_ptr, COLUMNS + 2, BLOCK_SIZE)
+    w_base = tl.load(row_ptr + COLUMNS)
+    b_base = tl.load(row_ptr + COLUMNS + 1)
+    done = aligned_length(length, w_base | b_base)
+    _copy_stretch(w_base, b_base, start, done, WORD, True, BLOCK_SIZE)
+    while done < length:
+        _copy_stretch(w_base, b_base, start + done, length - done, WORD, False, BLOCK_SIZE // 4)
+        done += BLOCK_SIZE // 4
+
+
+@torch.no_grad()
+def restore_(backup: Backup) -> None:
+    """Copy the backup back into the weights that still wait for it, bit for bit. One launch for each width of dtype."""
+    if not backup.valid:
+        return
+    weights, copies = backup.waiting()
+    launches, rest = split(weights, copies, by=lambda w: w.dtype.itemsize)
+    if rest:
+        torch._foreach_copy_(take(weights, rest), take(copies, rest))
+    for rows in launches:
+        w = weights[rows[0]]
+        size = block_size(w.dtype)
+        addresses = [[address(t) for t in take(tensors, rows)] for tensors in (weights, copies)]
+        work = table([weights[i].numel() for i in rows], addresses, [()] * len(rows), size, w.device)
+        with on_device(w.device):
+            launch(
+                _restore_kernel, work.n_programs, work.rows, work.chunks,
+                WORD=_INTEGERS[w.dtype.itemsize], BLOCK_SIZE=size,
+            )  # fmt: skip
+    torch.autograd.graph.increment_version(weights)
+    backup.release()
+
+
+# what every fused step shares
+
+
+@triton.jit
+def learning_rate(lr_base, set_ptr, COMPUTE: tl.constexpr):
+    """The number that heads the hyperparameters, or the 0-dim tensor at the row's own address."""
+    from_tensor = tl.load(lr_base.to(tl.pointer_type(COMPUTE)), mask=lr_base != 0, other=0).to(tl.float64)
+    return tl.where(lr_base != 0, from_tensor, tl.load(set_ptr))
+
+
+@triton.jit
+def final_gradient(g_ptr, mask, skip, unscale, sign, decay, value, COMPUTE: tl.constexpr, IS_SCALED: tl.constexpr):
+    """The gradient that the step follows; one that a GradScaler scaled is unscaled in place, unless in a skip."""
+    g = tl.load(g_ptr, mask=mask)
+    grad = widen(g, COMPUTE)
+    if IS_SCALED:
+        grad *= unscale
+        tl.store(g_ptr, tl.where(skip, g, grad.to(g.dtype)), mask=mask)
+    grad *= sign
+    return tl.where(decay != 0, grad + decay * value, grad)
+
+
+def step_hyperparameters(
+    options: Sequence[Any], weight: Tensor, rest_of: Callable[[Any], tuple[float, ...]]
+) -> tuple[list[tuple[float, ...]], list[Tensor | None]]:
+    """Return each parameter's hyperparameters, lr first, and its lr where that is a tensor on the weight's device."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32  # what the kernel computes in
+    known: dict[int, tuple[tuple[float, ...], Tensor | None]] = {}
+    for o in options:
+        if id(o) not in known:
+            lr, tensor = o.lr, None
+            if isinstance(lr, Tensor) and (lr.device == weight.device or lr.device.type != "cpu"):
+                lr, tensor = 0.0, to_device(lr, weight.device, dtype)
+            known[id(o)] = (float(lr), *rest_of(o)), tensor
+    return [known[id(o)][0] for o in options], [known[id(o)][1] for o in options]
+
+
+def step_constants(weight: Tensor, grad: Tensor, state: Tensor | None) -> dict[str, Any]:
+    """Return what the kernel of a step is compiled for."""
+    state_dtype = weight.dtype if state is None else state.dtype
+    widest = max(weight.dtype.itemsize, grad.dtype.itemsize, state_dtype.itemsize)
+    return {
+        "WEIGHT": ELEMENTS[weight.dtype],
+        "GRAD": ELEMENTS[grad.dtype],
+        "STATE": ELEMENTS[state_dtype],
+        "WIDEST": 8 * widest,
+        "COMPUTE": wide(weight.dtype),
+        # at most 8 elements a thread: so many tensors, widened to float32, fill the registers
+        "BLOCK_SIZE": block_size(weight.dtype, grad.dtype, state_dtype, vectors=min(widest // 2, 2)),
+        "enable_fp_fusion": True,
+    }
+
+
+# SGD
+
+
+@triton.jit
+def _sgd_stretch(
+    w_base, source_base, g_base, m_base, start, length, skip, unscale,
+    lr, momentum, undamped, decay, nesterov, sign,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, IS_SCALED: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.arange(0, LANES)
+    mask = offsets < length
+    w = tl.load(element_ptr(source_base, start, WEIGHT, WIDEST, ALIGNED) + offsets, mask=mask)
+    g_ptr = element_ptr(g_base, start, GRAD, WIDEST, ALIGNED) + offsets
+    value = widen(w, COMPUTE)
+    grad = final_gradient(g_ptr, mask, skip, unscale, sign, decay, value, COMPUTE, IS_SCALED)
+    if HAS_MOMENTUM:
+        m_ptr = element_ptr(m_base, start, STATE, WIDEST, ALIGNED) + offsets
+        m = tl.load(m_ptr, mask=mask)
+        buffer = momentum * widen(m, COMPUTE) + undamped * grad
+        tl.store(m_ptr, tl.where(skip, m, buffer.to(STATE)), mask=mask)
+        grad = tl.where(nesterov, grad + momentum * buffer, buffer)
+    stepped = (value - lr * grad).to(WEIGHT)
+    tl.store(element_ptr(w_base, start, WEIGHT, WIDEST, ALIGNED) + offsets, tl.where(skip, w, stepped), mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr", "found_inf_ptr"])
+def _restore_sgd_step_kernel(
+    rows_ptr, chunks_ptr, hyperparameters_ptr, grad_scale_ptr, found_inf_ptr,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """d = +-g / scale + decay w; m = momentum m + (1 - dampening) d; w = source - lr (m, or d + momentum m).
+
+    Reads source, g, m; writes w, m: 20 B per float32 element, 12 B without momentum, 4 B more with a scale.
+    Overwrites w, m, and g where it is unscaled; with found_inf it restores w alone.
+    """
+    row_ptr, start, length = find_chunk(rows_ptr, chunks_ptr, COLUMNS + 5, BLOCK_SIZE)
+    w_base = tl.load(row_ptr + COLUMNS)
+    source_base = tl.load(row_ptr + COLUMNS + 1)
+    g_base = tl.load(row_ptr + COLUMNS + 2)
+    m_base = tl.load(row_ptr + COLUMNS + 3)
+    set_ptr = hyperparameters_ptr + tl.load(row_ptr + 1) * 6
+    lr = learning_rate(tl.load(row_ptr + COLUMNS + 4), set_ptr, COMPUTE).to(COMPUTE)
+    momentum = tl.load(set_ptr + 1).to(COMPUTE)
+    undamped = tl.load(set_ptr + 2).to(COMPUTE)
+    decay = tl.load(set_ptr + 3).to(COMPUTE)
+    nesterov = tl.load(set_ptr + 4) != 0
+    sign = tl.load(set_ptr + 5).to(COMPUTE)
+    skip = False
+    if found_inf_ptr is not None:
+        skip = tl.load(found_inf_ptr) != 0
+    unscale = 1.0
+    if grad_scale_ptr is not None:
+        # scalers use powers of two, by whose inverse to multiply is to divide, without a division's slow path
+        unscale = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
+    done = aligned_length(length, w_base | source_base | g_base | m_base)
+    _sgd_stretch(
+        w_base, source_base, g_base, m_base, start, done, skip, unscale,
+        lr, momentum, undamped, decay, nesterov, sign,
+        WEIGHT, GRAD, STATE, WIDEST, COMPUTE, HAS_MOMENTUM, grad_scale_ptr is not None, True, BLOCK_SIZE,
+    )  # fmt: skip
+    while done < length:
+        _sgd_stretch(
+            w_base, source_base, g_base, m_base, start + done, length - done, skip, unscale,
+            lr, momentum, undamped, decay, nesterov, sign,
+            WEIGHT, GRAD, STATE, WIDEST, COMPUTE, HAS_MOMENTUM, grad_scale_ptr is not None, False, BLOCK_SIZE // 4,
+        )  # fmt: skip
+        done += BLOCK_SIZE // 4
+
+
+@torch.no_grad()
+def restore_sgd_step_(
+    weights: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    options: Sequence[SGDOptions],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Set each weight to its source and take SGD's step from there; see `reference.restore_sgd_step_`.
+
+    One launch for each dtype combination, with and without momentum.
+    """
+    launches, rest = split(weights, sources, grads, momentum_buffers)
+    if rest:
+        lists: Any = [take(items, rest) for items in (weights, sources, grads, momentum_buffers, options)]
+        reference.restore_sgd_step_(*lists, grad_scale=grad_scale, found_inf=found_inf)
+    for rows in launches:
+        w, g, buffer = weights[rows[0]], grads[rows[0]], momentum_buffers[rows[0]]
+        sets, lrs = step_hyperparameters(
+            take(options, rows), w,
+            lambda o: (o.momentum, 1 - o.dampening, o.weight_decay, float(o.nesterov), -1.0 if o.maximize else 1.0),
+        )  # fmt: skip
+        constants = step_constants(w, g, buffer)
+        columns = [*(take(tensors, rows) for tensors in (weights, sources, grads, momentum_buffers)), lrs]
+        work = table(
+            [weights[i].numel() for i in rows], [[address(t) for t in column] for column in columns], sets,
+            constants["BLOCK_SIZE"], w.device,
+        )  # fmt: skip
+        with on_device(w.device):
+            launch(
+                _restore_sgd_step_kernel, work.n_programs, *work,
+                to_device(grad_scale, w.device), to_device(found_inf, w.device),
+                HAS_MOMENTUM=buffer is not None, **constants,
+            )  # fmt: skip
+    torch.autograd.graph.increment_version(weights)

@@ -1,0 +1,176 @@
+"""Exact selection of the rows whose loss rose most, in one launch of one program.
+
+    key = the difference of the losses as an integer of the same order, NaN below all others
+    first..last = where the k-th largest key lies; at the start, anywhere
+    while first < last, and more than k keys are >= first:
+        cut first..last in four; keep the part with the k-th largest key
+    take the keys above last, and of those in first..last the lowest rows, until there are k
+
+Four parts halve the passes of a binary search, and three counts travel in one sum: with few rows a pass takes as long
+as its sum. Up to `_BLOCK_SIZES[-1]` rows stay in registers; more are read again in every pass.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsam.kernels import reference
+from fastsam.kernels.chunks import INTERPRETED, on_device
+
+MOST_ROWS = 65536
+"""Beyond it one program would take longer than a sort."""
+_BLOCK_SIZES = (256, 2048)  # few, so that a small last batch seldom needs a kernel of its own
+_BYTES_IN_REGISTERS = 65536  # of keys: 64 a thread of the largest program
+_STORE_SIZE = 2048
+_ELEMENTS_PER_THREAD = 8
+_MOST_THREADS = 1024
+_FIELD = tl.constexpr(20)  # bits of a count: three fit an int64
+_FIELD_MASK = tl.constexpr(2**20 - 1)
+
+
+@triton.jit
+def _load_keys(after_ptr, before_ptr, after_stride, before_stride, rows, n_rows, KEY: tl.constexpr):
+    """Integers in the order of after - before; NaN and rows past the end get the lowest one."""
+    BITS: tl.constexpr = KEY.primitive_bitwidth
+    COMPUTE: tl.constexpr = tl.float64 if BITS == 64 else tl.float32
+    LOWEST: tl.constexpr = -(1 << (BITS - 1))
+    mask = rows < n_rows
+    after = tl.load(after_ptr + rows.to(tl.int64) * after_stride, mask=mask, other=0).to(COMPUTE)
+    before = tl.load(before_ptr + rows.to(tl.int64) * before_stride, mask=mask, other=0).to(COMPUTE)
+    delta = after - before
+    bits = tl.where(delta == 0, 0.0, delta).to(KEY, bitcast=True)  # -0 is 0
+    # a negative number is stored as its magnitude under a sign bit: turn the order of the magnitudes around
+    keys = tl.where(bits < 0, bits ^ -(LOWEST + 1), bits)
+    return tl.where(mask & (delta == delta), keys, LOWEST)
+
+
+@triton.jit
+def _count(keys, first, step):
+    """How many keys are >= first + step, first + 2 step and first + 3 step, in three fields."""
+    second = first + step
+    third = second + step
+    fourth = third + step
+    fields = (keys >= second).to(tl.int64)
+    fields += (keys >= third).to(tl.int64) << _FIELD
+    fields += (keys >= fourth).to(tl.int64) << 2 * _FIELD
+    return tl.sum(fields)
+
+
+@triton.jit
+def _narrow(first, last, n_from_first, n_above, cut, fields, k):
+    """Move one end of first..last to `cut`, above which the lowest of `fields` counts the keys; keep the k-th key."""
+    n_from_cut = (fields & _FIELD_MASK).to(tl.int32)
+    rises = n_from_cut >= k
+    last = tl.where(rises, last, tl.minimum(last, cut - 1))
+    n_above = tl.where(rises, n_above, tl.maximum(n_above, n_from_cut))
+    return tl.where(rises, cut, first), last, tl.where(rises, n_from_cut, n_from_first), n_above
+
+
+@triton.jit
+def _store_chosen(keys, rows, n_rows, first, last, n_chosen, n_spare, chosen_ptr):
+    """Append the chosen ones of these rows to n_chosen earlier ones; n_spare in first..last may still be taken."""
+    sure = keys > last
+    likely = (keys >= first) & (keys <= last) & (rows < n_rows)
+    both = sure.to(tl.int32) | (likely.to(tl.int32) << 16)
+    earlier = tl.cumsum(both, 0) - both
+    n_likely = earlier >> 16
+    places = n_chosen + (earlier & 0xFFFF) + tl.minimum(n_likely, n_spare)
+    tl.store(chosen_ptr + places, rows.to(tl.int64), mask=sure | (likely & (n_likely < n_spare)))
+    total = tl.sum(both)
+    taken = tl.minimum(total >> 16, n_spare)
+    return n_chosen + (total & 0xFFFF) + taken, n_spare - taken
+
+
+@triton.jit(
+    do_not_specialize=["after_stride", "before_stride", "n_rows", "k"],
+    do_not_specialize_on_alignment=["after_ptr", "before_ptr", "chosen_ptr"],
+)
+def _select_kernel(
+    after_ptr, before_ptr, chosen_ptr, after_stride, before_stride, n_rows, k,
+    KEY: tl.constexpr, LOOPS: tl.constexpr, BLOCK_SIZE: tl.constexpr, STORE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """chosen = the rows of the k largest after - before, ascending.
+
+    Reads both losses, 8 B per float32 row, once or with LOOPS in every pass, of which there are at most half as many
+    as KEY has bits; writes 8 B per chosen row.
+    """
+    BITS: tl.constexpr = KEY.primitive_bitwidth
+    offsets = tl.arange(0, BLOCK_SIZE)
+    first = tl.full((), -(1 << (BITS - 1)), KEY)
+    last = tl.full((), (1 << (BITS - 1)) - 1, KEY)
+    step = tl.full((), 1 << (BITS - 2), KEY)
+    n_from_first = n_rows
+    n_above = 0
+    if not LOOPS:
+        loaded = _load_keys(after_ptr, before_ptr, after_stride, before_stride, offsets, n_rows, KEY)
+    while (first < last) & (n_from_first > k):
+        if LOOPS:
+            fields = tl.full((), 0, tl.int64)
+            start = 0
+            while start < n_rows:
+                rows = start + offsets
+                block = _load_keys(after_ptr, before_ptr, after_stride, before_stride, rows, n_rows, KEY)
+                fields += _count(block, first, step)
+                start += BLOCK_SIZE
+        else:
+            fields = _count(loaded, first, step)
+        lowest = first
+        for part in tl.static_range(1, 4):
+            first, last, n_from_first, n_above = _narrow(
+                first, last, n_from_first, n_above, lowest + part * step, fields, k
+            )
+            fields >>= _FIELD
+        step >>= 2
+    n_chosen = 0
+    n_spare = k - n_above
+    start = 0
+    while start < n_rows:
+        rows = start + tl.arange(0, STORE_SIZE)
+        keys = _load_keys(after_ptr, before_ptr, after_stride, before_stride, rows, n_rows, KEY)
+        n_chosen, n_spare = _store_chosen(keys, rows, n_rows, first, last, n_chosen, n_spare, chosen_ptr)
+        start += STORE_SIZE
+
+
+@torch.no_grad()
+def select_largest_increase(after: Tensor, before: Tensor, k: int) -> Tensor:
+    """Return the rows of the k largest after - before, ascending; see `reference.select_largest_increase`.
+
+    One launch whatever the strides.
+
+    Raises:
+        ValueError: as the twin; also more than `MOST_ROWS` rows, which are for the twin.
+    """
+    reference.check_selection(after, before, k)
+    n_rows = len(after)
+    if n_rows > MOST_ROWS:
+        raise ValueError(
+            f"at most {MOST_ROWS} losses, got {n_rows}; split the batch, or use reference.select_largest_increase"
+        )
+    if after.device.type != ("cpu" if INTERPRETED else "cuda"):
+        return reference.select_largest_increase(after, before, k)
+    chosen = torch.empty(k, dtype=torch.int64, device=after.device)
+    with on_device(after.device):
+        _select_kernel[(1,)](
+            after, before, chosen, after.stride(0), before.stride(0), n_rows, k,
+            **shape_of(n_rows, after.dtype), enable_fp_fusion=False,
+        )  # fmt: skip
+    return chosen
+
+
+def shape_of(n_rows: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Constants of the program that serves this many losses of a dtype: four shapes in all."""
+    key = tl.int64 if dtype == torch.float64 else tl.int32
+    most = _BYTES_IN_REGISTERS // key.itemsize
+    size = next((size for size in _BLOCK_SIZES if size >= n_rows), most)
+    threads = min(size // _ELEMENTS_PER_THREAD, _MOST_THREADS)
+    return {
+        "KEY": key,
+        "LOOPS": n_rows > size,
+        "BLOCK_SIZE": size,
+        "STORE_SIZE": min(size, _STORE_SIZE),
+        "num_warps": max(1, threads // (64 if torch.version.hip else 32)),
+    }

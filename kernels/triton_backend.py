@@ -1,0 +1,17 @@
+"""The Triton launchers under the names of their twins in reference.py. Needs triton; only dispatch imports it."""
+
+from fastsam.kernels.chunks import INTERPRETED
+from fastsam.kernels.norm import found_nonfinite, norm
+from fastsam.kernels.perturb import perturb_
+from fastsam.kernels.restore_adam_step import restore_adam_step_
+from fastsam.kernels.restore_step import restore_, restore_sgd_step_
+
+__all__ = [
+    "INTERPRETED",
+    "found_nonfinite",
+    "norm",
+    "perturb_",
+    "restore_",
+    "restore_adam_step_",
+    "restore_sgd_step_",
+]

@@ -1,0 +1,68 @@
+"""Lists of tensors to try kernels on, and the numeric rule they are held to."""
+
+import torch
+
+from fastsam.kernels import dispatch
+
+kernels = dispatch._triton_backend()
+DEVICE = "cpu" if kernels is None or kernels.INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+LISTS = [[dtype] for dtype in DTYPES] + [DTYPES]
+"""Dtypes of a list: each alone, and all mixed."""
+SIZES = (0, 1, 63, 4096, 65537)
+UNIT = 2.0**-24
+"""Half a unit in the last place of float32, relative."""
+
+
+def tensors(dtypes, seed=0, scale=1.0, sizes=SIZES):
+    """Contiguous tensors of all sizes, 0-dim, channels_last, unaligned, transposed and gappy ones, in each dtype."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+    made = []
+    for dtype in dtypes:
+        made += [randn(n).to(DEVICE, dtype) for n in sizes]
+        made += [randn(()).to(DEVICE, dtype), randn(6, 4, 3, 3).to(DEVICE, dtype, memory_format=torch.channels_last)]
+        made += [randn(101).to(DEVICE, dtype)[1:], randn(7, 9).to(DEVICE, dtype).t()]
+        made += [randn(8, 6).to(DEVICE, dtype)[:, ::2]]
+    return made
+
+
+def copies(originals):
+    """Copies with the same strides, gaps and alignment."""
+    made = []
+    for t in originals:
+        size = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+        first = t.data_ptr() % 16 // t.element_size() if t.numel() else 0
+        room = torch.full((first + size,), float("nan"), dtype=t.dtype, device=t.device)
+        made.append(torch.as_strided(room, t.shape, t.stride(), first).copy_(t))
+    return made
+
+
+def bits(t):
+    """The tensor's bits as integers, to tell -0 from 0 and compare NaNs."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    return t.contiguous().view(integers)
+
+
+def assert_same_bits(some, others):
+    for i, (a, b) in enumerate(zip(some, others, strict=True)):
+        assert torch.equal(bits(a), bits(b)), f"tensor {i} of shape {tuple(a.shape)} and dtype {a.dtype}"
+
+
+def assert_as_exact(fused, plain, truth):
+    """Error against float64 at most that of plain torch in the same dtype, and a floor far below one rounding.
+
+    Errors are summed over all tensors of a dtype: of a single element either side may be rounded the luckier way.
+    """
+    for dtype in {t.dtype for t in fused}:
+        rows = [i for i, t in enumerate(fused) if t.dtype == dtype]
+
+        def error(found, rows=rows):
+            return sum(((found[i].double() - truth[i]) ** 2).sum().item() for i in rows) ** 0.5
+
+        size = sum((truth[i] ** 2).sum().item() for i in rows) ** 0.5
+        floor = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 16 * size
+        assert error(fused) <= error(plain) + floor, f"{dtype}: {error(fused)} > {error(plain)} + {floor}"

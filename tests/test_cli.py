@@ -1,0 +1,296 @@
+"""The command line as its users meet it: messages, exit codes, files, Ctrl-C and resume."""
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+from fastsam import compare
+from fastsam.__main__ import main
+from fastsam.training import CHECKPOINT
+
+TINY = ["--model", "mlp", "--epochs", "2"]
+RUN_FILES = {"history.csv", "result.json", "curve.png", CHECKPOINT}
+COMPARISON_FILES = {"results.json", "results.csv", "comparison.png", "table.md", compare.PLAN, "runs"}
+
+
+def names(directory):
+    return {path.name for path in directory.iterdir()}
+
+
+def rows(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def accuracies(out):
+    kept = ("epoch", "train_loss", "train_accuracy", "test_accuracy")
+    return [[row[key] for key in kept] for row in rows(out / "history.csv")]
+
+
+def python(*arguments, **keywords):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # or sums differ in their last bits
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **keywords,
+    )
+
+
+BAD_INPUT = [
+    ("train --method frob", "unknown method 'frob'; known are sgd, adamw, sam, asam"),
+    ("train --data frob", "unknown data set 'frob'; known are digits"),
+    ("train --model frob", "unknown model 'frob'; known are cnn, mlp"),
+    ("train --epochs 0", "'--epochs': 0 is not in the range"),
+    ("train --epochs many", "'--epochs': 'many' is not a valid integer"),
+    ("train --lr nan", "nan is not a finite number"),
+    ("train --lr=-0.1", "-0.1 is not in the range"),
+    ("train --rho inf", "inf is not a finite number"),
+    ("train --label-noise 40", "40.0 is not in the range 0<=x<=1"),
+    ("train --batch-size 1", "batch norm needs at least 2 samples"),
+    ("train --seed -1", "-1 is not in the range"),
+    ("train --method sgd --rho 0.1", "sgd has no --rho; it has --lr, --momentum, --weight-decay"),
+    ("train --resume", "nothing to resume"),
+    ("train --resume --overwrite", "choose one of them"),
+    ("train --frob", "--frob"),
+    ("frob", "frob"),
+    ("compare --methods sgd,frob", "unknown method 'frob'; known are"),
+    ("compare --methods sgd,sgd", "sgd is there twice"),
+    ("compare --methods sgd --rho 0.1", "none of the methods (sgd) has --rho"),
+    ("compare --label-noise 0,2", "2.0 is not in the range"),
+    ("compare --label-noise 0,,0.4", "not a valid number"),
+    ("compare --seeds 0", "0 is not in the range"),
+    ("compare --resume", "nothing to resume"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(line, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(line)) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.startswith("fastsam: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_directory_that_cannot_be_written_is_refused(command, capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main([command, *TINY, "--out", str(out)]) == 2
+        err = capsys.readouterr().err
+        assert f"cannot write to {out}" in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the message is for machines without CUDA")
+def test_cuda_is_taken_where_it_is(tmp_path):
+    assert main(["train", *TINY, "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["config"]["device"] == "cuda"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_it_is_not(capsys, tmp_path):
+    assert main(["train", *TINY, "--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["click", "rich", "matplotlib", "sklearn"])
+def test_a_missing_extra_is_one_line(module, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["train"]) == 2
+    err = capsys.readouterr().err
+    assert "pip install 'fastsam[cli]'" in err
+    assert err.count("\n") == 1
+
+
+def test_importing_the_package_needs_no_extra():
+    code = (
+        "import sys, fastsam, fastsam.__main__; "
+        "sys.exit(any(name in sys.modules for name in ('click', 'rich', 'matplotlib', 'sklearn')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_entry_points(capsys):
+    (script,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "fastsam"]
+    assert script.load() is main
+    assert main([]) == 0
+    assert "compare" in capsys.readouterr().out
+    process = python("-m", "fastsam", "--version")
+    assert process.communicate()[0].startswith("fastsam, version")
+    assert process.returncode == 0
+
+
+def test_train_writes_its_files(capsys, tmp_path):
+    out = tmp_path / "made" / "here"
+    assert main(["train", *TINY, "--label-noise", "0.2", "--seed", "3", "--out", str(out)]) == 0
+    assert names(out) == RUN_FILES
+    printed, err = capsys.readouterr()
+    assert err == ""
+    assert "epoch 2/2" in printed
+    assert "\x1b" not in printed  # no terminal, no escapes
+    history = rows(out / "history.csv")
+    assert [row["epoch"] for row in history] == ["1", "2"]
+    columns = {"train_loss", "train_accuracy", "test_accuracy", "samples_per_second", "seconds", "step_ms"}
+    assert columns < set(history[0])
+    result = json.loads((out / "result.json").read_text())
+    assert result["last_test_accuracy"] == float(history[-1]["test_accuracy"])
+    assert result["best_test_accuracy"] == max(float(row["test_accuracy"]) for row in history)
+    assert result["config"] | {"method": "sam", "label_noise": 0.2, "seed": 3, "split_seed": 3} == result["config"]
+    assert result["environment"]["torch"] == torch.__version__
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_is_valid_where_training_diverges(capsys, tmp_path):
+    diverging = ["train", *TINY, "--method", "sgd", "--lr", "1e30", "--out", str(tmp_path)]
+    assert main(diverging) == 0
+    assert "no longer finite" in capsys.readouterr().out
+    json.loads((tmp_path / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_an_earlier_run_is_kept_unless_told_otherwise(capsys, tmp_path):
+    command = ["train", *TINY, "--out", str(tmp_path)]
+    assert main(command) == 0
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    assert main(command) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert main([*command, "--resume", "--seed", "0"]) == 0
+    assert main([*command, "--resume", "--seed", "1", "--lr", "0.3"]) == 2
+    err = capsys.readouterr().err
+    assert "seed 1 (it has 0)" in err
+    assert "lr 0.3 (it has 0.1)" in err
+    assert main([*command, "--overwrite", "--seed", "1"]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["config"]["seed"] == 1
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes_bit_for_bit(capsys, tmp_path):
+    through, broken = tmp_path / "through", tmp_path / "broken"
+    command = ["train", "--model", "mlp", "--epochs", "40", "--rho", "0.2", "--label-noise", "0.4", "--out"]
+    # a parent that ignores SIGINT, as shells make background jobs do, would hand that on
+    process = python(
+        "-m", "fastsam", *command, str(broken), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    while "epoch 2/" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.count("\n") == 1
+    go_on = shlex.split(err.partition("go on with: ")[2])
+    assert go_on == ["fastsam", "train", "--out", str(broken), "--resume"]
+    assert names(broken) == {CHECKPOINT}
+    assert main(go_on[1:]) == 0
+    assert main([*command, str(through)]) == 0
+    assert "goes on after epoch" in capsys.readouterr().out
+    assert accuracies(broken) == accuracies(through)
+    weights = [torch.load(out / CHECKPOINT, weights_only=True)["model"] for out in (broken, through)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+COMPARE = ["compare", "--methods", "sgd,sam", "--seeds", "2", "--label-noise", "0,0.4", *TINY, "--out"]
+
+
+def test_compare_writes_its_files_and_a_table(capsys, tmp_path):
+    assert main([*COMPARE, str(tmp_path)]) == 0
+    assert names(tmp_path) == COMPARISON_FILES
+    printed = capsys.readouterr().out
+    assert "16/16" in printed
+    assert "\x1b" not in printed
+    assert all(len(line) <= 100 for line in printed.splitlines() if str(tmp_path) not in line)
+    runs = rows(tmp_path / "results.csv")
+    order = [(float(row["label_noise"]), row["seed"], row["method"]) for row in runs]
+    assert order == [(q, s, m) for q in (0.0, 0.4) for s in ("0", "1") for m in ("sgd", "sam")]
+    results = json.loads((tmp_path / "results.json").read_text())
+    for row in results["table"]:
+        mine = [r for r in runs if r["method"] == row["method"] and float(r["label_noise"]) == row["label_noise"]]
+        last = [float(r["last_accuracy"]) for r in mine]
+        assert row["mean_last"] == pytest.approx(sum(last) / 2)
+        assert f"{row['mean_last']:.1f} ± {row['std_last']:.1f}" in printed
+    sgd, sam = results["table"][:2]
+    assert sam["step_ratio"] == sam["step_ms"] / sgd["step_ms"]
+    chosen = {choice["label_noise"]: choice["value"] for choice in results["choices"]}
+    assert {float(row["label_noise"]): float(row["value"]) for row in runs if row["method"] == "sam"} == chosen
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "table.md").read_text().count("\n| ") == 5
+    assert main([*COMPARE, str(tmp_path)]) == 2
+    assert "already holds a comparison" in capsys.readouterr().err
+
+
+def test_an_interrupted_compare_goes_on_with_the_runs_it_has(capsys, tmp_path, monkeypatch):
+    through, broken = tmp_path / "through", tmp_path / "broken"
+    assert main([*COMPARE, str(through)]) == 0
+    trained, train = [], compare.train
+
+    def interrupted(config, out, **keywords):
+        if len(trained) == 6:
+            raise KeyboardInterrupt
+        trained.append(out / CHECKPOINT)
+        return train(config, out, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "train", interrupted)
+        assert main([*COMPARE, str(broken)]) == 130
+    assert f"fastsam compare --out {broken} --resume" in capsys.readouterr().err
+    written = {path: path.stat().st_mtime_ns for path in trained}
+    assert main(["compare", "--out", str(broken), "--resume", "--seeds", "3"]) == 2
+    assert "seeds 3 (it has 2)" in capsys.readouterr().err
+    assert main(["compare", "--out", str(broken), "--resume"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in trained} == written
+    last = [[row["last_accuracy"] for row in rows(out / "results.csv")] for out in (through, broken)]
+    assert last[0] == last[1]
+
+
+def test_overwrite_forgets_the_runs_of_the_earlier_comparison(tmp_path):
+    command = ["compare", "--methods", "sgd", "--seeds", "1", "--label-noise", "0", *TINY]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    (other,) = (tmp_path / "runs").iterdir()
+    (other / CHECKPOINT).write_bytes(b"broken, so that taking it would fail")
+    assert main([*command, "--out", str(tmp_path), "--overwrite"]) == 0
+
+
+def test_a_refused_compare_does_not_stand_in_the_way(capsys, tmp_path):
+    assert main(["compare", "--batch-size", "1", "--out", str(tmp_path)]) == 2
+    assert main([*COMPARE[:1], "--methods", "sgd", "--seeds", "1", *TINY, "--out", str(tmp_path)]) == 0
+
+
+NEW_METHOD = """
+import sys, torch
+from fastsam import SAM
+from fastsam.methods import METHODS, Method
+def build(model, knobs):
+    assert knobs["gamma"] in (0.5, 0.9), knobs
+    return SAM(model.parameters(), torch.optim.SGD, lr=knobs["lr"], rho=0.1, model=model)
+METHODS["newest"] = Method(
+    "a new idea", build, {"lr": 0.1, "gamma": 0.75}, base="sgd", tuned="gamma", grid=(0.5, 0.9)
+)
+from fastsam.__main__ import main
+assert main(["train", "--help"]) == 0
+assert main(sys.argv[1:]) == 0
+"""
+
+
+def test_a_method_is_added_by_one_entry_in_the_table(tmp_path):
+    arguments = ["compare", "--methods", "sgd,newest", "--seeds", "1", "--label-noise", "0.4", *TINY]
+    process = python("-c", NEW_METHOD, *arguments, "--out", str(tmp_path))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "a new idea" in out
+    assert "--gamma" in out
+    assert "newest 0.75" in out
+    (row,) = [row for row in json.loads((tmp_path / "results.json").read_text())["table"] if row["method"] == "newest"]
+    assert row["value"] in (0.5, 0.9)
+    assert row["step_ratio"] > 1

@@ -1,0 +1,527 @@
+"""ESAM: stochastic weight perturbation and sharpness-sensitive data selection."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import assert_same, batches, cnn, largest_difference, losses_of, mlp, snapshot
+from test_exactness import with_closure, with_contexts, with_loss_function, with_two_steps
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsam import ESAM, SAM
+from fastsam.kernels import philox
+
+SGD = torch.optim.SGD
+X, Y = batches(1, rows=128)[0]
+
+
+def esam(model, **keywords):
+    return ESAM(model.parameters(), SGD, **{"rho": 0.1, "lr": 0.1, "momentum": 0.9, "model": model, **keywords})
+
+
+def masks(opt):
+    return opt._kept()
+
+
+# stochastic weight perturbation
+
+
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_keeping_everything_is_sam_bit_for_bit(backend, batchnorm):
+    model, other = mlp(batchnorm=batchnorm, dropout=0.3), mlp(batchnorm=batchnorm, dropout=0.3)
+    opt, expected = esam(model, beta=1.0, gamma=1.0), SAM(other.parameters(), SGD, rho=0.1, lr=0.1, momentum=0.9,
+                                                          model=other)  # fmt: skip
+    for x, y in batches(5):
+        torch.manual_seed(3)
+        opt.step(losses_of(model), x, y)
+        torch.manual_seed(3)
+        expected.step(losses_of(other), x, y)
+    assert_same(model, snapshot(other))
+
+
+def test_the_tensor_mask_is_drawn_anew_for_each_step_by_seed_and_step(backend):
+    model = mlp()
+    drawn = []
+    opt = esam(model, beta=0.5, gamma=1.0, seed=11)
+    for step, (x, y) in enumerate(batches(40)):
+        drawn.append(masks(opt))
+        expected = [w < 2**31 for w in philox.first_words(4, step, 11).tolist()]
+        assert drawn[-1] == expected
+        opt.step(losses_of(model), x, y)
+    share = sum(map(sum, drawn)) / 160
+    assert 0.35 < share < 0.65
+    assert len({tuple(d) for d in drawn}) > 8
+
+
+@pytest.mark.parametrize("norm", ["masked", "full", "estimated"])
+def test_masked_tensors_are_not_touched_and_the_others_by_rho_over_beta(backend, norm):
+    model = mlp()
+    opt = esam(model, beta=0.5, gamma=1.0, norm=norm)
+    for x, y in batches(12):
+        before, kept = snapshot(model), masks(opt)
+        params = list(model.parameters())
+        g = torch.autograd.grad(losses_of(model)(x, y).mean(), params)
+        with opt.ascent():
+            losses_of(model)(x, y).mean().backward() if any(kept) else None
+        with opt.descent():
+            part = math.sqrt(sum((gi**2).sum().item() for gi, k in zip(g, kept, strict=True) if k or norm == "full"))
+            part = (part / math.sqrt(0.5) if norm == "estimated" else part) + 1e-12
+            for p, w, gi, k in zip(params, before.values(), g, kept, strict=True):
+                if k:
+                    torch.testing.assert_close(p.detach(), w + 0.1 / 0.5 * gi / part, rtol=1e-10, atol=1e-13)
+                else:
+                    assert torch.equal(p, w)
+            losses_of(model)(x, y).mean().backward()
+            assert all(p.grad is not None for p in params)
+        opt.step()
+        opt.zero_grad()
+
+
+@pytest.mark.parametrize("way", [with_loss_function, with_closure, with_contexts, with_two_steps])
+@pytest.mark.parametrize("mask", ["tensor", "element"])
+def test_all_ways_give_the_same_numbers_without_selection(backend, way, mask):
+    model, other = mlp(), mlp()
+    opt, expected = esam(model, gamma=1.0, mask=mask, seed=4), esam(other, gamma=1.0, mask=mask, seed=4)
+    empty = 0
+    for x, y in batches(8):
+        empty += not any(masks(opt))
+        way(opt, losses_of(model), x, y)
+        with_loss_function(expected, losses_of(other), x, y)
+    assert largest_difference(model, other) < 1e-13
+    assert empty == 0, "choose a seed that keeps a tensor in every step"
+
+
+class Quadratic(nn.Module):
+    """L(w) = w'Aw/2 - b'w of SPEC 4.2."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        self.a = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+
+    def forward(self):
+        return self.w @ self.a @ self.w / 2 - self.w[0] + self.w[1]
+
+
+@pytest.mark.parametrize(
+    ("norm", "mean", "square"),
+    [
+        ("full", (0.05547001962252292, 0.08320502943378438), 0.01666666666666667),
+        ("masked", (0.07328201177351375, 0.08992301766027064), 0.023333333333333338),
+    ],
+)
+def test_element_masks_enumerated(backend, monkeypatch, norm, mean, square):
+    """The mean of eps over all 2^P masks, weighted by their probability; only with "full" it is SAM's eps."""
+    total, total_square = torch.zeros(2, dtype=torch.float64), 0.0
+    seen = {}
+    for step in range(200):  # enough draws to meet every mask
+        q = Quadratic()
+        opt = ESAM(q.parameters(), SGD, rho=0.1, lr=0.1, beta=0.6, gamma=1.0, mask="element", norm=norm)
+        opt.param_groups[0]["fastsam_step"] = step
+        bits = tuple((philox.words(2, 0, step, 0) < philox.threshold(0.6)).tolist())
+        with opt.ascent():
+            q().backward()
+        with opt.descent():
+            eps = q.w.detach() - torch.tensor([1.0, 2.0], dtype=torch.float64)
+        assert tuple((eps != 0).tolist()) == bits
+        if bits in seen:
+            assert torch.equal(eps, seen[bits])
+        seen[bits] = eps
+    assert len(seen) == 4
+    for bits in itertools.product([True, False], repeat=2):
+        probability = 0.6 ** sum(bits) * 0.4 ** (2 - sum(bits))
+        total += probability * seen[bits]
+        total_square += probability * (seen[bits] ** 2).sum().item()
+        if norm == "masked" and any(bits):
+            assert seen[bits].norm().item() == pytest.approx(0.1 / 0.6, rel=1e-11)
+    assert total.tolist() == pytest.approx(list(mean), rel=1e-11)
+    assert total_square == pytest.approx(square, rel=1e-11)
+
+
+class Work(TorchDispatchMode):
+    """Counts the matrix products of linear layers and the outputs asked of convolution backwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.mm, self.conv_weights = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.mm += 1
+        if func is torch.ops.aten.convolution_backward.default:
+            self.conv_weights += args[-1][1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm", ["masked", "full"])
+def test_weight_gradients_of_masked_tensors_are_not_computed(backend, monkeypatch, norm):
+    model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(4))).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+
+    def losses(x):
+        return model(x).square().mean(1)
+
+    work = {}
+    for kept in ([True] * 4, [True, False, False, True], [False, False, False, True]):
+        opt = ESAM(model.parameters(), SGD, rho=0.1, lr=0.0, gamma=1.0, norm=norm)
+        monkeypatch.setattr(opt, "_kept", lambda kept=kept: kept)
+        with opt.ascent(), Work() as count:
+            losses(x).mean().backward()
+        work[tuple(kept)] = count.mm
+        assert [p.requires_grad for p in model.parameters()] == [True] * 4
+        opt.restore()
+    full = 4 + 4 + 3  # forwards, weight gradients, input gradients (none for the batch itself)
+    masked = {(True,) * 4: full, (True, False, False, True): full - 2, (False, False, False, True): full - 3 - 3}
+    assert work == (masked if norm == "masked" else dict.fromkeys(masked, full))
+
+
+def test_convolutions_skip_their_weight_gradient_too(backend, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(48, 10))
+    opt = ESAM(model.parameters(), SGD, rho=0.1, lr=0.1, gamma=1.0)
+    monkeypatch.setattr(opt, "_kept", lambda: [True, True, False, False, True, True])
+    with opt.ascent(), Work() as count:
+        losses_of(model)(torch.randn(4, 1, 8, 8), torch.arange(4)).mean().backward()
+    assert count.conv_weights == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("failing_pass", [1, 2, 3])
+def test_requires_grad_and_weights_survive_any_exception(backend, error, failing_pass):
+    model = mlp(batchnorm=True)
+    model[0].weight.requires_grad_(False)
+    opt = esam(model, seed=4)
+    wanted = [p.requires_grad for p in model.parameters()]
+    before = [p.detach().clone() for p in model.parameters()]
+    calls = []
+
+    def losses(x, y):
+        calls.append([p.requires_grad for p in model.parameters()])
+        if len(calls) == failing_pass:
+            raise error
+        return losses_of(model)(x, y)
+
+    with pytest.raises(error):
+        opt.step(losses, X, Y)
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert all(map(torch.equal, (p.detach() for p in model.parameters()), before))
+    opt.step(losses_of(model), X, Y)
+
+
+def test_an_empty_mask_is_a_plain_base_step_in_one_pass(backend, monkeypatch):
+    model, plain, passes = mlp(batchnorm=True), mlp(batchnorm=True), []
+    opt = esam(model)
+    monkeypatch.setattr(opt, "_kept", lambda: [False] * 5)
+
+    def losses(x, y):
+        passes.append(1)
+        return losses_of(model)(x, y)
+
+    base = SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for x, y in batches(3):
+        opt.step(losses, x, y)
+        base.zero_grad()
+        losses_of(plain)(x, y).mean().backward()
+        base.step()
+    assert len(passes) == 3
+    assert largest_difference(model, plain) < 1e-15
+    assert opt.param_groups[0]["fastsam_step"] == 3, "the next step draws another mask"
+
+
+def test_a_non_finite_ascent_skips_the_step(backend):
+    model = mlp()
+    opt = esam(model, seed=4)
+    opt.step(losses_of(model), X, Y)
+    before, buffers = snapshot(model), copy.deepcopy(opt.state_dict()["state"])
+    calls = []
+
+    def losses(x, y):
+        calls.append(1)
+        return losses_of(model)(x, y) * (float("inf") if len(calls) == 1 else 1.0)
+
+    opt.step(losses, X, Y)
+    assert_same(model, before)
+    assert opt.skipped_steps == 1
+    for i, entries in buffers.items():
+        assert torch.equal(entries["momentum_buffer"], opt.state_dict()["state"][i]["momentum_buffer"])
+    opt.step(losses_of(model), X, Y)
+    assert opt.skipped_steps == 1
+
+
+@pytest.mark.parametrize("mask", ["tensor", "element"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_resume_continues_the_masks(backend, mask, dtype):
+    data = batches(8, dtype=dtype)
+    whole, half, resumed = mlp(dtype), mlp(dtype), mlp(dtype, seed=9)
+    opt = esam(whole, mask=mask, seed=2)
+    for x, y in data:
+        opt.step(losses_of(whole), x, y)
+    opt = esam(half, mask=mask, seed=2)
+    for x, y in data[:4]:
+        opt.step(losses_of(half), x, y)
+    resumed.load_state_dict(half.state_dict())
+    again = esam(resumed, mask=mask)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for x, y in data[4:]:
+        again.step(losses_of(resumed), x, y)
+    assert_same(resumed, snapshot(whole))
+
+
+# sharpness-sensitive data selection
+
+
+class Logistic(nn.Module):
+    """Logistic regression of SPEC 4.2."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
+
+    def losses(self, x, y):
+        return F.softplus(-y * (x @ self.w))
+
+
+POINTS = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.5, -1.5]], dtype=torch.float64)
+LABELS = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("selection", ["reforward", "reuse"])
+@pytest.mark.parametrize(
+    ("strict", "gradient"),
+    [
+        (False, (-0.49131649171115044, -0.45502098251114326)),
+        (True, (-0.5605433826933748, -1.1210867653867496)),
+    ],
+)
+def test_worked_numbers_of_selection(backend, strict, gradient, selection):
+    m = Logistic()
+    opt = ESAM(m.parameters(), SGD, rho=0.1, lr=1.0, beta=1.0, gamma=2 / 3, strict=strict, selection=selection)
+    opt.step(m.losses, POINTS, LABELS)
+    moved = torch.tensor([0.3, -0.2], dtype=torch.float64) - m.w.detach()
+    assert moved.tolist() == pytest.approx(list(gradient), rel=1e-11)
+    assert opt.last_selected_fraction == pytest.approx((1 if strict else 2) / 3)
+
+
+def test_reforward_and_reuse_agree_without_batch_norm(backend):
+    model, other = mlp(), mlp()
+    opt, expected = esam(model, selection="reforward"), esam(other, selection="reuse")
+    for x, y in batches(6, rows=33):
+        opt.step(losses_of(model), x, y)
+        expected.step(losses_of(other), x, y)
+    assert largest_difference(model, other) < 1e-12
+
+
+@pytest.mark.parametrize("batchnorm", [False, True])
+@pytest.mark.parametrize(
+    ("n", "gamma", "k"),
+    [(128, 0.5, 64), (16, 0.5, 8), (7, 0.7, 4), (3, 0.1, 1), (10, 0.3, 3), (5, 0.999, 4), (1, 0.5, 1)],
+)
+def test_exactly_k_rows_with_the_largest_deltas_are_used(backend, n, gamma, k, batchnorm):
+    if batchnorm and n == 1:
+        return  # torch itself refuses batch statistics of one row
+    k = max(k, 2) if batchnorm else k
+    model, seen = mlp(batchnorm=batchnorm), []
+    opt = esam(model, gamma=gamma, beta=1.0)
+    before = snapshot(model)
+
+    def losses(x, y):
+        values = losses_of(model)(x, y)
+        seen.append((x, values.detach(), torch.is_grad_enabled()))
+        return values
+
+    x, y = X[:n], Y[:n]
+    opt.step(losses, x, y)
+    if k == n:
+        assert [len(s[0]) for s in seen] == [n, n]
+        return
+    assert [len(s[0]) for s in seen] == [n, n, k]
+    assert [s[2] for s in seen] == [True, False, True], "the selection forward must keep no activations"
+    delta = seen[1][1] - seen[0][1]
+    rows = [(x == row).all(1).nonzero().item() for row in seen[2][0]]
+    assert rows == sorted(rows)
+    chosen, rest = delta[rows], delta[[i for i in range(n) if i not in rows]]
+    if len(rest):
+        assert chosen.min() >= rest.max()
+        assert chosen.mean() >= delta.mean() >= rest.mean()
+    assert opt.last_selected_fraction == k / n
+    if batchnorm:  # one update, of the first forward
+        witness = mlp(batchnorm=True)
+        witness.load_state_dict(before)
+        witness(x)
+        assert all(map(torch.equal, model.buffers(), witness.buffers()))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_authors_code_keeps_63_of_128_rows(backend, strict):
+    model, sizes = mlp(), []
+    opt = esam(model, gamma=0.5, strict=strict)
+
+    def losses(x, y):
+        sizes.append(len(x))
+        return losses_of(model)(x, y)
+
+    opt.step(losses, X, Y)
+    assert sizes == [128, 128, 63 if strict else 64]
+
+
+def test_ties_take_the_lower_rows_and_strict_has_none_to_take(backend):
+    model, seen = mlp(), []
+    x, y = X[:1].repeat(9, 1), Y[:1].repeat(9)
+
+    def losses(x, y, tag):
+        seen.append(tag)
+        return losses_of(model)(x, y)
+
+    esam(model).step(losses, x, y, torch.arange(9))
+    assert seen[-1].tolist() == [0, 1, 2, 3]
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"strict=True found no row above the 4 largest deltas.*strict=False"):
+        esam(model, strict=True).step(losses_of(model), x, y)
+    assert_same(model, before)
+
+
+def test_rows_whose_loss_turns_nan_come_last(backend):
+    model, seen = mlp(), []
+
+    def losses(x, y, tag):
+        seen.append(tag)
+        values = losses_of(model)(x, y)
+        return torch.where(tag >= 6, float("nan"), values) if len(seen) == 2 else values
+
+    opt = esam(model)
+    opt.step(losses, X[:8], Y[:8], torch.arange(8))
+    assert len(seen[-1]) == 4
+    assert not {6, 7} & set(seen[-1].tolist())
+
+
+def test_gamma_one_needs_no_selection_forward(backend):
+    model, calls = mlp(), []
+    opt = esam(model, gamma=1.0)
+
+    def losses(x, y):
+        calls.append(len(x))
+        return losses_of(model)(x, y)
+
+    opt.step(losses, X, Y)
+    assert calls == [128, 128]
+
+
+def test_both_forwards_that_are_compared_draw_the_same_dropout(backend):
+    model, seen = mlp(dropout=0.5), []
+    model[2].register_forward_hook(lambda m, args, out: seen.append(out == 0))
+    opt = esam(model)
+    torch.manual_seed(0)
+    opt.step(losses_of(model), X, Y)
+    assert torch.equal(seen[0], seen[1])
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    losses_of(mlp(dropout=0.5))(X, Y)
+    torch.manual_seed(0)
+    plain = mlp(dropout=0.5)
+    torch.manual_seed(0)
+    losses_of(plain)(X, Y)
+    assert torch.equal(after, torch.rand(3))
+
+
+def test_nested_batches_are_cut_to_the_chosen_rows(backend):
+    model, seen = mlp(), []
+
+    def losses(batch, scale):
+        seen.append({"x": batch["x"], "pair": batch["pair"]})
+        return losses_of(model)(batch["x"], batch["pair"][0]) * scale
+
+    esam(model).step(losses, {"x": X, "pair": (Y, X[:, :1]), "name": "kept"}, 2.0)
+    assert [len(s["x"]) for s in seen] == [len(s["pair"][1]) for s in seen] == [128, 128, 64]
+    rows = seen[-1]
+    assert torch.equal(rows["x"][:, :1], rows["pair"][1])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_mixed_precision_with_a_scaler(backend, enabled):
+    model, plain = mlp(torch.float32), mlp(torch.float32)
+    opt, other = esam(model, seed=4), esam(plain, seed=4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+    for x, y in batches(5, rows=32, dtype=torch.float32):
+        opt.step(losses_of(model), x, y, scaler=scaler, clip_grad_norm=1.0)
+        scaler.update()
+        other.step(losses_of(plain), x, y, clip_grad_norm=1.0)
+    assert largest_difference(model, plain) < 1e-5
+
+
+@pytest.mark.parametrize("mask", ["tensor", "element"])
+def test_a_step_reads_nothing_on_the_host(backend, monkeypatch, mask):
+    from test_side_effects import NoHostReads
+
+    from fastsam.kernels import reference
+
+    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: [int(v) for v in t.numpy()])  # the host's own mask words
+    model = mlp(batchnorm=True)
+    opt = esam(model, mask=mask, seed=4)
+    with NoHostReads():
+        for x, y in batches(3, rows=32):
+            opt.step(losses_of(model), x, y)
+
+
+def test_compiled_models_take_the_element_mask_without_recompiling(backend):
+    torch._dynamo.reset()
+    model = cnn()
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    opt = ESAM(model.parameters(), SGD, rho=0.05, model=compiled, lr=0.05, gamma=1.0, mask="element")
+    x, y = torch.randn(8, 1, 8, 8), torch.randint(0, 10, (8,))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            opt.step(losses_of(compiled), x, y)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("error", "needle", "keywords"),
+    [
+        (ValueError, r"beta must be in \(0, 1\], got 0", {"beta": 0}),
+        (ValueError, r"beta must be in \(0, 1\], got 1.5", {"beta": 1.5}),
+        (ValueError, r"beta must be in \(0, 1\], got nan", {"beta": float("nan")}),
+        (TypeError, "beta must be a number, got '0.5'", {"beta": "0.5"}),
+        (ValueError, r"gamma must be in \(0, 1\], got -0.1", {"gamma": -0.1}),
+        (ValueError, "mask must be one of 'tensor', 'element', got 'row'", {"mask": "row"}),
+        (ValueError, "norm must be one of 'masked', 'full', 'estimated', got 'l2'", {"norm": "l2"}),
+        (ValueError, "selection must be one of 'reforward', 'reuse', got 'slice'", {"selection": "slice"}),
+    ],
+)
+def test_bad_arguments(error, needle, keywords):
+    with pytest.raises(error, match=needle):
+        esam(mlp(), **keywords)
+
+
+@pytest.mark.parametrize("call", ["ascent", "first_step", "closure"])
+def test_selection_needs_a_loss_function_and_says_so(backend, call):
+    model = mlp()
+    opt = esam(model)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"cannot select rows \(gamma=0.5\); use opt.step\(loss_fn, \*batch\)"):
+        {"ascent": opt.ascent, "first_step": opt.first_step, "closure": lambda: opt.step(lambda: None)}[call]()
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("selection", ["reforward", "reuse"])
+def test_losses_that_are_wrong_in_a_later_pass_leave_the_weights_alone(backend, selection):
+    model = mlp()
+    opt = esam(model, selection=selection)
+    for bad_call, expected in ((2, TypeError), (3, TypeError)):
+        before, calls = snapshot(model), []
+
+        def losses(x, y, calls=calls, bad_call=bad_call):
+            calls.append(1)
+            values = losses_of(model)(x, y)
+            return values.mean() if len(calls) == bad_call else values
+
+        if selection == "reuse" and bad_call == 3:
+            continue
+        with pytest.raises(expected, match="returned a scalar"):
+            opt.step(losses, X, Y)
+        assert_same(model, before)
+    with pytest.raises(RuntimeError, match="losses have no gradient"):
+        opt.step(lambda x, y: losses_of(model)(x, y).detach(), X, Y)

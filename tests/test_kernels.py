@@ -1,0 +1,275 @@
+"""The Triton kernels against their twins and against float64: norm, finite check, perturbation, restore."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, DTYPES, LISTS, UNIT, assert_as_exact, assert_same_bits, copies, kernels, tensors
+
+from fastsam.kernels import philox, reference
+from fastsam.kernels.philox import Draw
+from fastsam.kernels.tensor_list import Backup, in_memory_order
+
+if kernels is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+from fastsam.kernels import chunks, perturb
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+WORDS = pytest.mark.parametrize("draw", [None, (True, None), (True, 0.6), (False, 0.6)], ids=str)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """New memory holds NaN, so that whatever a kernel leaves out shows."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+        filled = lambda *args, original=original, **kwargs: (  # noqa: E731
+            t.fill_(math.nan) if (t := original(*args, **kwargs)).is_floating_point() else t
+        )
+        monkeypatch.setattr(torch, name, filled)
+
+
+@pytest.fixture
+def no_scalars(monkeypatch):
+    """The twin computes its scale on the device, as the kernel does."""
+    monkeypatch.setattr(reference, "READ_SCALARS", False)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Many chunks for each tensor, also where the interpreter would take one."""
+    monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", 64)
+
+
+def etas_of(grads, adaptive):
+    return [[None, 0.0, 0.5][i % 3] for i in range(len(grads))] if adaptive else None
+
+
+def draw_of(draw, n, step=2**31 + 7, seed=2**63 + 5):
+    rounding, keep = draw or (False, None)
+    return draw and Draw(seed, step, tuple(range(3, n + 3)), rounding, keep and tuple([keep, 1.0, 0.0][i % 3] for i in range(n)))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtypes", LISTS, ids=str)
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_norm(dtypes, adaptive, scale):
+    if scale != 1:
+        dtypes = [d for d in dtypes if d != torch.float16] or [torch.float32]
+    grads, weights = tensors(dtypes, scale=scale), tensors(dtypes, seed=1, scale=scale)
+    etas = etas_of(grads, adaptive)
+    products = [g.double() * (w.double().abs() + etas[i] if etas and etas[i] is not None else 1.0)
+                for i, (g, w) in enumerate(zip(grads, weights, strict=True))]  # fmt: skip
+    truth = float(np.sqrt(sum((p.cpu().numpy().astype(np.longdouble) ** 2).sum() for p in products)))
+    norm = kernels.norm(grads, weights, etas)
+    assert norm.shape == () and norm.dtype == torch.float64
+    plain = torch.linalg.vector_norm(torch.cat([p.flatten() for p in products]).to(dtypes[0])).item()
+    assert abs(norm.item() / truth - 1) <= max(min(abs(plain / truth - 1), 2 * UNIT), UNIT)
+    again = kernels.norm(copies(grads), copies(weights), etas)
+    assert_same_bits([again], [norm])
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
+def test_norm_of_a_mask(keep):
+    grads, weights = tensors(DTYPES), tensors(DTYPES, seed=1)
+    draw = Draw(5, 6, tuple(range(len(grads))), keep=(keep,) * len(grads))
+    for adaptive in (False, True):
+        etas = etas_of(grads, adaptive)
+        twin = reference.norm(grads, weights, etas, draw).item()
+        assert kernels.norm(grads, weights, etas, draw).item() == pytest.approx(twin, rel=UNIT)
+        assert (twin == 0) == (keep == 0)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 5), st.sampled_from(DTYPES)), min_size=1, max_size=5))
+def test_any_list_of_lengths_and_offsets(cases):
+    generator = torch.Generator().manual_seed(0)
+
+    def made():
+        return [torch.randn(n + skip, generator=generator).to(DEVICE, dtype)[skip:] for n, skip, dtype in cases]
+
+    weights, grads = made(), made()
+    norm = kernels.norm(grads)
+    assert norm.item() == pytest.approx(reference.norm(grads).item(), rel=UNIT)
+    assert kernels.found_nonfinite(grads).item() == 0
+    before, twins = copies(weights), copies(weights)
+    draw = Draw(1, 2, tuple(range(len(cases))))
+    backup = Backup(weights)
+    kernels.perturb_(weights, grads, backup, norm, [0.3] * len(cases), None, draw)
+    assert_same_bits(backup.tensors, before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "READ_SCALARS", False)
+        reference.perturb_(twins, grads, Backup(twins), norm, [0.3] * len(cases), None, draw)
+    assert_same_bits(weights, twins)
+    kernels.restore_(backup)
+    assert_same_bits(weights, before)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_non_finite_entries_are_found_wherever_they_are(dtype, bad, small_chunks):
+    grads = [t for t in tensors([torch.float32, dtype], sizes=(0, 1, 63, 300)) if t.numel()]
+    for g in grads:
+        for position in {0, g.numel() // 2, g.numel() - 1}:
+            flat = in_memory_order(g) if g.stride() != (6, 2) else g[:, 0]
+            position = min(position, flat.numel() - 1)
+            before = flat[position].clone()
+            assert kernels.found_nonfinite(grads).item() == 0.0
+            flat[position] = bad
+            found = kernels.found_nonfinite(grads)
+            assert found.item() == 1.0 and found.shape == () and found.dtype == torch.float32
+            assert not torch.isfinite(kernels.norm(grads))
+            flat[position] = before
+    largest = torch.full((5,), torch.finfo(dtype).max, dtype=dtype, device=DEVICE)
+    assert kernels.found_nonfinite([largest]).item() == 0.0
+
+
+@pytest.mark.usefixtures("no_scalars")
+@WORDS
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtypes", LISTS, ids=str)
+def test_perturb_and_restore(dtypes, adaptive, draw):
+    weights, grads = tensors(dtypes), tensors(dtypes, seed=1)
+    etas, rho = etas_of(grads, adaptive), [[0.5, -0.25, 0.0, 30.0][i % 4] for i in range(len(grads))]
+    draw = draw_of(draw, len(weights))
+    before, twins, addresses = copies(weights), copies(weights), [w.data_ptr() for w in weights]
+    norm = kernels.norm(grads, weights, etas, draw)
+    backup = Backup(weights)
+    versions = [w._version for w in weights]
+    kernels.perturb_(weights, grads, backup, norm, rho, etas, draw)
+    assert all(w._version > version for w, version in zip(weights, versions, strict=True))
+    assert_same_bits(backup.tensors, before)
+    reference.perturb_(twins, grads, Backup(twins), norm, rho, etas, draw)
+    assert_same_bits(weights, twins)  # the same operations, in the same order, rounded alike
+    if draw is None:
+        ts = [b.double().abs() + etas[i] if etas and etas[i] is not None else 1.0 for i, b in enumerate(before)]
+        truth = [b.double() + r * t**2 * g.double() / (norm + 1e-12)
+                 for b, g, t, r in zip(before, grads, ts, rho, strict=True)]  # fmt: skip
+        plain = [b + r * t.to(b.dtype) ** 2 * g / norm.to(b.dtype) if isinstance(t, torch.Tensor) else b + r * g / norm.to(b.dtype)
+                 for b, g, t, r in zip(before, grads, ts, rho, strict=True)]  # fmt: skip
+        assert_as_exact(weights, plain, truth)
+    kernels.restore_(backup)
+    assert_same_bits(weights, before)
+    for w in weights:
+        w.fill_(3)
+    kernels.restore_(backup)  # a second time does nothing
+    assert all((w == 3).all() for w in weights)
+    assert addresses == [w.data_ptr() for w in weights]
+
+
+@pytest.mark.usefixtures("no_scalars")
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_another_dtype(dtype, grad_dtype):
+    weights, grads = tensors([dtype], sizes=(63, 4096)), tensors([grad_dtype], seed=1, sizes=(63, 4096))
+    twins, etas = copies(weights), etas_of(grads, True)
+    norm = kernels.norm(grads, weights, etas)
+    assert norm.item() == pytest.approx(reference.norm(grads, weights, etas).item(), rel=UNIT)
+    kernels.perturb_(weights, grads, Backup(weights), norm, [0.3] * len(weights), etas, draw_of((True, None), len(weights)))
+    reference.perturb_(twins, grads, Backup(twins), norm, [0.3] * len(weights), etas, draw_of((True, None), len(weights)))
+    assert_same_bits(weights, twins)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("adaptive", [None, 0.0])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_useless_norm_leaves_weights_alone(value, adaptive, stochastic):
+    weights, grads = tensors(DTYPES, sizes=(63, 4096)), tensors(DTYPES, seed=1, sizes=(63, 4096))
+    for w, g in zip(weights, grads, strict=True):
+        g.fill_(value)
+        w.flatten()[:1].fill_(-0.0)
+        in_memory_order(w)[:1].fill_(-0.0)
+    before = copies(weights)
+    etas = [adaptive] * len(weights)
+    norm = kernels.norm(grads, weights, etas)
+    assert norm.item() == 0 if value == 0 else not torch.isfinite(norm)
+    dense = [i for i, w in enumerate(weights) if w.stride() != (6, 2)]  # the twin turns -0 into 0
+    weights, grads, before, etas = ([part[i] for i in dense] for part in (weights, grads, before, etas))
+    draw = draw_of((True, None), len(weights)) if stochastic else None
+    kernels.perturb_(weights, grads, Backup(weights), norm, [0.5] * len(weights), etas, draw)
+    assert_same_bits(weights, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_bit_pattern_survives(dtype):
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    patterns = torch.arange(-(2**15), 2**15, device=DEVICE).to(integers) << 8 * (dtype.itemsize - 2)
+    weights = [patterns.view(dtype).clone(), patterns[1:].clone().view(dtype)[1:]]
+    before, backup = copies(weights), Backup(weights)
+    grads = [torch.ones_like(w) for w in weights]
+    kernels.perturb_(weights, grads, backup, torch.ones((), device=DEVICE), [1.0, 1.0])
+    assert not torch.equal(weights[0], before[0])
+    kernels.restore_(backup)
+    assert_same_bits(weights, before)
+
+
+@WORDS
+def test_draws_do_not_depend_on_the_size_of_chunks(draw, monkeypatch):
+    found = []
+    for size in (64, 512, 16384):
+        monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", size)
+        weights, grads = tensors(DTYPES, sizes=(63, 2048)), tensors(DTYPES, seed=1, sizes=(63, 2048))
+        norm = torch.ones((), dtype=torch.float64, device=DEVICE)
+        kernels.perturb_(weights, grads, Backup(weights), norm, [0.3] * len(weights), None, draw_of(draw, len(weights)))
+        found.append(weights)
+    assert_same_bits(found[0], found[1])
+    assert_same_bits(found[0], found[2])
+
+
+@pytest.mark.parametrize("index", [0, 2**32 - 1])
+@pytest.mark.parametrize("step", [0, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("seed", [0, 1, 2**64 - 1, -3])
+def test_words_are_those_of_the_contract(seed, step, index):
+    """A mask's threshold finds each word: here the words themselves decide what moves."""
+    words = philox.words(1000, index, step, seed)
+    for skip in (0, 1):  # aligned lanes and others
+        weights = [torch.zeros(1000 + skip, device=DEVICE)[skip:]]
+        grads = [torch.ones(1000 + skip, device=DEVICE)[skip:]]
+        keep = words.sort().values[500].item() / 2**32
+        draw = Draw(seed, step, (index,), keep=(keep,))
+        kernels.perturb_(weights, grads, Backup(weights), torch.ones((), device=DEVICE), [1.0], None, draw)
+        assert torch.equal(weights[0].cpu() != 0, words < philox.threshold(keep))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_stochastic_rounding_is_that_of_the_twin_for_every_magnitude(dtype):
+    values = torch.tensor([s * 2.0**e * (1 + f / 97) for e in range(-30, 18) for f in range(97) for s in (1, -1)])
+    weights = [values.to(DEVICE, dtype)]
+    grads, twins = [torch.full_like(weights[0], 2.0**-12) * weights[0].float().abs()], copies(weights)
+    norm, draw = torch.ones((), dtype=torch.float64, device=DEVICE), Draw(7, 8, (9,))
+    kernels.perturb_(weights, grads, Backup(weights), norm, [1.0], None, draw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "READ_SCALARS", False)
+        reference.perturb_(twins, grads, Backup(twins), norm, [1.0], None, draw)
+    assert_same_bits(weights, twins)
+    assert not torch.equal(weights[0], values.to(DEVICE, dtype))
+
+
+def test_only_aligned_tensors_are_taken_in_wide_accesses(monkeypatch, small_chunks):
+    """The interpreter forgives a wrong hint of alignment; a GPU faults."""
+    if not chunks.INTERPRETED:
+        pytest.skip("a GPU checks this itself")
+    seen = []
+
+    def spy(length, addresses, original=chunks.aligned_length):
+        result = original(length, addresses)
+        seen.append((int(length.handle.data.item()), int(addresses.handle.data.item()), int(result.handle.data.item())))
+        return result
+
+    monkeypatch.setattr(perturb, "aligned_length", spy)
+    for skips in ((0, 0), (1, 0), (0, 1), (2, 2), (4, 4), (4, 0)):
+        weights, grads = [torch.ones(200)[skips[0] :]], [torch.ones(200)[skips[1] : 200 - skips[0] + skips[1]]]
+        assert weights[0].numel() == grads[0].numel()
+        backup = Backup(weights)
+        seen.clear()
+        kernels.perturb_(weights, grads, backup, torch.ones(()), [1.0])
+        pointers = [t.data_ptr() for t in (weights[0], grads[0], backup.tensors[0])]
+        is_aligned = all(pointer % 16 == 0 for pointer in pointers)
+        assert is_aligned == (skips in ((0, 0), (4, 4), (4, 0)))
+        assert all(addresses == pointers[0] | pointers[1] | pointers[2] for _, addresses, _ in seen)
+        assert all(wide == (length // 16 * 16 if is_aligned else 0) for length, _, wide in seen)
+        assert sum(length for length, _, _ in seen) == weights[0].numel()

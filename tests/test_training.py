@@ -1,0 +1,299 @@
+"""A training run: repeats and resumes bit for bit, noise as specified, and nothing is ever chosen on the test set."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from fastsam import compare, training
+from fastsam.data import DATA_SETS, DataSet, Pictures, digits, generator, load, with_label_noise
+from fastsam.methods import METHODS, BatchLosses, InputError, knobs_for
+from fastsam.training import CHECKPOINT, Config, Run, Watcher, read_checkpoint, train
+
+
+def config(method="sam", **changes):
+    settings = {"model": "mlp", "epochs": 2, "label_noise": 0.4, "knobs": knobs_for(method, {})} | changes
+    return Config(method=method, **settings)
+
+
+TIMES = ("samples_per_second", "seconds", "step_ms")
+
+
+def numbers(result):
+    return [{k: v for k, v in asdict(epoch).items() if k not in TIMES} for epoch in result.history]
+
+
+def state(out):
+    """All that a checkpoint holds, but for times."""
+    checkpoint = read_checkpoint(out / CHECKPOINT)
+    checkpoint["history"] = [{k: v for k, v in epoch.items() if k not in TIMES} for epoch in checkpoint["history"]]
+    return checkpoint
+
+
+def assert_equal(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    elif isinstance(a, (dict, list, tuple)):
+        assert len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_equal(a[key], b[key])
+    else:
+        assert a == b
+
+
+class Stop(Watcher):
+    """Ctrl-C in the middle of an epoch."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def step(self, loss):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(name):
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_repeats_bit_for_bit(method, make):
+    first, second = make("first"), make("second")
+    numbers_of_first = numbers(train(config(method), first))
+    assert numbers(train(config(method), second)) == numbers_of_first
+    assert_equal(state(first), state(second))
+    assert numbers(train(config(method, seed=1), make("other"))) != numbers_of_first
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "amp"),
+    [
+        ("sam", "cnn", "off"),
+        ("sam", "mlp", "fp16"),
+        ("sgd", "mlp", "fp16"),
+        ("asam", "mlp", "bf16"),
+        ("adamw", "mlp", "off"),
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(method, model, amp, make):
+    through, broken = make("through"), make("broken")
+    wanted = config(method, model=model, amp=amp, epochs=3)
+    steps = Run(wanted).steps_per_epoch
+    expected = train(wanted, through)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, broken, watcher=Stop(after=steps + steps // 2))
+    assert len(read_checkpoint(broken / CHECKPOINT)["history"]) == 1
+    assert numbers(train(wanted, broken, resume=True)) == numbers(expected)
+    assert_equal(state(broken), state(through))
+    if amp == "fp16":
+        assert state(broken)["scaler"]["_growth_tracker"] == 3 * steps  # so the scaler's state was not begun anew
+
+
+def test_interrupted_in_the_first_epoch_resumes_from_the_start(make):
+    out = make("out")
+    with pytest.raises(KeyboardInterrupt):
+        train(config(), out, watcher=Stop(after=1))
+    assert numbers(train(config(), out, resume=True)) == numbers(train(config(), make("through")))
+
+
+def test_resume_refuses_another_config_and_names_what_differs(make):
+    out = make("out")
+    train(config(epochs=1), out)
+    other = config(epochs=2, knobs=knobs_for("sam", {"rho": 0.2}))
+    with pytest.raises(InputError, match=r"epochs 2 \(it has 1\), rho 0.2 \(it has 0.05\)"):
+        train(other, out, resume=True)
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(make, monkeypatch):
+    out = make("out")
+    train(config(epochs=1), out)
+    before = (out / CHECKPOINT).read_bytes()
+
+    def fail(_, file):
+        file.write(b"half of a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.torch, "save", fail)
+    with pytest.raises(InputError, match="No space left"):
+        Run(config(epochs=1)).save(out / CHECKPOINT)
+    assert (out / CHECKPOINT).read_bytes() == before
+    assert [path.name for path in out.iterdir()] == [CHECKPOINT]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", {"model": 1}])
+def test_a_broken_checkpoint_is_refused(content, make):
+    out = make("out")
+    if isinstance(content, bytes):
+        (out / CHECKPOINT).write_bytes(content)
+    else:
+        torch.save(content, out / CHECKPOINT)
+    with pytest.raises(InputError, match="checkpoint"):
+        train(config(), out, resume=True)
+
+
+def test_sam_withstands_label_noise_that_sgd_fits(make):
+    noisy = {"model": "cnn", "epochs": 12, "batch_size": 32}
+    sgd = train(config("sgd", **noisy), make("sgd"))
+    sam = train(config("sam", knobs=knobs_for("sam", {"rho": 0.5}), **noisy), make("sam"))
+    assert sam.last > 90
+    assert sam.last > sgd.last + 5
+    assert sgd.history[-1].train_accuracy > sam.history[-1].train_accuracy
+
+
+def test_learning_rate_falls_as_a_cosine_over_all_steps():
+    run = Run(config("sgd", knobs=knobs_for("sgd", {"lr": 0.2})))
+    rates = []
+    step = run.method.step
+
+    def spy(optimizer, *arguments):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *arguments)
+
+    run.method = replace(run.method, step=spy)
+    for _ in range(2):
+        run.train_epoch(Watcher())
+    plain = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(plain, 2 * run.steps_per_epoch)
+    for rate in rates:
+        assert rate == pytest.approx(plain.param_groups[0]["lr"], abs=1e-12)
+        plain.step()
+        schedule.step()
+
+
+# data
+
+
+def test_label_noise_is_uniform_over_all_classes():
+    n, rate, classes = 100_000, 0.4, 10
+    y = torch.arange(n) % classes
+    noisy = with_label_noise(y, rate, classes, generator(0, "test"))
+    assert torch.equal(y, torch.arange(n) % classes)
+    changed = (noisy != y).float().mean().item()
+    expected = rate * (1 - 1 / classes)  # a redrawn label may be its own
+    assert abs(changed - expected) < 4 * (expected * (1 - expected) / n) ** 0.5
+    moves = torch.bincount((noisy - y)[noisy != y] % classes, minlength=classes)[1:].float()
+    assert (moves - moves.mean()).abs().max() < 4 * moves.mean().sqrt()
+    assert torch.equal(noisy, with_label_noise(y, rate, classes, generator(0, "test")))
+
+
+def test_label_noise_of_0_and_1():
+    y = torch.zeros(20_000, dtype=torch.int64)
+    assert torch.equal(with_label_noise(y, 0.0, 10, generator(0, "test")), y)
+    drawn = torch.bincount(with_label_noise(y, 1.0, 10, generator(0, "test")))
+    assert (drawn - 2000).abs().max() < 4 * 2000**0.5
+
+
+def numbered(split_seed):
+    """1000 "pictures" that are their own number, the last 300 of them the test set."""
+    x = torch.arange(1000.0).reshape(-1, 1, 1, 1)
+    y = torch.arange(1000) % 10
+    return Pictures(x[:700], y[:700], x[700:], y[700:], classes=10)
+
+
+def test_held_out_training_and_test_parts_are_disjoint(monkeypatch):
+    monkeypatch.setitem(DATA_SETS, "numbered", DataSet("", numbered))
+    arguments = {"seed": 3, "split_seed": 1, "label_noise": 0.4, "device": "cpu"}
+    test = load("numbered", scored_on="test", **arguments)
+    held = load("numbered", scored_on="held_out", **arguments)
+    whole, test_ids, rest, out = (x.flatten().tolist() for x in (test.x, test.score_x, held.x, held.score_x))
+    assert sorted(rest + out) == whole == list(range(700))
+    assert test_ids == list(range(700, 1000))
+    assert len(out) == 70
+    assert torch.equal(test.score_y, torch.arange(700, 1000) % 10)  # clean
+    assert [test.y[int(i)] for i in rest + out] == held.y.tolist() + held.score_y.tolist()  # the same noisy labels
+
+
+def test_digits_split_is_stratified_and_fixed_by_its_seed():
+    one, same, other = (digits(seed) for seed in (0, 0, 1))
+    assert torch.equal(one.test_x, same.test_x)
+    assert not torch.equal(one.test_x, other.test_x)
+    assert len(one.train_x) + len(one.test_x) == 1797
+    assert (one.train_x.min(), one.train_x.max()) == (0, 1)
+    counts = torch.bincount(torch.cat([one.train_y, one.test_y]))
+    assert (torch.bincount(one.test_y) - 0.3 * counts).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("model", "steps", "rows"), [("mlp", 2, 65), ("cnn", 1, 64)])
+def test_a_last_batch_of_one_is_dropped_with_batch_norm_alone(model, steps, rows, monkeypatch):
+    full = digits(0)
+    few = full._replace(train_x=full.train_x[:65], train_y=full.train_y[:65])
+    monkeypatch.setitem(DATA_SETS, "few", DataSet("", lambda split_seed: few))
+    run = Run(config(data="few", model=model))
+    step, seen = run.method.step, []
+
+    def spy(optimizer, losses, x, y, scaler):
+        seen.append(len(x))
+        return step(optimizer, losses, x, y, scaler)
+
+    run.method = replace(run.method, step=spy)
+    run.train_epoch(Watcher())
+    assert (len(seen), sum(seen)) == (steps, rows)
+    assert run.steps_per_epoch == steps
+
+
+def test_batch_norm_refuses_batches_of_one():
+    with pytest.raises(InputError, match="batch norm"):
+        Run(config(model="cnn", batch_size=1))
+
+
+def test_hits_are_counted_in_the_first_forward_pass_alone():
+    model = torch.nn.Linear(2, 2)
+    losses = BatchLosses(model, 0.0, None, torch.device("cpu"))
+    x = torch.randn(8, 2)
+    y = model(x).argmax(dim=1)
+    losses(x, y)
+    losses(x, 1 - y)
+    assert (losses.hits.item(), losses.rows) == (8, 8)
+
+
+# comparisons
+
+
+def plan(**changes):
+    settings = {"methods": ["sgd", "sam"], "label_noise": [0.4], "seeds": 2, "knobs": {}, "data": "digits"}
+    settings |= {"model": "mlp", "epochs": 1, "batch_size": 64, "label_smoothing": 0.0, "amp": "off", "device": "cpu"}
+    return compare.Plan(**settings | changes)
+
+
+def test_knobs_are_never_chosen_on_the_test_set(make, monkeypatch):
+    full, honest = digits(0), compare.run(plan(), make("honest"), Watcher())
+    swapped = full._replace(test_x=torch.zeros_like(full.test_x), test_y=full.test_y.flip(0))
+    monkeypatch.setitem(DATA_SETS, "digits", DataSet("", lambda split_seed: swapped))
+    blind = compare.run(plan(), make("blind"), Watcher())
+    assert blind.choices == honest.choices
+    assert [r.last for r in blind.results] != [r.last for r in honest.results]
+
+
+def test_the_best_on_the_held_out_part_is_chosen_and_ties_go_to_the_smallest(make, monkeypatch):
+    accuracies = {0.05: 40.0, 0.1: 60.0, 0.2: 60.0, 0.5: 50.0}
+    trained = []
+
+    def pretend(config, out, **_):
+        trained.append(config)
+        accuracy = accuracies[config.knobs["rho"]] if "rho" in config.knobs else 1.0
+        epoch = training.Epoch(1, 0.0, 0.0, accuracy, 1.0, 1.0, 2.0 if config.method == "sam" else 1.0)
+        return training.Result(config, (epoch,))
+
+    monkeypatch.setattr(compare, "train", pretend)
+    done = compare.run(plan(), make("out"), Watcher())
+    assert [choice.value for choice in done.choices] == [0.1]
+    assert done.choices[0].held_out_accuracy == {"0.05": 40.0, "0.1": 60.0, "0.2": 60.0, "0.5": 50.0}
+    choosing = [c for c in trained if c.scored_on == "held_out"]
+    final = [c for c in trained if c.scored_on == "test"]
+    assert len(choosing) == len(METHODS["sam"].grid)
+    assert [(c.seed, c.method) for c in final] == [(0, "sgd"), (0, "sam"), (1, "sgd"), (1, "sam")]
+    assert {c.split_seed for c in trained} == {0}  # so the held-out part is in nobody's test set
+    assert [(row.method, row.step_ratio) for row in done.rows] == [("sgd", None), ("sam", 2.0)]
+
+
+def test_a_given_value_is_not_chosen(make):
+    done = compare.run(plan(knobs={"rho": 0.3}, seeds=1), make("out"), Watcher())
+    assert done.choices == []
+    assert [row.value for row in done.rows] == [None, 0.3]
