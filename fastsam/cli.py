@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fastsam import __version__, compare, training
 from fastsam.data import DATA_SETS, SCORED_ON
-from fastsam.methods import METHODS, InputError, knobs_for, option
+from fastsam.methods import CHOICES, METHODS, InputError, knobs_for, option
 from fastsam.models import MODELS
 from fastsam.progress import Display
 from fastsam.report import SCORED, caption, cells, headers, make_directory, write_comparison, write_run
@@ -92,7 +92,7 @@ def shared_options(command: Callable) -> Callable:
     """Add the options that both commands have."""
     positive, share = click.IntRange(min=1), Number(0, 1)
     knobs = [
-        click.option(option(knob), type=Number(min=0), metavar="X", help=f"Default: {_defaults(knob)}.")
+        click.option(option(knob), type=_type(knob), metavar=None if knob in CHOICES else "X", help=f"Default: {_defaults(knob)}.")
         for knob in KNOBS
     ]
     options = [
@@ -116,8 +116,12 @@ def _option(name: str, **keywords: Any) -> Callable:
     return click.option(name, show_default=True, **keywords)
 
 
+def _type(knob: str) -> click.ParamType:
+    return click.Choice(CHOICES[knob]) if knob in CHOICES else Number(min=0)
+
+
 def _defaults(knob: str) -> str:
-    return ", ".join(f"{name} {method.knobs[knob]:g}" for name, method in METHODS.items() if knob in method.knobs)
+    return ", ".join(f"{name} {method.knobs[knob]}" for name, method in METHODS.items() if knob in method.knobs)
 
 
 def _out(default: str) -> Callable:

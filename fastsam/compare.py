@@ -25,7 +25,7 @@ class Plan:
     methods: list[str]
     label_noise: list[float]
     seeds: int
-    knobs: dict[str, float]
+    knobs: dict[str, Any]
     data: str
     model: str
     epochs: int

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastsam.esam import ESAM
 from fastsam.sam import SAM
 
 Knobs = Mapping[str, Any]
-"""A method's numbers by name; every method has an `lr`."""
+"""A method's settings by name, numbers or words; every method has an `lr`."""
 Losses = Callable[[Tensor, Tensor], Tensor]
 """`losses(x, y)` returns the per-sample losses, shape [n], of a batch of n."""
 Step = Callable[[Any, Losses, Tensor, Tensor, torch.amp.GradScaler | None], Tensor]
@@ -66,11 +67,12 @@ class Method:
     Args:
         summary: one line for `--help`.
         build: returns the optimizer for a model and this method's knobs.
-        knobs: its numbers with their defaults; each is an option of the command line.
+        knobs: its settings with their defaults; each is an option of the command line.
         step: takes one step; default: the optimizer's own `step(losses, x, y)`.
         base: the method whose step time is 1 in comparisons; None for a base optimizer.
         tuned: the knob that a comparison chooses on held-out data; None for none.
         grid: the values it is chosen from, smallest first.
+        note: what the progress line says of the last step, from the optimizer.
     """
 
     summary: str
@@ -80,6 +82,7 @@ class Method:
     base: str | None = None
     tuned: str | None = None
     grid: tuple[float, ...] = ()
+    note: Callable[[Any], str] = lambda optimizer: ""
 
 
 _SGD_KNOBS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -115,10 +118,21 @@ METHODS: dict[str, Method] = {
         tuned="rho",
         grid=(0.5, 1.0, 2.0, 5.0),  # ten times SAM's
     ),
+    "esam": Method(
+        summary="Efficient SAM around SGD: perturbs tensors drawn with --beta, goes back on the --gamma sharpest rows",
+        build=lambda model, knobs: ESAM(model.parameters(), torch.optim.SGD, model=model, **knobs),
+        knobs={**_SGD_KNOBS, "rho": 0.05, "beta": 0.6, "gamma": 0.5, "mask": "tensor"},
+        base="sgd",
+        tuned="rho",
+        grid=(0.05, 0.1, 0.2, 0.5),
+        note=lambda optimizer: f"rows {optimizer.last_selected_fraction:.0%}",
+    ),
 }
+CHOICES = {"mask": ("tensor", "element")}
+"""What the knobs that are words may be."""
 
 
-def knobs_for(name: str, given: Mapping[str, float | None]) -> dict[str, float]:
+def knobs_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return all knobs of a method: those given, and its own defaults for those that are None or absent.
 
     Raises:

@@ -22,7 +22,7 @@ class Display(Watcher):
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.all_runs = self.bar.add_task("", visible=runs > 1, total=None)
         self.this_run = self.bar.add_task("", total=None)
-        self.numbers, self.next_look = "", 0.0
+        self.numbers, self.note, self.next_look = "", "", 0.0
 
     def __enter__(self) -> "Display":
         self.bar.start()
@@ -46,19 +46,21 @@ class Display(Watcher):
         if len(history) == config.epochs:
             self._finished(config, history[-1])
 
-    def step(self, loss: Tensor) -> None:
+    def step(self, loss: Tensor, note: str) -> None:
         """Advance the bar, with a look at the loss a few times a second, since a look waits for the device."""
+        self.note = f"{note}  " if note else ""
         self.bar.advance(self.this_run)
         if self.console.is_terminal and time.monotonic() > self.next_look:
             self.next_look = time.monotonic() + 0.25
-            self.bar.update(self.this_run, description=f"loss {loss.item():.3f}  {self.numbers}")
+            self.bar.update(self.this_run, description=f"loss {loss.item():.3f}  {self.note}{self.numbers}")
 
     def epoch(self, config: Config, epoch: Epoch) -> None:
         """Show the epoch's numbers."""
         self.numbers = _numbers(config, epoch)
         self.bar.advance(self.all_runs)
         if self.runs == 1 and not self.console.is_terminal:
-            self.console.print(f"epoch {epoch.epoch}/{config.epochs}  loss {epoch.train_loss:.3f}  {self.numbers}")
+            loss = f"loss {epoch.train_loss:.3f}"
+            self.console.print(f"epoch {epoch.epoch}/{config.epochs}  {loss}  {self.note}{self.numbers}")
         if epoch.epoch == config.epochs:
             self._finished(config, epoch)
 

@@ -30,7 +30,7 @@ class Config:
     """Everything that decides a run's numbers. Names are keys of METHODS, DATA_SETS, MODELS and AMP."""
 
     method: str
-    knobs: dict[str, float]
+    knobs: dict[str, Any]
     data: str = "digits"
     model: str = "cnn"
     epochs: int = 30
@@ -95,8 +95,8 @@ class Watcher:
     def started(self, config: Config, history: list[Epoch], steps_per_epoch: int) -> None:
         """A run begins, or goes on after the epochs in `history`."""
 
-    def step(self, loss: Tensor) -> None:
-        """A step was taken, with this mean loss: 0-dim, on the run's device."""
+    def step(self, loss: Tensor, note: str) -> None:
+        """A step was taken, with this mean loss, 0-dim on the run's device, and what the method says of it."""
 
     def epoch(self, config: Config, epoch: Epoch) -> None:
         """An epoch is over and its checkpoint written."""
@@ -163,7 +163,7 @@ class Run:
                 self.scaler.update()
             clock.marks.append((start, clock.now()))
             total += loss * len(rows)
-            watcher.step(loss)
+            watcher.step(loss, self.method.note(self.optimizer))
         step_ms = clock.median_ms()
         seconds = time.perf_counter() - begin
         self.history.append(
@@ -205,7 +205,11 @@ class Run:
             "random": {"shuffle": self.shuffle.get_state(), "torch": torch.get_rng_state(), "cuda": cuda},
         }
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch closes its archive after a failed write too, which fails in turn and hides a full disk or Ctrl-C
+                raise error.__context__ or error from None
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same config, as if there had been no interruption."""

@@ -231,6 +231,14 @@ def widen(x, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """Return x in the dtype of a tensor; the other way round."""
+    if DTYPE.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def element_ptr(base, start, DTYPE: tl.constexpr, WIDEST: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointer to element `start` of the tensor at the address `base`.
 

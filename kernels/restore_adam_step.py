@@ -19,6 +19,7 @@ from fastsam.kernels.chunks import (
     element_ptr,
     find_chunk,
     launch,
+    narrow,
     on_device,
     split,
     table,
@@ -54,8 +55,8 @@ def _adam_stretch(
     grad = final_gradient(g_ptr, mask, skip, unscale, sign, coupled_decay, value, COMPUTE, IS_SCALED)
     mean = beta1 * widen(m, COMPUTE) + unbeta1 * grad
     square = beta2 * widen(v, COMPUTE) + unbeta2 * grad * grad
-    tl.store(m_ptr, tl.where(skip, m, mean.to(STATE)), mask=mask)
-    tl.store(v_ptr, tl.where(skip, v, square.to(STATE)), mask=mask)
+    tl.store(m_ptr, tl.where(skip, m, narrow(mean, STATE)), mask=mask)
+    tl.store(v_ptr, tl.where(skip, v, narrow(square, STATE)), mask=mask)
     root = tl.sqrt(square) if COMPUTE.is_fp64() else tl.sqrt_rn(square)
     stepped = (value * shrinkage - step_size * (mean / (root + eps))).to(WEIGHT)
     tl.store(element_ptr(w_base, start, WEIGHT, WIDEST, ALIGNED) + offsets, tl.where(skip, w, stepped), mask=mask)

@@ -22,6 +22,7 @@ from fastsam.kernels.chunks import (
     element_ptr,
     find_chunk,
     launch,
+    narrow,
     on_device,
     split,
     table,
@@ -97,7 +98,7 @@ def final_gradient(g_ptr, mask, skip, unscale, sign, decay, value, COMPUTE: tl.c
     grad = widen(g, COMPUTE)
     if IS_SCALED:
         grad *= unscale
-        tl.store(g_ptr, tl.where(skip, g, grad.to(g.dtype)), mask=mask)
+        tl.store(g_ptr, tl.where(skip, g, narrow(grad, g.dtype)), mask=mask)
     grad *= sign
     return tl.where(decay != 0, grad + decay * value, grad)
 
@@ -153,7 +154,7 @@ def _sgd_stretch(
         m_ptr = element_ptr(m_base, start, STATE, WIDEST, ALIGNED) + offsets
         m = tl.load(m_ptr, mask=mask)
         buffer = momentum * widen(m, COMPUTE) + undamped * grad
-        tl.store(m_ptr, tl.where(skip, m, buffer.to(STATE)), mask=mask)
+        tl.store(m_ptr, tl.where(skip, m, narrow(buffer, STATE)), mask=mask)
         grad = tl.where(nesterov, grad + momentum * buffer, buffer)
     stepped = (value - lr * grad).to(WEIGHT)
     tl.store(element_ptr(w_base, start, WEIGHT, WIDEST, ALIGNED) + offsets, tl.where(skip, w, stepped), mask=mask)

@@ -6,8 +6,8 @@
         cut first..last in four; keep the part with the k-th largest key
     take the keys above last, and of those in first..last the lowest rows, until there are k
 
-Four parts halve the passes of a binary search, and three counts travel in one sum: with few rows a pass takes as long
-as its sum. Up to `_BLOCK_SIZES[-1]` rows stay in registers; more are read again in every pass.
+Four parts halve the passes of a binary search, and three counts travel in one sum, which with few rows is all that a
+pass waits for. Up to 16,384 keys, or 8,192 of float64, stay in registers; more are made again in every pass.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -22,9 +22,9 @@ from fastsam.kernels import reference
 from fastsam.kernels.chunks import INTERPRETED, on_device
 
 MOST_ROWS = 65536
-"""Beyond it one program would take longer than a sort."""
+"""One program takes them all, so its time grows with their number."""
 _BLOCK_SIZES = (256, 2048)  # few, so that a small last batch seldom needs a kernel of its own
-_BYTES_IN_REGISTERS = 65536  # of keys: 64 a thread of the largest program
+_BYTES_IN_REGISTERS = 65536  # of keys, the largest block: 64 a thread
 _STORE_SIZE = 2048
 _ELEMENTS_PER_THREAD = 8
 _MOST_THREADS = 1024
@@ -62,7 +62,7 @@ def _count(keys, first, step):
 
 @triton.jit
 def _narrow(first, last, n_from_first, n_above, cut, fields, k):
-    """Move one end of first..last to `cut`, above which the lowest of `fields` counts the keys; keep the k-th key."""
+    """Move one end of first..last to `cut` so that the k-th largest key stays inside; `fields` counts keys >= cut."""
     n_from_cut = (fields & _FIELD_MASK).to(tl.int32)
     rises = n_from_cut >= k
     last = tl.where(rises, last, tl.minimum(last, cut - 1))
@@ -71,10 +71,11 @@ def _narrow(first, last, n_from_first, n_above, cut, fields, k):
 
 
 @triton.jit
-def _store_chosen(keys, rows, n_rows, first, last, n_chosen, n_spare, chosen_ptr):
+def _store_chosen(keys, rows, first, last, n_chosen, n_spare, chosen_ptr):
     """Append the chosen ones of these rows to n_chosen earlier ones; n_spare in first..last may still be taken."""
     sure = keys > last
-    likely = (keys >= first) & (keys <= last) & (rows < n_rows)
+    # rows past the end may be as low as NaN, but come after enough others
+    likely = (keys >= first) & (keys <= last)
     both = sure.to(tl.int32) | (likely.to(tl.int32) << 16)
     earlier = tl.cumsum(both, 0) - both
     n_likely = earlier >> 16
@@ -83,6 +84,56 @@ def _store_chosen(keys, rows, n_rows, first, last, n_chosen, n_spare, chosen_ptr
     total = tl.sum(both)
     taken = tl.minimum(total >> 16, n_spare)
     return n_chosen + (total & 0xFFFF) + taken, n_spare - taken
+
+
+@triton.jit
+def _count_rows(
+    after_ptr, before_ptr, after_stride, before_stride, n_rows, first, step,
+    KEY: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """The same for all rows, block by block."""
+    fields = tl.full((), 0, tl.int64)
+    start = 0
+    while start < n_rows:
+        rows = start + tl.arange(0, BLOCK_SIZE)
+        keys = _load_keys(after_ptr, before_ptr, after_stride, before_stride, rows, n_rows, KEY)
+        fields += _count(keys, first, step)
+        start += BLOCK_SIZE
+    return fields
+
+
+@triton.jit
+def _search(
+    after_ptr, before_ptr, after_stride, before_stride, n_rows, k,
+    KEY: tl.constexpr, LOOPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Find first..last, where the k-th largest key lies, so narrow that k keys are >= first or all inside equal.
+
+    Returns both and the number of keys above last.
+    """
+    BITS: tl.constexpr = KEY.primitive_bitwidth
+    first = tl.full((), -(1 << (BITS - 1)), KEY)
+    last = tl.full((), (1 << (BITS - 1)) - 1, KEY)
+    step = tl.full((), 1 << (BITS - 2), KEY)
+    n_from_first = n_rows
+    n_above = 0
+    if not LOOPS:
+        rows = tl.arange(0, BLOCK_SIZE)
+        keys = _load_keys(after_ptr, before_ptr, after_stride, before_stride, rows, n_rows, KEY)
+    while (first < last) & (n_from_first > k):
+        if LOOPS:
+            fields = _count_rows(
+                after_ptr, before_ptr, after_stride, before_stride, n_rows, first, step, KEY, BLOCK_SIZE
+            )
+        else:
+            fields = _count(keys, first, step)
+        cut = first
+        for _ in tl.static_range(3):
+            cut += step
+            first, last, n_from_first, n_above = _narrow(first, last, n_from_first, n_above, cut, fields, k)
+            fields >>= _FIELD
+        step >>= 2
+    return first, last, n_above
 
 
 @triton.jit(
@@ -95,43 +146,19 @@ def _select_kernel(
 ):  # fmt: skip
     """chosen = the rows of the k largest after - before, ascending.
 
-    Reads both losses, 8 B per float32 row, once or with LOOPS in every pass, of which there are at most half as many
-    as KEY has bits; writes 8 B per chosen row.
+    Reads both losses twice, with LOOPS in every pass and once more, and all but the first time from a cache: 8 B per
+    float32 row. There are at most half as many passes as KEY has bits. Writes 8 B per chosen row.
     """
-    BITS: tl.constexpr = KEY.primitive_bitwidth
-    offsets = tl.arange(0, BLOCK_SIZE)
-    first = tl.full((), -(1 << (BITS - 1)), KEY)
-    last = tl.full((), (1 << (BITS - 1)) - 1, KEY)
-    step = tl.full((), 1 << (BITS - 2), KEY)
-    n_from_first = n_rows
-    n_above = 0
-    if not LOOPS:
-        loaded = _load_keys(after_ptr, before_ptr, after_stride, before_stride, offsets, n_rows, KEY)
-    while (first < last) & (n_from_first > k):
-        if LOOPS:
-            fields = tl.full((), 0, tl.int64)
-            start = 0
-            while start < n_rows:
-                rows = start + offsets
-                block = _load_keys(after_ptr, before_ptr, after_stride, before_stride, rows, n_rows, KEY)
-                fields += _count(block, first, step)
-                start += BLOCK_SIZE
-        else:
-            fields = _count(loaded, first, step)
-        lowest = first
-        for part in tl.static_range(1, 4):
-            first, last, n_from_first, n_above = _narrow(
-                first, last, n_from_first, n_above, lowest + part * step, fields, k
-            )
-            fields >>= _FIELD
-        step >>= 2
+    first, last, n_above = _search(
+        after_ptr, before_ptr, after_stride, before_stride, n_rows, k, KEY, LOOPS, BLOCK_SIZE
+    )
     n_chosen = 0
     n_spare = k - n_above
     start = 0
     while start < n_rows:
         rows = start + tl.arange(0, STORE_SIZE)
         keys = _load_keys(after_ptr, before_ptr, after_stride, before_stride, rows, n_rows, KEY)
-        n_chosen, n_spare = _store_chosen(keys, rows, n_rows, first, last, n_chosen, n_spare, chosen_ptr)
+        n_chosen, n_spare = _store_chosen(keys, rows, first, last, n_chosen, n_spare, chosen_ptr)
         start += STORE_SIZE
 
 
@@ -139,10 +166,10 @@ def _select_kernel(
 def select_largest_increase(after: Tensor, before: Tensor, k: int) -> Tensor:
     """Return the rows of the k largest after - before, ascending; see `reference.select_largest_increase`.
 
-    One launch whatever the strides.
+    One launch, whatever the strides.
 
     Raises:
-        ValueError: as the twin; also more than `MOST_ROWS` rows, which are for the twin.
+        ValueError: as the twin, and where there are more than `MOST_ROWS` rows.
     """
     reference.check_selection(after, before, k)
     n_rows = len(after)

@@ -5,6 +5,7 @@ from fastsam.kernels.norm import found_nonfinite, norm
 from fastsam.kernels.perturb import perturb_
 from fastsam.kernels.restore_adam_step import restore_adam_step_
 from fastsam.kernels.restore_step import restore_, restore_sgd_step_
+from fastsam.kernels.select import select_largest_increase
 
 __all__ = [
     "INTERPRETED",
@@ -14,4 +15,5 @@ __all__ = [
     "restore_",
     "restore_adam_step_",
     "restore_sgd_step_",
+    "select_largest_increase",
 ]

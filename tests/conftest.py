@@ -20,13 +20,36 @@ if not _was_set:
     del os.environ["TRITON_INTERPRET"]
 
 
+@pytest.fixture
+def choose():
+    """`set_backend`, undone afterwards."""
+    yield fastsam.set_backend
+    fastsam.set_backend(None)
+
+
 @pytest.fixture(params=["torch", "triton"])
-def backend(request):
+def backend(request, choose):
     if request.param == "triton" and kernels is None:
         pytest.skip("triton is not installed")
-    fastsam.set_backend(request.param)
-    yield request.param
-    fastsam.set_backend(None)
+    choose(request.param)
+    return request.param
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched so far, in order."""
+    from fastsam.kernels import norm, perturb, restore_adam_step, restore_step
+
+    names = []
+
+    def counted(kernel, n_programs, *args, launch=norm.launch, **constants):
+        if n_programs:
+            names.append(kernel.__name__)
+        launch(kernel, n_programs, *args, **constants)
+
+    for module in (norm, perturb, restore_adam_step, restore_step):
+        monkeypatch.setattr(module, "launch", counted)
+    return names
 
 
 def _cast(values, from_dtype, to_dtype, rounding_mode):
@@ -39,8 +62,27 @@ def _cast(values, from_dtype, to_dtype, rounding_mode):
     return cast.view(integers).numpy().view(f"uint{width}").reshape(np.shape(values))
 
 
-if kernels is not None and kernels.INTERPRETED:
-    import triton.runtime.interpreter
+def _patch_once(patch, scope, language):
+    """Let the interpreter put its functions into triton.language once, and leave them there.
 
-    triton.runtime.interpreter._convert_float = _cast
+    It does so again in every call inside a kernel, and spends two thirds of its time on that.
+    """
+    done = set()
+
+    def patched(function):
+        modules = frozenset(id(m) for m in function.__globals__.values() if m is language or m is language.core)
+        if modules not in done:
+            done.add(modules)
+            patch(function)
+        return scope()
+
+    return patched
+
+
+if kernels is not None and kernels.INTERPRETED:
+    from triton.runtime import interpreter
+
+    interpreter._convert_float = _cast
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = _patch_once(interpreter._patch_lang, interpreter._LangPatchScope, interpreter.tl)
     np.seterr(all="ignore")  # no GPU warns of an overflow

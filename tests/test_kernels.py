@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, DTYPES, LISTS, UNIT, assert_as_exact, assert_same_bits, copies, kernels, tensors
+from kernel_cases import DEVICE, DTYPES, LISTS, SIZES, UNIT, assert_as_exact, assert_same_bits, copies, kernels, tensors
 
 from fastsam.kernels import philox, reference
 from fastsam.kernels.philox import Draw
@@ -50,7 +50,16 @@ def etas_of(grads, adaptive):
 
 def draw_of(draw, n, step=2**31 + 7, seed=2**63 + 5):
     rounding, keep = draw or (False, None)
-    return draw and Draw(seed, step, tuple(range(3, n + 3)), rounding, keep and tuple([keep, 1.0, 0.0][i % 3] for i in range(n)))
+    return draw and Draw(
+        seed, step, tuple(range(3, n + 3)), rounding, keep and tuple([keep, 1.0, 0.0][i % 3] for i in range(n))
+    )
+
+
+def perturbed_in(dtype, w, g, rho, eta, norm):
+    """SAM's and ASAM's perturbed weight in arithmetic of one dtype."""
+    w, g = w.to(dtype), g.to(dtype)
+    t = 1.0 if eta is None else w.abs() + eta
+    return w + rho * t**2 * g / (norm.to(dtype) + 1e-12)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -65,7 +74,7 @@ def test_norm(dtypes, adaptive, scale):
                 for i, (g, w) in enumerate(zip(grads, weights, strict=True))]  # fmt: skip
     truth = float(np.sqrt(sum((p.cpu().numpy().astype(np.longdouble) ** 2).sum() for p in products)))
     norm = kernels.norm(grads, weights, etas)
-    assert norm.shape == () and norm.dtype == torch.float64
+    assert (norm.shape, norm.dtype) == ((), torch.float64)
     plain = torch.linalg.vector_norm(torch.cat([p.flatten() for p in products]).to(dtypes[0])).item()
     assert abs(norm.item() / truth - 1) <= max(min(abs(plain / truth - 1), 2 * UNIT), UNIT)
     again = kernels.norm(copies(grads), copies(weights), etas)
@@ -74,7 +83,7 @@ def test_norm(dtypes, adaptive, scale):
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
 def test_norm_of_a_mask(keep):
-    grads, weights = tensors(DTYPES), tensors(DTYPES, seed=1)
+    grads, weights = tensors(DTYPES, sizes=(63, 4096)), tensors(DTYPES, seed=1, sizes=(63, 4096))
     draw = Draw(5, 6, tuple(range(len(grads))), keep=(keep,) * len(grads))
     for adaptive in (False, True):
         etas = etas_of(grads, adaptive)
@@ -84,8 +93,8 @@ def test_norm_of_a_mask(keep):
 
 
 @pytest.mark.usefixtures("small_chunks")
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 5), st.sampled_from(DTYPES)), min_size=1, max_size=5))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 5), st.sampled_from(DTYPES)), min_size=1, max_size=4))
 def test_any_list_of_lengths_and_offsets(cases):
     generator = torch.Generator().manual_seed(0)
 
@@ -111,21 +120,17 @@ def test_any_list_of_lengths_and_offsets(cases):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_non_finite_entries_are_found_wherever_they_are(dtype, bad, small_chunks):
-    grads = [t for t in tensors([torch.float32, dtype], sizes=(0, 1, 63, 300)) if t.numel()]
-    for g in grads:
-        for position in {0, g.numel() // 2, g.numel() - 1}:
-            flat = in_memory_order(g) if g.stride() != (6, 2) else g[:, 0]
-            position = min(position, flat.numel() - 1)
-            before = flat[position].clone()
-            assert kernels.found_nonfinite(grads).item() == 0.0
-            flat[position] = bad
-            found = kernels.found_nonfinite(grads)
-            assert found.item() == 1.0 and found.shape == () and found.dtype == torch.float32
-            assert not torch.isfinite(kernels.norm(grads))
-            flat[position] = before
-    largest = torch.full((5,), torch.finfo(dtype).max, dtype=dtype, device=DEVICE)
-    assert kernels.found_nonfinite([largest]).item() == 0.0
+def test_non_finite_entries_are_found_wherever_they_are(dtype, bad, monkeypatch):
+    monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", 1024)
+    grads = [t.to(DEVICE, dtype) for t in (torch.ones(2100), torch.ones(71)[1:], torch.ones(8, 6)[:, ::2])]
+    for tensor, position in ((0, 0), (0, 1023), (0, 2099), (1, 35), (2, 0)):
+        flat = grads[tensor].view(-1) if tensor < 2 else grads[tensor][:, 0]
+        assert kernels.found_nonfinite(grads).item() == 0.0
+        flat[position] = bad
+        found = kernels.found_nonfinite(grads)
+        assert (found.item(), found.shape, found.dtype) == (1.0, (), torch.float32)
+        assert not torch.isfinite(kernels.norm(grads))
+        flat[position] = torch.finfo(dtype).max
 
 
 @pytest.mark.usefixtures("no_scalars")
@@ -133,7 +138,8 @@ def test_non_finite_entries_are_found_wherever_they_are(dtype, bad, small_chunks
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("dtypes", LISTS, ids=str)
 def test_perturb_and_restore(dtypes, adaptive, draw):
-    weights, grads = tensors(dtypes), tensors(dtypes, seed=1)
+    sizes = SIZES if len(dtypes) == 1 else SIZES[:-1]
+    weights, grads = tensors(dtypes, sizes=sizes), tensors(dtypes, seed=1, sizes=sizes)
     etas, rho = etas_of(grads, adaptive), [[0.5, -0.25, 0.0, 30.0][i % 4] for i in range(len(grads))]
     draw = draw_of(draw, len(weights))
     before, twins, addresses = copies(weights), copies(weights), [w.data_ptr() for w in weights]
@@ -146,12 +152,11 @@ def test_perturb_and_restore(dtypes, adaptive, draw):
     reference.perturb_(twins, grads, Backup(twins), norm, rho, etas, draw)
     assert_same_bits(weights, twins)  # the same operations, in the same order, rounded alike
     if draw is None:
-        ts = [b.double().abs() + etas[i] if etas and etas[i] is not None else 1.0 for i, b in enumerate(before)]
-        truth = [b.double() + r * t**2 * g.double() / (norm + 1e-12)
-                 for b, g, t, r in zip(before, grads, ts, rho, strict=True)]  # fmt: skip
-        plain = [b + r * t.to(b.dtype) ** 2 * g / norm.to(b.dtype) if isinstance(t, torch.Tensor) else b + r * g / norm.to(b.dtype)
-                 for b, g, t, r in zip(before, grads, ts, rho, strict=True)]  # fmt: skip
-        assert_as_exact(weights, plain, truth)
+        rows = list(zip(before, grads, rho, etas or [None] * len(rho), strict=True))
+        assert_as_exact(
+            weights, [perturbed_in(w.dtype, w, *row, norm) for w, *row in rows],
+            [perturbed_in(torch.float64, *row, norm) for row in rows],
+        )  # fmt: skip
     kernels.restore_(backup)
     assert_same_bits(weights, before)
     for w in weights:
@@ -169,8 +174,12 @@ def test_gradients_of_another_dtype(dtype, grad_dtype):
     twins, etas = copies(weights), etas_of(grads, True)
     norm = kernels.norm(grads, weights, etas)
     assert norm.item() == pytest.approx(reference.norm(grads, weights, etas).item(), rel=UNIT)
-    kernels.perturb_(weights, grads, Backup(weights), norm, [0.3] * len(weights), etas, draw_of((True, None), len(weights)))
-    reference.perturb_(twins, grads, Backup(twins), norm, [0.3] * len(weights), etas, draw_of((True, None), len(weights)))
+    kernels.perturb_(
+        weights, grads, Backup(weights), norm, [0.3] * len(weights), etas, draw_of((True, None), len(weights))
+    )
+    reference.perturb_(
+        twins, grads, Backup(twins), norm, [0.3] * len(weights), etas, draw_of((True, None), len(weights))
+    )
     assert_same_bits(weights, twins)
 
 
@@ -210,14 +219,13 @@ def test_every_bit_pattern_survives(dtype):
 @WORDS
 def test_draws_do_not_depend_on_the_size_of_chunks(draw, monkeypatch):
     found = []
-    for size in (64, 512, 16384):
+    for size in (128, 16384):
         monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", size)
         weights, grads = tensors(DTYPES, sizes=(63, 2048)), tensors(DTYPES, seed=1, sizes=(63, 2048))
         norm = torch.ones((), dtype=torch.float64, device=DEVICE)
         kernels.perturb_(weights, grads, Backup(weights), norm, [0.3] * len(weights), None, draw_of(draw, len(weights)))
         found.append(weights)
-    assert_same_bits(found[0], found[1])
-    assert_same_bits(found[0], found[2])
+    assert_same_bits(*found)
 
 
 @pytest.mark.parametrize("index", [0, 2**32 - 1])
@@ -262,7 +270,7 @@ def test_only_aligned_tensors_are_taken_in_wide_accesses(monkeypatch, small_chun
 
     monkeypatch.setattr(perturb, "aligned_length", spy)
     for skips in ((0, 0), (1, 0), (0, 1), (2, 2), (4, 4), (4, 0)):
-        weights, grads = [torch.ones(200)[skips[0] :]], [torch.ones(200)[skips[1] : 200 - skips[0] + skips[1]]]
+        weights, grads = [torch.ones(200)[skips[0] :]], [torch.ones(210)[skips[1] : 200 - skips[0] + skips[1]]]
         assert weights[0].numel() == grads[0].numel()
         backup = Backup(weights)
         seen.clear()

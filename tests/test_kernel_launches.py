@@ -1,0 +1,266 @@
+"""What a launch costs the host and promises it: tables, uploads, launch counts, no waiting, and interrupts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import DEVICE, assert_same_bits, copies, kernels, tensors
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsam import SAM
+from fastsam.kernels.philox import Draw
+from fastsam.kernels.reference import AdamOptions, SGDOptions
+from fastsam.kernels.tensor_list import Backup
+
+if kernels is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+from fastsam.kernels import chunks, perturb
+
+
+class Operations(TorchDispatchMode):
+    """Records torch's operations, and refuses those that read a device's memory on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"), f"{name} waits for the device"
+        self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def uploads():
+    """How often pointers, chunks and hyperparameters were uploaded."""
+    return [f.cache_info().misses for f in (chunks.pointer_rows, chunks.chunk_map, chunks.hyperparameter_rows)]
+
+
+def lists(n_lists, dtypes=(torch.float32,), sizes=(63, 300)):
+    return [[t for t in tensors(dtypes, seed, sizes=sizes) if t.stride() != (6, 2)] for seed in range(n_lists)]
+
+
+def test_tables_are_rebuilt_only_when_a_pointer_length_or_dtype_changes():
+    weights, grads, buffers = lists(3)
+    n = len(weights)
+
+    def step(lr=0.1, rho=0.05):
+        before = uploads()
+        backup_of(weights)
+        kernels.norm(grads)
+        kernels.perturb_(weights, grads, backup, torch.ones((), device=DEVICE), [rho] * n)
+        kernels.restore_(backup)
+        kernels.restore_sgd_step_(weights, weights, grads, buffers, [SGDOptions(lr, 0.9)] * n)
+        kernels.found_nonfinite(grads)
+        return [now - then for now, then in zip(uploads(), before, strict=True)]
+
+    backup = Backup(weights)
+    backup_of = lambda w: None  # noqa: E731
+    step()
+    assert step() == [0, 0, 0]
+    assert step(lr=0.05) == [0, 0, 1]
+    assert step(lr=0.05, rho=0.1) == [0, 0, 1]
+    assert step() == [0, 0, 0]  # known from before
+    lr = torch.tensor(0.3, device=DEVICE)
+    assert step(lr=lr) == [1, 0, 1]
+    lr.fill_(0.2)
+    assert step(lr=lr) == [0, 0, 0]
+    moved = grads[0]
+    grads[0] = grads[0].clone()
+    assert step() == [4, 0, 0]  # norm, perturb, step, check
+    grads[0] = moved
+    assert step() == [0, 0, 0]
+    weights[0], grads[0], buffers[0] = (torch.zeros(200, device=DEVICE) for _ in range(3))
+    backup = Backup(weights)
+    pointers, chunk_maps, _ = step()
+    assert (pointers, chunk_maps) == (5, 1 if chunks.INTERPRETED else 2)
+    weights[0], grads[0], buffers[0] = (t.to(torch.float64) for t in (weights[0], grads[0], buffers[0]))
+    backup = Backup(weights)
+    assert step()[0] == 10  # both dtypes have tables of their own
+
+
+def test_chunks_cover_every_element_once():
+    lengths = [0, 1, 64, 65, 0, 200]
+    pairs = chunks.chunks_of(lengths, 64).tolist()
+    assert pairs == [[1, 0], [2, 0], [3, 0], [3, 1], [5, 0], [5, 1], [5, 2], [5, 3]]
+    assert chunks.chunks_of([], 64).shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtypes, launched", [((torch.float32,), 1), ((torch.float32, torch.bfloat16), 2)])
+def test_launches_and_operations_of_a_step(launches, dtypes, launched):
+    weights, grads, means, squares = lists(4, dtypes)
+    for v in squares:
+        v.abs_()
+    n = len(weights)
+    groups = [[0.05, -0.1][i % 2] for i in range(n)]
+    sgd = [[SGDOptions(0.1, 0.9), SGDOptions(0.2, 0.5, nesterov=True)][i % 2] for i in range(n)]
+    adam = [[AdamOptions(0.1), AdamOptions(0.2, decoupled=True, weight_decay=0.1)][i % 2] for i in range(n)]
+    steps = [torch.zeros((), device=DEVICE) for _ in weights]
+    backup = Backup(weights)
+    scale = torch.ones((), device=DEVICE)
+
+    def run():
+        norm = kernels.norm(grads, weights, [None, 0.01] * (n // 2) + [None] * (n % 2))
+        kernels.perturb_(weights, grads, backup, norm, groups, None, Draw(0, 1, tuple(range(n))))
+        found = kernels.found_nonfinite(grads)
+        kernels.restore_sgd_step_(weights, backup.tensors, grads, means, sgd, grad_scale=scale, found_inf=found)
+        kernels.restore_adam_step_(
+            weights, backup.tensors, grads, means, squares, [None] * n, steps, adam, found_inf=found
+        )
+        kernels.restore_(backup)
+
+    run()
+    del launches[:]
+    with Operations() as operations:
+        run()
+    stages = ["_squares", "_perturb", "_nonfinite", "_restore_sgd_step", "_restore_adam_step", "_restore"]
+    expected = [f"{name}_kernel" for name in stages for _ in range(launched)]
+    assert launches == [*expected[:launched], "_finish_norm_kernel", *expected[launched:]]
+    assert operations.names <= {"empty", "slice", "detach"}  # nothing that a device would have to run
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU())
+        self.head = nn.Linear(16 * 16, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x).flatten(1))
+
+
+def train(net, base, steps, **keywords):
+    def losses(x, y):
+        return F.cross_entropy(net(x), y, reduction="none")
+
+    generator = torch.Generator().manual_seed(1)
+    optimizer = SAM(net.parameters(), base, model=net, rho=0.05, **keywords)
+    history = []
+    for _ in range(steps):
+        x, y = torch.randn(32, 1, 8, 8, generator=generator), torch.arange(32) % 10
+        x[:, 0, 0, :] += y[:, None]
+        history.append(optimizer.step(losses, x.to(DEVICE), y.to(DEVICE)).item())
+        optimizer.zero_grad()
+    return history
+
+
+@pytest.mark.parametrize("check_finite, count", [(True, 5), (False, 4)])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_launches_of_sam(launches, choose, base, check_finite, count):
+    choose("triton")
+    train(Net().to(DEVICE), base, 1, lr=0.1, check_finite=check_finite)
+    assert len(launches) == count
+
+
+@pytest.mark.parametrize("base", [(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.003})])
+def test_a_small_network_trains_alike_on_both_backends(choose, base):
+    found = []
+    for backend in ("torch", "triton"):
+        choose(backend)
+        torch.manual_seed(0)
+        found.append(train(Net().to(DEVICE), base[0], 12, **base[1]))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0][-1] < 0.5 * found[0][0]
+
+
+class Interrupt(BaseException):
+    """Not an Exception, as KeyboardInterrupt is not."""
+
+
+class InterruptAt:
+    """Raises at the n-th call that happens inside the launchers and kernels; with none, counts them."""
+
+    def __init__(self, n=None):
+        self.n, self.count, self.ours = n, 0, set()
+
+    def __call__(self, frame, event, argument):
+        if event == "call" and self._is_inside(frame):
+            self.count += 1
+            if Path(frame.f_code.co_filename).parent == KERNELS:
+                self.ours.add(self.count)
+            if self.count == self.n:
+                raise Interrupt
+
+    @staticmethod
+    def _is_inside(frame):
+        # the interpreter's own bookkeeping around a launch would be left half done, which is no matter of ours
+        while frame is not None:
+            if Path(frame.f_code.co_filename).parent == KERNELS:
+                return True
+            if frame.f_code.co_qualname.startswith(("GridExecutor", "InterpretedFunction.run")):
+                return False
+            frame = frame.f_back
+        return False
+
+    def run(self, function):
+        sys.setprofile(self)
+        try:
+            function()
+        except Interrupt:
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+
+KERNELS = Path(chunks.__file__).parent
+
+
+@pytest.mark.skipif(not chunks.INTERPRETED, reason="a kernel on a GPU runs to its end once it is launched")
+def test_an_interrupt_anywhere_in_a_perturbation_can_be_undone(monkeypatch):
+    monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", 64)
+    originals = [torch.randn(100), torch.randn(21)[1:].bfloat16(), torch.randn(6, 4)[:, ::2]]
+    grads = [torch.ones_like(t) for t in originals]
+    weights, backup = copies(originals), None
+    changed = 0
+
+    def perturb_all():
+        kernels.perturb_(weights, grads, backup, torch.ones(()), [0.5] * 3)
+
+    backup = Backup(weights)
+    profile = InterruptAt()
+    assert not profile.run(perturb_all)
+    kernels.restore_(backup)
+    assert_same_bits(weights, originals)
+    chosen = sorted(profile.ours | set(range(1, profile.count + 1, max(1, profile.count // 150))))
+    assert len(chosen) > 150
+    for n in chosen:
+        for copy in backup.tensors:
+            copy.fill_(torch.nan)  # what lies there from the step before must never be trusted
+        interrupted = InterruptAt(n).run(perturb_all)
+        assert interrupted
+        changed += not all(map(torch.equal, weights, originals))
+        for _ in range(2):  # the restore is interrupted, and comes again
+            InterruptAt(n // 3 + 1).run(lambda: kernels.restore_(backup))
+        kernels.restore_(backup)
+        assert not backup.valid
+        assert_same_bits(weights, originals)
+    assert changed > 20
+    perturb_all()  # and nothing is left behind that would hurt the next step
+    kernels.restore_(backup)
+    assert_same_bits(weights, originals)
+
+
+@pytest.mark.skipif(not chunks.INTERPRETED, reason="a kernel on a GPU runs to its end once it is launched")
+def test_an_interrupt_in_a_step_leaves_counters_that_count(monkeypatch):
+    monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", 64)
+    weights, grads, means, squares = ([torch.ones(200)] for _ in range(4))
+    steps = [torch.zeros(())]
+
+    def step():
+        kernels.restore_adam_step_(weights, weights, grads, means, squares, [None], steps, [AdamOptions(0.1)])
+
+    profile = InterruptAt()
+    profile.run(step)
+    assert steps[0].item() == 1
+    for n in range(1, profile.count, profile.count // 20):
+        assert InterruptAt(n).run(step)
+        before = steps[0].item()
+        step()
+        assert steps[0].item() == before + 1
+        InterruptAt(n).run(lambda: kernels.found_nonfinite(grads))
+        assert kernels.found_nonfinite(grads).item() == 0
+        assert kernels.found_nonfinite([torch.full((200,), torch.inf)]).item() == 1
