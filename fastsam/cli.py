@@ -92,7 +92,12 @@ def shared_options(command: Callable) -> Callable:
     """Add the options that both commands have."""
     positive, share = click.IntRange(min=1), Number(0, 1)
     knobs = [
-        click.option(option(knob), type=_type(knob), metavar=None if knob in CHOICES else "X", help=f"Default: {_defaults(knob)}.")
+        click.option(
+            option(knob),
+            type=_type(knob),
+            metavar=None if knob in CHOICES else "X",
+            help=f"Default: {_defaults(knob)}.",
+        )
         for knob in KNOBS
     ]
     options = [
