@@ -88,15 +88,18 @@ class Arm:
 
         def forward(module: nn.Module, args: Any, out: Tensor) -> None:
             seen["forward rows"] += len(out)
-            seen["forward rows without graph"] += 0 if out.requires_grad else len(out)
+            if out.requires_grad:
+                out.register_hook(backward)
+            else:
+                seen["forward rows without graph"] += len(out)
 
-        def backward(module: nn.Module, given: Any, out: tuple[Tensor]) -> None:
-            seen["backward rows"] += len(out[0])
+        def backward(grad: Tensor) -> None:
+            seen["backward rows"] += len(grad)
 
         def accumulated(p: Tensor) -> None:
             seen["weight gradients"] += 1
 
-        handles = [self.model.register_forward_hook(forward), self.model.register_full_backward_hook(backward)]
+        handles: list[Any] = [self.model.register_forward_hook(forward)]
         handles += [p.register_post_accumulate_grad_hook(accumulated) for p in self.model.parameters()]
         for _ in range(steps):
             self.step()

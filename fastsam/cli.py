@@ -24,6 +24,7 @@ from fastsam.training import CHECKPOINT, Config
 
 KNOBS = list(dict.fromkeys(knob for method in METHODS.values() for knob in method.knobs))
 AMP_HELP = "Mixed precision; fp16, with a GradScaler, is for GPUs: convolutions in it crawl on a CPU."
+THREADS_HELP = "Of the CPU. The digits gain little from a second one, and crawl where it has to wait for others."
 SCORED_ON_HELP = "held_out: train without a tenth of the training set and score on it, to choose settings fairly."
 
 
@@ -109,6 +110,7 @@ def shared_options(command: Callable) -> Callable:
         _option("--label-smoothing", type=share, metavar="X", default=0.0),
         _option("--amp", type=click.Choice(list(training.AMP)), default="off", help=AMP_HELP),
         _option("--device", type=Device(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
+        _option("--threads", type=positive, metavar="N", default=1, help=THREADS_HELP),
         click.option("--resume", is_flag=True, help="Go on where --out was interrupted, with its settings."),
         click.option("--overwrite", is_flag=True, help="Start afresh in an --out that holds earlier results."),
     ]

@@ -33,6 +33,7 @@ class Plan:
     label_smoothing: float
     amp: str
     device: str
+    threads: int
 
     def config(self, method: str, noise: float, seed: int) -> Config:
         """Return the config of one run with the method's default for what is tuned."""

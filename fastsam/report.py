@@ -233,7 +233,7 @@ def caption(comparison: Comparison) -> str:
         f"Test accuracy on clean labels of {plan.data}, {plan.model}, {plan.epochs} epochs, batch {plan.batch_size}; "
         f"{seeds}. last: after the last epoch. best: the best epoch, picked with the test set. "
         f"{chosen}step: median training step, with its ratio to the base's in this comparison. run: median time in "
-        f"training steps. {about['device']}, {about['threads']} threads, torch {about['torch']}, amp {plan.amp}."
+        f"training steps. {about['device']}, threads: {about['threads']}, torch {about['torch']}, amp {plan.amp}."
     )
 
 

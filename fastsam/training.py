@@ -1,7 +1,7 @@
 """One training run: built from a `Config`, trained epoch by epoch, and resumed bit for bit from its checkpoint.
 
 Everything random (weights, split, label noise, order of the samples) comes from the seeds in the config, so a run
-repeats bit for bit on one machine with one number of threads.
+repeats bit for bit on one machine.
 """
 
 import math
@@ -22,7 +22,6 @@ from fastsam.report import replacing
 
 CHECKPOINT = "checkpoint.pt"
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCORE_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Config:
     scored_on: str = "test"
     amp: str = "off"
     device: str = "cpu"
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, torch.device(config.device)
+        torch.set_num_threads(config.threads)  # sums are taken in another order with another number
         if self.device.type == "cuda":
             torch.backends.cudnn.deterministic = True  # or runs would not repeat
         self.data = load(
@@ -180,16 +181,15 @@ class Run:
 
     def _set_learning_rate(self, step_in_epoch: int) -> None:
         """Cosine from lr to 0 over all steps, set before each: a function of the step, with no state to save."""
-        done = len(self.history) * self.steps_per_epoch + step_in_epoch
-        share = done / (self.config.epochs * self.steps_per_epoch)
+        done = len(self.history) + step_in_epoch / self.steps_per_epoch
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.knobs["lr"] * 0.5 * (1 + math.cos(math.pi * share))
+            group["lr"] = self.config.knobs["lr"] * 0.5 * (1 + math.cos(math.pi * done / self.config.epochs))
 
     @torch.no_grad()
     def accuracy(self) -> float:
         """Return the accuracy in percent on the test set or the held-out part, in eval mode and full precision."""
         self.model.eval()
-        pairs = zip(self.data.score_x.split(SCORE_BATCH), self.data.score_y.split(SCORE_BATCH), strict=True)
+        pairs = zip(self.data.score_x.split(1024), self.data.score_y.split(1024), strict=True)
         hits = sum(int((self.model(x).argmax(dim=1) == y).sum()) for x, y in pairs)
         return 100 * hits / len(self.data.score_y)
 
@@ -288,11 +288,10 @@ def read_config(checkpoint: dict[str, Any], path: Path) -> Config:
 
 def refuse_differences(path: Path, started_with: dict[str, Any], asked_for: dict[str, Any]) -> None:
     """Raise InputError that names every entry of `asked_for` which is another in `started_with`."""
-    missing = object()
     different = [
         f"{key.replace('_', '-')} {value} (it has {started_with.get(key)})"
         for key, value in asked_for.items()
-        if started_with.get(key, missing) != value
+        if key not in started_with or started_with[key] != value
     ]
     if different:
         raise InputError(f"{path} cannot be resumed with {', '.join(different)}; use its own, or another --out")

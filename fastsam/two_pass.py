@@ -8,7 +8,7 @@ w, bit for bit                base step with d
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,8 +39,14 @@ class Ascended:
 
     def take(self, rows: list[int]) -> "Ascended":
         """Return the tensors at these positions of the lists alone."""
-        weights, grads, groups = ([part[i] for i in rows] for part in (self.weights, self.grads, self.groups))
-        return replace(self, weights=weights, grads=grads, groups=groups, indices=tuple(self.indices[i] for i in rows))
+        return Ascended(
+            [self.weights[i] for i in rows],
+            [self.grads[i] for i in rows],
+            [self.groups[i] for i in rows],
+            tuple(self.indices[i] for i in rows),
+            self.step,
+            self.seed,
+        )
 
 
 class TwoPassOptimizer(PassOptimizer):

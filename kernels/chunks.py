@@ -26,8 +26,8 @@ from fastsam.kernels.tensor_list import buckets, same_layout
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter, on CPU tensors; settled when they are imported."""
-NUM_WARPS = 4 if torch.version.hip else 8
-"""256 threads a program, on NVIDIA's warps of 32 and AMD's of 64 alike."""
+THREADS = 256
+"""Threads of a program, whatever the width of a warp."""
 _BYTES_PER_PROGRAM = 8192  # of the widest tensor: two 128-bit accesses a thread keep registers near 40
 _INTERPRETED_BLOCK_SIZE = 16384  # there a program costs about the same whatever its size
 COLUMNS = tl.constexpr(2)
@@ -197,10 +197,19 @@ def counters(n: int, device: torch.device) -> Iterator[Tensor]:
     _counters[key] = lent  # not reached, so not reused, where the launch failed half-way
 
 
-def launch(kernel: Any, n_programs: int, *args: Any, **constants: Any) -> None:
-    """Run `n_programs` programs of a kernel on the current device; none where there is nothing to do."""
+def launch(kernel: Any, n_programs: int, *args: Any, enable_fp_fusion: bool = True, **constants: Any) -> None:
+    """Run `n_programs` programs of a kernel on the current device; none where there is nothing to do.
+
+    Args:
+        kernel: a jit function.
+        n_programs: size of the grid.
+        args: the kernel's arguments.
+        enable_fp_fusion: whether a product and a sum may become one operation with one rounding.
+        constants: what the kernel is compiled for.
+    """
     if n_programs:
-        kernel[(n_programs,)](*args, num_warps=NUM_WARPS, **constants)
+        num_warps = THREADS // (64 if torch.version.hip else 32)
+        kernel[(n_programs,)](*args, num_warps=num_warps, enable_fp_fusion=enable_fp_fusion, **constants)
 
 
 # the kernels' own side

@@ -74,7 +74,7 @@ def _square_stretch(
     return total
 
 
-@triton.jit(do_not_specialize=["step", "seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["step", "seed_low", "seed_high"], do_not_specialize_on_alignment=["partials_ptr"])
 def _squares_kernel(
     rows_ptr, chunks_ptr, hyperparameters_ptr, partials_ptr, step, seed_low, seed_high,
     GRAD: tl.constexpr, WEIGHT: tl.constexpr, WIDEST: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
@@ -108,7 +108,7 @@ def _squares_kernel(
     tl.store(partials_ptr + tl.program_id(0), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_partials"])
 def _finish_norm_kernel(partials_ptr, norm_ptr, n_partials, BLOCK_SIZE: tl.constexpr):
     """norm = sqrt(sum of partials), by one program in a fixed order. Reads 8 B per chunk."""
     offsets = tl.arange(0, BLOCK_SIZE)
@@ -171,7 +171,6 @@ def _norm_on_one_device(
             "ADAPTIVE": weights is not grads,
             "MASKED": keep is not None,
             "BLOCK_SIZE": size,
-            "enable_fp_fusion": True,
         }
         prepared.append((work, constants))
     n_partials = sum(work.n_programs for work, _ in prepared)
@@ -199,7 +198,7 @@ def _nonfinite_stretch(
     return tl.max(tl.where(tl.abs(g) < float("inf"), 0, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_programs"])
 def _nonfinite_kernel(
     rows_ptr, chunks_ptr, counter_ptr, found_ptr, n_programs,
     GRAD: tl.constexpr, WIDEST: tl.constexpr, BLOCK_SIZE: tl.constexpr,

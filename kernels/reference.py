@@ -121,7 +121,8 @@ def perturb_(
 ) -> None:
     """Save `weights` into `backup` and add eps = rho m T^2 g / (norm + e0) to them, T = 1 or |w| + eta.
 
-    SAM Eq. 2 with p = 2; ASAM Eq. 7; ESAM Eq. 5 with its mask m and rho / beta for rho. A norm that is zero, inf or NaN gives eps = 0.
+    SAM Eq. 2 with p = 2; ASAM Eq. 7; ESAM Eq. 5 with its mask m and rho / beta for rho. A norm that is zero, inf or
+    NaN gives eps = 0.
 
     Args:
         weights: tensors to perturb in place; the storage stays where it is.

@@ -111,10 +111,10 @@ def step_hyperparameters(
     known: dict[int, tuple[tuple[float, ...], Tensor | None]] = {}
     for o in options:
         if id(o) not in known:
-            lr, tensor = o.lr, None
-            if isinstance(lr, Tensor) and (lr.device == weight.device or lr.device.type != "cpu"):
-                lr, tensor = 0.0, to_device(lr, weight.device, dtype)
-            known[id(o)] = (float(lr), *rest_of(o)), tensor
+            # a number on the host is free to read; what is on a device stays there
+            is_tensor = isinstance(o.lr, Tensor) and o.lr.device.type in ("cuda", weight.device.type)
+            tensor = to_device(o.lr, weight.device, dtype) if is_tensor else None
+            known[id(o)] = (0.0 if is_tensor else float(o.lr), *rest_of(o)), tensor
     return [known[id(o)][0] for o in options], [known[id(o)][1] for o in options]
 
 
@@ -130,7 +130,6 @@ def step_constants(weight: Tensor, grad: Tensor, state: Tensor | None) -> dict[s
         "COMPUTE": wide(weight.dtype),
         # at most 8 elements a thread: so many tensors, widened to float32, fill the registers
         "BLOCK_SIZE": block_size(weight.dtype, grad.dtype, state_dtype, vectors=min(widest // 2, 2)),
-        "enable_fp_fusion": True,
     }
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -36,15 +35,8 @@ def accuracies(out):
 
 
 def python(*arguments, **keywords):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # or sums differ in their last bits
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **keywords,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *arguments], text=True, **pipes, **keywords)
 
 
 BAD_INPUT = [

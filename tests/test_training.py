@@ -257,7 +257,8 @@ def test_hits_are_counted_in_the_first_forward_pass_alone():
 
 def plan(**changes):
     settings = {"methods": ["sgd", "sam"], "label_noise": [0.4], "seeds": 2, "knobs": {}, "data": "digits"}
-    settings |= {"model": "mlp", "epochs": 1, "batch_size": 64, "label_smoothing": 0.0, "amp": "off", "device": "cpu"}
+    settings |= {"model": "mlp", "epochs": 1, "batch_size": 64, "label_smoothing": 0.0, "amp": "off"}
+    settings |= {"device": "cpu", "threads": 1}
     return compare.Plan(**settings | changes)
 
 
