@@ -18,6 +18,15 @@ BASES = [
 ]
 
 
+def _inside_a_kernel(frame):
+    """Whether Triton's interpreter is running a kernel: on a GPU no interrupt comes half-way through one."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "triton.runtime.interpreter":
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Interrupt:
     """Raises KeyboardInterrupt at the n-th call or return in the library's own code; counts them all for n = 0."""
 
@@ -27,6 +36,8 @@ class Interrupt:
     def _profile(self, frame, event, arg):
         # what is raised while Python disposes of a generator it swallows itself
         if "fastsam" not in frame.f_globals.get("__name__", "") or frame.f_code.co_name == "<genexpr>":
+            return
+        if _inside_a_kernel(frame):
             return
         # no signal arrives between the return of __enter__ and the with block
         if event == "return" and frame.f_code.co_name == "__enter__":
@@ -77,17 +88,25 @@ def test_an_interrupt_at_any_call_boundary_leaves_the_weights_of_before_or_after
     after = weights_of(model)
     assert not torch.equal(before[0], after[0])
     hits = {"before": 0, "after": 0}
-    stride = 1 if cls is torch.optim.SGD else 3
+    # every boundary of torch's path; of that of the interpreted kernels, which are slow, an even sample
+    stride = 1 if backend == "torch" and cls is torch.optim.SGD else max(3, count.seen // 60)
     for n in range(1, count.seen + 1, stride):
         rewind()
         storage = [p.data_ptr() for p in model.parameters()]
-        with pytest.raises(KeyboardInterrupt) as raised, Interrupt(n):
-            way(opt, losses_of(model), x, y)
+        interrupt, raised = Interrupt(n), None
+        try:
+            with interrupt:
+                way(opt, losses_of(model), x, y)
+        except KeyboardInterrupt as error:
+            raised = error
+        if raised is None:
+            assert interrupt.seen < n, "an interrupt was swallowed"
+            break  # with warm caches there are fewer calls than were counted
         if way is with_two_steps:
             opt.restore()  # an interrupt between the two calls is the caller's to handle
         now = weights_of(model)
         outcome = "before" if all(map(torch.equal, now, before)) else "after"
-        assert outcome == "before" or all(map(torch.equal, now, after)), f"lost weights: {raised.value}"
+        assert outcome == "before" or all(map(torch.equal, now, after)), f"lost weights: {raised}"
         hits[outcome] += 1
         assert storage == [p.data_ptr() for p in model.parameters()]
         assert not opt._run.backup.valid
