@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+OUT ?= runs/compare-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: compare test test-wheel lint bench clean
+.PHONY: compare test test-wheel lint gate bench readme clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,7 +14,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 compare: $(VENV)/.ready  ## train SGD and SAM side by side on digits, clean and with 40 % label noise
-	$(BIN)/fastsam compare $(ARGS)
+	$(BIN)/fastsam compare --out $(OUT) $(ARGS)
 
 test: $(VENV)/.ready  ## run every test
 	$(BIN)/python -m pytest -n auto $(ARGS)
@@ -23,6 +24,12 @@ lint: $(VENV)/.ready  ## style and types; mypy sees kernels/ where it is install
 	$(BIN)/ruff format --check .
 	rm -rf build/types && mkdir -p build/types && cp -r fastsam build/types/ && cp -r kernels build/types/fastsam/
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p fastsam
+
+gate: $(VENV)/.ready  ## compile every Triton kernel for GPUs that need not be here and compare with the baseline
+	$(BIN)/python -m benchmarks.static_gate $(ARGS)
+
+readme: $(VENV)/.ready  ## write README's table anew from the recorded results
+	$(BIN)/python -m benchmarks.readme
 
 bench: $(VENV)/.ready  ## pytest-benchmark suites
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

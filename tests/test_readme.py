@@ -1,0 +1,22 @@
+"""README is true: its tables come from the recorded results, its example runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+pytestmark = pytest.mark.skipif(not README.exists(), reason="not a source tree")
+
+
+def test_tables_are_those_of_the_recorded_results():
+    code = "import benchmarks.readme as r; t = (r.ROOT / 'README.md').read_text(); assert r.block() in t, 'make readme'"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_example_runs(tmp_path):
+    (tmp_path / "example.py").write_text(re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1))
+    subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True)
