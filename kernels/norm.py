@@ -6,6 +6,8 @@ runs repeat bit for bit. The check takes one: its last program to finish knows w
 # mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -13,22 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels import reference
+from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, widen
 from fastsam.kernels.chunks import (
-    COLUMNS,
     ELEMENTS,
-    address,
-    aligned_length,
+    Launch,
     block_size,
     counters,
-    element_ptr,
-    find_chunk,
+    distinct,
     launch,
     on_device,
     split,
     t_of,
-    table,
-    take,
-    widen,
+    widest,
 )
 from fastsam.kernels.philox import Draw, threshold
 from fastsam.kernels.random_words import is_kept, join_seed, random_words, signed
@@ -128,18 +126,18 @@ def norm(
     draw: Draw | None = None,
 ) -> Tensor:
     """Return ||m T g||_2 over all tensors; see `reference.norm`. Two launches, and one more for each further dtype."""
-    etas = [None] * len(grads) if adaptive is None else list(adaptive)
+    etas = (None,) * len(grads) if adaptive is None else tuple(adaptive)
     is_adaptive = any(eta is not None for eta in etas)
     launches, rest = split(grads, weights) if is_adaptive else split(grads)
     parts = []
     if rest:
-        chosen = take(weights, rest) if weights else ()
-        parts.append(
-            reference.norm(take(grads, rest), chosen, take(etas, rest), None if draw is None else draw.take(rest))
-        )
+        some: Any = ([items[i] for i in rest] for items in (grads, weights if weights else grads, etas))
+        some_grads, some_weights, some_etas = some
+        some_draw = None if draw is None else draw.take(rest)
+        parts.append(reference.norm(some_grads, some_weights, some_etas, some_draw))
     parts += [
-        _norm_on_one_device(grads, weights if is_adaptive else grads, etas, draw, take(launches, on_one_device))
-        for on_one_device in buckets(grads[rows[0]].device for rows in launches)
+        _norm_on_one_device([launches[i] for i in on_one_device], etas, draw, is_adaptive)
+        for on_one_device in buckets(each.device for each in launches)
     ]
     if len(parts) == 1:
         return parts[0].to(grads[0].device)
@@ -147,44 +145,46 @@ def norm(
 
 
 def _norm_on_one_device(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    etas: Sequence[float | None],
-    draw: Draw | None,
-    launches: Sequence[list[int]],
+    launches: Sequence[Launch], etas: tuple[float | None, ...], draw: Draw | None, is_adaptive: bool
 ) -> Tensor:
-    device = grads[launches[0][0]].device
+    device = launches[0].device
     keep = None if draw is None else draw.keep
-    is_plain = keep is None and weights is grads
-    prepared = []
-    for rows in launches:
-        dtypes = grads[rows[0]].dtype, weights[rows[0]].dtype
-        size = block_size(*dtypes, vectors=_VECTORS if is_plain else 2)
-        columns = [[address(t) for t in take(tensors, rows)] for tensors in (grads, weights)]
-        columns.append([draw.indices[i] & 0xFFFFFFFF if draw is not None and keep is not None else 0 for i in rows])
-        sets = [(*t_of(etas[i]), 0.0 if keep is None else float(threshold(keep[i]))) for i in rows]
-        work = table([grads[i].numel() for i in rows], columns, sets, size, device)
+    works = []
+    for each in launches:
+        size = block_size(*each.dtypes, vectors=2 if is_adaptive or keep is not None else _VECTORS)
+        sets, lines = _sets(each.of(etas), None if keep is None else each.of(keep))
+        numbers = each.of(draw.indices) if draw is not None and keep is not None else (0,) * len(each.rows)
+        others = () if is_adaptive else ((0,) * len(each.rows),)  # no weights
+        work = each.table(size, sets, lines, *others, numbers)
         constants = {
-            "GRAD": ELEMENTS[dtypes[0]],
-            "WEIGHT": ELEMENTS[dtypes[1]],
-            "WIDEST": 8 * max(dtype.itemsize for dtype in dtypes),
-            "ADAPTIVE": weights is not grads,
+            "GRAD": ELEMENTS[each.dtypes[0]],
+            "WEIGHT": ELEMENTS[each.dtypes[-1]],
+            "WIDEST": widest(each.dtypes),
+            "ADAPTIVE": is_adaptive,
             "MASKED": keep is not None,
             "BLOCK_SIZE": size,
         }
-        prepared.append((work, constants))
-    n_partials = sum(work.n_programs for work, _ in prepared)
+        works.append((work, constants))
+    n_partials = sum(work.n_programs for work, _ in works)
     partials = torch.empty(n_partials, dtype=torch.float64, device=device)
     result = torch.empty((), dtype=torch.float64, device=device)
     step, seed = (draw.step, draw.seed) if draw is not None and keep is not None else (0, 0)
     with on_device(device):
         first = 0
-        for work, constants in prepared:
+        for work, constants in works:
             words = signed(step), signed(seed), signed(seed >> 32)
             launch(_squares_kernel, work.n_programs, *work, partials[first:], *words, **constants)
             first += work.n_programs
         launch(_finish_norm_kernel, 1, partials, result, n_partials, BLOCK_SIZE=_FINISH_BLOCK_SIZE)
     return result
+
+
+@lru_cache(32)
+def _sets(
+    etas: tuple[float | None, ...], keep: tuple[float, ...] | None
+) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+    thresholds = [0.0] * len(etas) if keep is None else [float(threshold(k)) for k in keep]
+    return distinct([(*t_of(eta), limit) for eta, limit in zip(etas, thresholds, strict=True)])
 
 
 @triton.jit
@@ -227,27 +227,25 @@ def _nonfinite_kernel(
 def found_nonfinite(grads: Sequence[Tensor]) -> Tensor:
     """Return 1.0 if any entry is inf or NaN, else 0.0; see `reference.found_nonfinite`. One launch for each dtype."""
     launches, rest = split(grads)
-    flags = [reference.found_nonfinite(take(grads, rest))] if rest else []
+    flags = [reference.found_nonfinite([grads[i] for i in rest])] if rest else []
     flags += [
-        _found_on_one_device([take(grads, rows) for rows in take(launches, on_one_device)])
-        for on_one_device in buckets(grads[rows[0]].device for rows in launches)
+        _found_on_one_device([launches[i] for i in on_one_device])
+        for on_one_device in buckets(each.device for each in launches)
     ]
     if len(flags) == 1:
         return flags[0].to(grads[0].device)
     return torch.stack([flag.to(grads[0].device) for flag in flags]).amax()
 
 
-def _found_on_one_device(launches: Sequence[list[Tensor]]) -> Tensor:
-    device = launches[0][0].device
-    prepared = []
-    for grads in launches:
-        dtype = grads[0].dtype
-        size = block_size(dtype, vectors=_VECTORS)
-        work = table([g.numel() for g in grads], [[address(g) for g in grads]], [()] * len(grads), size, device)
-        prepared.append((work, {"GRAD": ELEMENTS[dtype], "WIDEST": 8 * dtype.itemsize, "BLOCK_SIZE": size}))
-    n_programs = sum(work.n_programs for work, _ in prepared)
+def _found_on_one_device(launches: Sequence[Launch]) -> Tensor:
+    device = launches[0].device
+    works = [(each.table(block_size(*each.dtypes, vectors=_VECTORS)), each.dtypes[0]) for each in launches]
+    n_programs = sum(work.n_programs for work, _ in works)
     found = torch.empty((), device=device) if n_programs else torch.zeros((), device=device)
     with on_device(device), counters(1, device) as arrivals:
-        for work, constants in prepared:
-            launch(_nonfinite_kernel, work.n_programs, work.rows, work.chunks, arrivals, found, n_programs, **constants)
+        for work, dtype in works:
+            launch(
+                _nonfinite_kernel, work.n_programs, work.rows, work.chunks, arrivals, found, n_programs,
+                GRAD=ELEMENTS[dtype], WIDEST=widest([dtype]), BLOCK_SIZE=block_size(dtype, vectors=_VECTORS),
+            )  # fmt: skip
     return found

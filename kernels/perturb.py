@@ -3,8 +3,8 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -12,24 +12,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels import reference
+from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, widen
 from fastsam.kernels.chunks import (
-    COLUMNS,
     ELEMENTS,
-    address,
-    aligned_length,
+    Launch,
     block_size,
     chunks_of,
-    element_ptr,
-    find_chunk,
+    distinct,
     launch,
     on_device,
     split,
     t_of,
-    table,
-    take,
     to_device,
     wide,
-    widen,
+    widest,
 )
 from fastsam.kernels.philox import Draw, threshold
 from fastsam.kernels.random_words import is_kept, join_seed, random_words, signed
@@ -127,13 +123,6 @@ def _perturb_kernel(
         done = copied
 
 
-class _Launch(NamedTuple):
-    rows: list[int]
-    lengths: list[int]
-    size: int
-    marks: Tensor
-
-
 class _Part(Backup):
     """Some rows of a backup, for a twin to fill."""
 
@@ -164,54 +153,58 @@ def perturb_(
     One launch for each dtype combination. A host is never told how far a device came, so there is nothing to trust
     before the weights change: the marks that the kernel leaves are what an interrupt is answered from.
     """
-    etas = [None] * len(weights) if adaptive is None else list(adaptive)
+    etas = (None,) * len(weights) if adaptive is None else tuple(adaptive)
     keep = None if draw is None else draw.keep
     launches, rest = split(weights, grads, backup.tensors)
     if rest:
-        reference.perturb_(
-            take(weights, rest), take(grads, rest), _Part(backup, rest), norm, take(rho, rest), take(etas, rest),
-            None if draw is None else draw.take(rest), e0,
-        )  # fmt: skip
+        chosen: Any = ([items[i] for i in rest] for items in (weights, grads, rho, etas))
+        some_weights, some_grads, some_rho, some_etas = chosen
+        some_draw = None if draw is None else draw.take(rest)
+        reference.perturb_(some_weights, some_grads, _Part(backup, rest), norm, some_rho, some_etas, some_draw, e0)
     tick = next(_ticks)
-    launched: list[_Launch] = []
-    backup.expect(partial(_copied, backup, launched, tick))
-    for rows in launches:
-        w, g = weights[rows[0]], grads[rows[0]]
-        size = block_size(w.dtype, g.dtype)
-        stochastic = draw is not None and draw.rounding and w.dtype.itemsize == 2
-        is_drawn = stochastic or keep is not None
-        lengths = [weights[i].numel() for i in rows]
-        columns = [[address(t) for t in take(tensors, rows)] for tensors in (weights, grads, backup.tensors)]
-        columns.append([draw.indices[i] & 0xFFFFFFFF if draw is not None and is_drawn else 0 for i in rows])
-        sets = [
-            (rho[i], e0, *t_of(etas[i]), 0.0 if keep is None else float(threshold(keep[i]))) for i in rows
-        ]  # fmt: skip
-        work = table(lengths, columns, sets, size, w.device)
-        marks = backup.marks.get(tuple(rows))
-        if marks is None or marks.shape[0] != work.n_programs:
-            marks = backup.marks[tuple(rows)] = torch.zeros(work.n_programs, dtype=torch.int64, device=w.device)
-        launched.append(_Launch(rows, lengths, size, marks))
+    marked: list[tuple[Launch, int, Tensor]] = []
+    backup.expect(partial(_copied, backup, marked, tick))
+    for each in launches:
+        dtype, grad_dtype, _ = each.dtypes
+        size = block_size(*each.dtypes)
+        stochastic = draw is not None and draw.rounding and dtype.itemsize == 2
+        is_drawn = draw is not None and (stochastic or keep is not None)
         step, seed = (draw.step, draw.seed) if draw is not None and is_drawn else (0, 0)
-        with on_device(w.device):
+        numbers = each.of(draw.indices) if draw is not None and is_drawn else (0,) * len(each.rows)
+        used_etas = each.of(etas)
+        work = each.table(size, *_sets(each.of(rho), used_etas, None if keep is None else each.of(keep), e0), numbers)
+        marks = backup.marks.get(each.rows)
+        if marks is None or marks.shape[0] != work.n_programs:
+            marks = backup.marks[each.rows] = torch.zeros(work.n_programs, dtype=torch.int64, device=each.device)
+        marked.append((each, size, marks))
+        with on_device(each.device):
             launch(
-                _perturb_kernel, work.n_programs, *work, to_device(norm, w.device), marks,
+                _perturb_kernel, work.n_programs, *work, to_device(norm, each.device), marks,
                 tick, signed(step), signed(seed), signed(seed >> 32),
-                WEIGHT=ELEMENTS[w.dtype], GRAD=ELEMENTS[g.dtype], WIDEST=8 * max(w.dtype.itemsize, g.dtype.itemsize),
-                COMPUTE=wide(w.dtype), ADAPTIVE=any(etas[i] is not None for i in rows), MASKED=keep is not None,
-                STOCHASTIC=stochastic, BLOCK_SIZE=size,
+                WEIGHT=ELEMENTS[dtype], GRAD=ELEMENTS[grad_dtype], WIDEST=widest(each.dtypes), COMPUTE=wide(dtype),
+                ADAPTIVE=any(eta is not None for eta in used_etas), MASKED=keep is not None, STOCHASTIC=stochastic,
+                BLOCK_SIZE=size,
                 enable_fp_fusion=False,  # product and sum rounded as the twin does, or stochastic rounding would differ
             )  # fmt: skip
     backup.trust()
     torch.autograd.graph.increment_version(weights)
 
 
-def _copied(backup: Backup, launches: list[_Launch], tick: int) -> list[tuple[Tensor, Tensor]]:
+@lru_cache(32)
+def _sets(
+    rho: tuple[float, ...], etas: tuple[float | None, ...], keep: tuple[float, ...] | None, e0: float
+) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+    thresholds = [0.0] * len(rho) if keep is None else [float(threshold(k)) for k in keep]
+    return distinct([(r, e0, *t_of(eta), limit) for r, eta, limit in zip(rho, etas, thresholds, strict=True)])
+
+
+def _copied(backup: Backup, marked: list[tuple[Launch, int, Tensor]], tick: int) -> list[tuple[Tensor, Tensor]]:
     """Stretches of weights whose copies the launch numbered `tick` has completed, beside these copies."""
     pairs = []
-    for rows, lengths, size, marks in launches:
-        for (row, chunk), mark in zip(chunks_of(lengths, size).tolist(), marks.tolist(), strict=True):
+    for each, size, marks in marked:
+        for (row, chunk), mark in zip(chunks_of(each.lengths, size).tolist(), marks.tolist(), strict=True):
             if mark >> 32 == tick:
                 stretch = slice(chunk * size, chunk * size + (mark & 0xFFFFFFFF))
-                weight, copy = backup.weights[rows[row]], backup.tensors[rows[row]]
+                weight, copy = backup.weights[each.rows[row]], backup.tensors[each.rows[row]]
                 pairs.append((in_memory_order(weight)[stretch], in_memory_order(copy)[stretch]))
     return pairs

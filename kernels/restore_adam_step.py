@@ -11,22 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels import reference
-from fastsam.kernels.chunks import (
-    COLUMNS,
-    address,
-    aligned_length,
-    counters,
-    element_ptr,
-    find_chunk,
-    launch,
-    narrow,
-    on_device,
-    split,
-    table,
-    take,
-    to_device,
-    widen,
-)
+from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
+from fastsam.kernels.chunks import counters, launch, on_device, split, to_device
 from fastsam.kernels.reference import AdamOptions
 from fastsam.kernels.restore_step import (
     final_gradient,
@@ -151,28 +137,20 @@ def restore_adam_step_(
 
     One launch for each dtype combination; amsgrad and empty parameters are left to the twin.
     """
-    launches, rest = split(
-        weights, sources, grads, exp_avgs, exp_avg_sqs,
-        unless=lambda i: max_exp_avg_sqs[i] is not None or weights[i].numel() == 0,
-    )  # fmt: skip
+    refused = tuple([largest is not None or not w.numel() for largest, w in zip(max_exp_avg_sqs, weights, strict=True)])
+    launches, rest = split(weights, sources, grads, exp_avgs, exp_avg_sqs, refused=refused)
     if rest:
         lists: Any = (weights, sources, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, options)
-        reference.restore_adam_step_(
-            *(take(items, rest) for items in lists), grad_scale=grad_scale, found_inf=found_inf
-        )
-    for rows in launches:
-        w = weights[rows[0]]
-        sets, lrs = step_hyperparameters(take(options, rows), w, _after_lr)
-        constants = step_constants(w, grads[rows[0]], exp_avgs[rows[0]])
-        lists = (weights, sources, grads, exp_avgs, exp_avg_sqs, steps)
-        columns = [*(take(tensors, rows) for tensors in lists), lrs]
-        work = table(
-            [weights[i].numel() for i in rows], [[address(t) for t in column] for column in columns], sets,
-            constants["BLOCK_SIZE"], w.device,
-        )  # fmt: skip
-        with on_device(w.device), counters(len(rows), w.device) as arrivals:
+        some = ([items[i] for i in rest] for items in lists)
+        reference.restore_adam_step_(*some, grad_scale=grad_scale, found_inf=found_inf)
+    counts = tuple(map(Tensor.data_ptr, steps))
+    for each in launches:
+        sets, lines, rates, _kept = step_hyperparameters(options, each, _after_lr)
+        constants = step_constants(each, each.dtypes[3])
+        work = each.table(constants["BLOCK_SIZE"], sets, lines, each.of(counts), rates)
+        with on_device(each.device), counters(len(each.rows), each.device) as arrivals:
             launch(
                 _restore_adam_step_kernel, work.n_programs, *work, arrivals,
-                to_device(grad_scale, w.device), to_device(found_inf, w.device), **constants,
+                to_device(grad_scale, each.device), to_device(found_inf, each.device), **constants,
             )  # fmt: skip
     torch.autograd.graph.increment_version(weights)

@@ -13,23 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels import reference
+from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
 from fastsam.kernels.chunks import (
-    COLUMNS,
     ELEMENTS,
-    address,
-    aligned_length,
+    Launch,
     block_size,
-    element_ptr,
-    find_chunk,
     launch,
-    narrow,
     on_device,
     split,
-    table,
-    take,
     to_device,
     wide,
-    widen,
+    widest,
 )
 from fastsam.kernels.reference import SGDOptions
 from fastsam.kernels.tensor_list import Backup
@@ -64,19 +58,15 @@ def restore_(backup: Backup) -> None:
     if not backup.valid:
         return
     weights, copies = backup.waiting()
-    launches, rest = split(weights, copies, by=lambda w: w.dtype.itemsize)
+    launches, rest = split(weights, copies, by_width=True)
     if rest:
-        torch._foreach_copy_(take(weights, rest), take(copies, rest))
-    for rows in launches:
-        w = weights[rows[0]]
-        size = block_size(w.dtype)
-        addresses = [[address(t) for t in take(tensors, rows)] for tensors in (weights, copies)]
-        work = table([weights[i].numel() for i in rows], addresses, [()] * len(rows), size, w.device)
-        with on_device(w.device):
-            launch(
-                _restore_kernel, work.n_programs, work.rows, work.chunks,
-                WORD=_INTEGERS[w.dtype.itemsize], BLOCK_SIZE=size,
-            )  # fmt: skip
+        torch._foreach_copy_([weights[i] for i in rest], [copies[i] for i in rest])
+    for each in launches:
+        size = block_size(*each.dtypes)
+        work = each.table(size)
+        word = _INTEGERS[each.dtypes[0].itemsize]
+        with on_device(each.device):
+            launch(_restore_kernel, work.n_programs, work.rows, work.chunks, WORD=word, BLOCK_SIZE=size)
     torch.autograd.graph.increment_version(weights)
     backup.release()
 
@@ -104,32 +94,39 @@ def final_gradient(g_ptr, mask, skip, unscale, sign, decay, value, COMPUTE: tl.c
 
 
 def step_hyperparameters(
-    options: Sequence[Any], weight: Tensor, rest_of: Callable[[Any], tuple[float, ...]]
-) -> tuple[list[tuple[float, ...]], list[Tensor | None]]:
-    """Return each parameter's hyperparameters, lr first, and its lr where that is a tensor on the weight's device."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32  # what the kernel computes in
-    known: dict[int, tuple[tuple[float, ...], Tensor | None]] = {}
-    for o in options:
-        if id(o) not in known:
-            # a number on the host is free to read; what is on a device stays there
-            is_tensor = isinstance(o.lr, Tensor) and o.lr.device.type in ("cuda", weight.device.type)
-            tensor = to_device(o.lr, weight.device, dtype) if is_tensor else None
-            known[id(o)] = (0.0 if is_tensor else float(o.lr), *rest_of(o)), tensor
-    return [known[id(o)][0] for o in options], [known[id(o)][1] for o in options]
+    options: Sequence[Any], each: Launch, rest_of: Callable[[Any], tuple[float, ...]]
+) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...], tuple[int, ...], list[Tensor]]:
+    """Return each parameter's set of hyperparameters, the sets, addresses of learning rates, and what lies there.
+
+    A learning rate that is a number heads its set, and its address is 0; a tensor must be kept until the launch.
+    """
+    positions: dict[int, int] = {}
+    own = each.of(options)
+    sets = tuple([positions.setdefault(id(o), len(positions)) for o in own])
+    firsts = [own[sets.index(i)] for i in range(len(positions))]
+    dtype = torch.float64 if each.dtypes[0] == torch.float64 else torch.float32  # what the kernel computes in
+    lines, bases, kept = [], [], []
+    for o in firsts:
+        # a number on the host is free to read; what is on a device stays there
+        is_tensor = isinstance(o.lr, Tensor) and o.lr.device.type in ("cuda", each.device.type)
+        tensors = [t for t in [to_device(o.lr, each.device, dtype) if is_tensor else None] if t is not None]
+        lines.append((0.0 if is_tensor else float(o.lr), *rest_of(o)))
+        bases.append(tensors[0].data_ptr() if tensors else 0)
+        kept += tensors
+    return sets, tuple(lines), tuple([bases[i] for i in sets]), kept
 
 
-def step_constants(weight: Tensor, grad: Tensor, state: Tensor | None) -> dict[str, Any]:
+def step_constants(each: Launch, state_dtype: torch.dtype) -> dict[str, Any]:
     """Return what the kernel of a step is compiled for."""
-    state_dtype = weight.dtype if state is None else state.dtype
-    widest = max(weight.dtype.itemsize, grad.dtype.itemsize, state_dtype.itemsize)
+    width = widest(each.dtypes)
     return {
-        "WEIGHT": ELEMENTS[weight.dtype],
-        "GRAD": ELEMENTS[grad.dtype],
+        "WEIGHT": ELEMENTS[each.dtypes[0]],
+        "GRAD": ELEMENTS[each.dtypes[2]],
         "STATE": ELEMENTS[state_dtype],
-        "WIDEST": 8 * widest,
-        "COMPUTE": wide(weight.dtype),
+        "WIDEST": width,
+        "COMPUTE": wide(each.dtypes[0]),
         # at most 8 elements a thread: so many tensors, widened to float32, fill the registers
-        "BLOCK_SIZE": block_size(weight.dtype, grad.dtype, state_dtype, vectors=min(widest // 2, 2)),
+        "BLOCK_SIZE": block_size(*each.dtypes, vectors=min(width // 16, 2)),
     }
 
 
@@ -221,24 +218,21 @@ def restore_sgd_step_(
     """
     launches, rest = split(weights, sources, grads, momentum_buffers)
     if rest:
-        lists: Any = [take(items, rest) for items in (weights, sources, grads, momentum_buffers, options)]
-        reference.restore_sgd_step_(*lists, grad_scale=grad_scale, found_inf=found_inf)
-    for rows in launches:
-        w, g, buffer = weights[rows[0]], grads[rows[0]], momentum_buffers[rows[0]]
-        sets, lrs = step_hyperparameters(
-            take(options, rows), w,
-            lambda o: (o.momentum, 1 - o.dampening, o.weight_decay, float(o.nesterov), -1.0 if o.maximize else 1.0),
-        )  # fmt: skip
-        constants = step_constants(w, g, buffer)
-        columns = [*(take(tensors, rows) for tensors in (weights, sources, grads, momentum_buffers)), lrs]
-        work = table(
-            [weights[i].numel() for i in rows], [[address(t) for t in column] for column in columns], sets,
-            constants["BLOCK_SIZE"], w.device,
-        )  # fmt: skip
-        with on_device(w.device):
+        lists: Any = (weights, sources, grads, momentum_buffers, options)
+        some = ([items[i] for i in rest] for items in lists)
+        reference.restore_sgd_step_(*some, grad_scale=grad_scale, found_inf=found_inf)
+    for each in launches:
+        sets, lines, rates, _kept = step_hyperparameters(options, each, _after_lr)
+        constants = step_constants(each, each.dtypes[3])
+        work = each.table(constants["BLOCK_SIZE"], sets, lines, rates)
+        with on_device(each.device):
             launch(
                 _restore_sgd_step_kernel, work.n_programs, *work,
-                to_device(grad_scale, w.device), to_device(found_inf, w.device),
-                HAS_MOMENTUM=buffer is not None, **constants,
+                to_device(grad_scale, each.device), to_device(found_inf, each.device),
+                HAS_MOMENTUM=momentum_buffers[each.rows[0]] is not None, **constants,
             )  # fmt: skip
     torch.autograd.graph.increment_version(weights)
+
+
+def _after_lr(o: SGDOptions) -> tuple[float, ...]:
+    return (o.momentum, 1 - o.dampening, o.weight_decay, float(o.nesterov), -1.0 if o.maximize else 1.0)

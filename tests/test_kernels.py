@@ -15,7 +15,7 @@ from fastsam.kernels.tensor_list import Backup, in_memory_order
 
 if kernels is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-from fastsam.kernels import chunks, perturb
+from fastsam.kernels import addressing, chunks, perturb
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 WORDS = pytest.mark.parametrize("draw", [None, (True, None), (True, 0.6), (False, 0.6)], ids=str)
@@ -263,7 +263,7 @@ def test_only_aligned_tensors_are_taken_in_wide_accesses(monkeypatch, small_chun
         pytest.skip("a GPU checks this itself")
     seen = []
 
-    def spy(length, addresses, original=chunks.aligned_length):
+    def spy(length, addresses, original=addressing.aligned_length):
         result = original(length, addresses)
         seen.append((int(length.handle.data.item()), int(addresses.handle.data.item()), int(result.handle.data.item())))
         return result

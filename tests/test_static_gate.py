@@ -57,7 +57,7 @@ def test_the_gate_passes_on_these_kernels(tree):
 
 
 def test_a_mask_that_kills_vectorisation_turns_it_red(tree):
-    plant(tree, "chunks.py", "return length // 16 * 16 * (", "return length * (")
+    plant(tree, "addressing.py", "return length // 16 * 16 * (", "return length * (")
     status, output = run_gate(tree, "--only", "^perturb fp32$", "--targets", "sm_90")
     assert status == 1, output
     assert "WORSE perturb fp32 on sm_90: bytes per element 16 -> 0" in output
