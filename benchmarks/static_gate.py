@@ -40,7 +40,7 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Return every variant's kernel, its arguments and its constants, by name, as the launchers pass them."""
     import torch
 
-    from fastsam.kernels import chunks, norm, perturb, restore_adam_step, restore_step
+    from fastsam.kernels import chunks, norm, perturb, restore_adam_step, restore_step, select
     from fastsam.kernels.philox import Draw
     from fastsam.kernels.reference import AdamOptions, SGDOptions
     from fastsam.kernels.tensor_list import Backup
@@ -92,6 +92,12 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
         variant(name, restore_step.restore_sgd_step_, *lists, [None], [SGDOptions(0.1)], **scalars)
         states = [ones(state), ones(state), [None], [one]]
         variant(name, restore_adam_step.restore_adam_step_, *lists, *states, adam, **scalars)
+    for dtype, n_rows in ((f32, 256), (f32, 2048), (f32, 16384), (f32, 65536), (f64, 2048)):
+        losses, chosen = torch.ones(n_rows, dtype=dtype), torch.ones(1, dtype=torch.int64)
+        shape = select.shape_of(n_rows, dtype)
+        shape["threads"] = 32 * shape.pop("num_warps")
+        args = losses, losses, chosen, 1, 1, n_rows, 1
+        record(f"{_short(dtype)} {n_rows} rows", select._select_kernel, 1, *args, **shape, enable_fp_fusion=False)
     return found
 
 
@@ -114,7 +120,8 @@ def measure(name: str, target: str) -> dict[str, Any]:
     kernel, arguments, constants = _launches()[name]
     backend, architecture, warp_size = TARGETS[target]
     constants = dict(constants)
-    options = {"num_warps": THREADS // warp_size, "enable_fp_fusion": constants.pop("enable_fp_fusion", True)}
+    warps = max(1, constants.pop("threads", THREADS) // warp_size)
+    options = {"num_warps": warps, "enable_fp_fusion": constants.pop("enable_fp_fusion", True)}
     types = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64", torch.float32: "*fp32"}
     constants |= {key: None for key, value in arguments.items() if value is None}
     signature = {key: types[v.dtype] if isinstance(v, torch.Tensor) else "i32" for key, v in arguments.items()}
