@@ -405,3 +405,7 @@ def select_largest_increase(after: Tensor, before: Tensor, k: int) -> Tensor:
     # a device may sort by bits: one kind of zero, one kind of NaN, and that the largest
     fall = torch.where(fall == 0, 0.0, torch.where(fall.isnan(), torch.nan, fall))
     return torch.argsort(fall, stable=True)[:k].sort().values
+
+
+# at the end, since they build on this module
+from fastsam.kernels.reference_loss import Past, ema_, record_, trajectory_loss  # noqa: E402, F401

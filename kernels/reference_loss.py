@@ -1,0 +1,372 @@
+"""Plain-torch twins of the losses of trajectory methods: cross-entropy with a pull to the past, and moving averages.
+
+    q = softmax(logits / tau), p = softmax(past / tau)
+    loss of a row = cross-entropy(logits, target) + weight KL(p || q)
+    its gradient  = (softmax(logits) - target) + weight / tau (q - p)
+
+SPEC 1.4 and 1.5 with weight = lambda tau^2. A past is the teacher's logits, or what a history recorded of the samples.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsam.kernels import reference
+from fastsam.kernels.tensor_list import buckets
+
+LOGITS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of logits; a history may be any of them, or int8."""
+LARGEST_HALF = 65504.0
+"""Finite logits are clamped to this magnitude where a history is float16."""
+SMALLEST_SCALE = 2.0**-126
+"""Of an int8 history's rows: what keeps a division by it finite."""
+REDUCTIONS = ("none", "sum", "mean")
+
+
+class Past(NamedTuple):
+    """Logits that the current ones are compared with: a teacher's, or those of a history of samples.
+
+    Without `ids`, row i of `rows` belongs to row i of the batch. With them it is row `ids[i]`, whose record is valid
+    if its tag is exactly `wanted`. A row of the batch takes part in the history if its target is not ignored, its id
+    is in range, and no earlier such row of the batch has the same id; any other has no past and is not recorded.
+    Neither has a row without a finite largest logit, such as one that holds NaN, a past.
+    """
+
+    rows: Tensor
+    """[n, C] logits of a teacher; or [num_samples, width >= C] history, whose columns from C on are padding."""
+    scales: Tensor | None = None
+    """[num_samples] float32, by which the rows of an int8 history are multiplied."""
+    tags: Tensor | None = None
+    """[num_samples] int32: the epoch each row was recorded in."""
+    ids: Tensor | None = None
+    """[n] int64: the sample of each row of the batch."""
+    epoch: int = 0
+    """The tag of what is recorded now."""
+    wanted: int = 0
+    """The tag that a valid record has."""
+    record: bool = False
+    """Whether the batch's logits replace the rows that were read."""
+    errors: Tensor | None = None
+    """[2] int64: how many ids were out of range, and one of them."""
+
+
+class _Rows(NamedTuple):
+    """Which rows of the history the batch may read and write."""
+
+    ids: Tensor | None
+    """In range; None for a teacher."""
+    taking_part: Tensor | None
+    """[n] bool; None where all rows do."""
+
+
+def check_loss(
+    logits: Tensor, targets: Tensor | None, past: Past | None, tau: float = 1.0, reduction: str = "none"
+) -> None:
+    """Raise ValueError unless `trajectory_loss` is defined for these arguments. Reads no element."""
+    if logits.dim() != 2 or logits.dtype not in LOGITS or not logits.shape[1]:
+        raise ValueError(
+            f"logits must be [n, C] of float64, float32, float16 or bfloat16, got {tuple(logits.shape)} {logits.dtype}"
+        )
+    n, n_classes = logits.shape
+    if targets is not None:
+        shape = (n, n_classes) if targets.is_floating_point() else (n,)
+        if targets.shape != shape or not (targets.is_floating_point() or targets.dtype == torch.int64):
+            raise ValueError(
+                f"targets must be int64 [{n}] or class probabilities [{n}, {n_classes}], "
+                f"got {tuple(targets.shape)} {targets.dtype}"
+            )
+    if not tau > 0:
+        raise ValueError(f"tau must be positive, got {tau}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}; choose one of {', '.join(map(repr, REDUCTIONS))}")
+    if past is not None:
+        _check_past(past, n, n_classes, logits.device)
+
+
+def _check_past(past: Past, n: int, n_classes: int, device: torch.device) -> None:
+    rows = past.rows
+    if any(t is not None and t.device != device for t in past if isinstance(t, Tensor)):
+        raise ValueError(f"the past must be on the logits' device, {device}")
+    if past.ids is None:
+        if rows.shape != (n, n_classes) or rows.dtype not in LOGITS:
+            raise ValueError(
+                f"a teacher's logits must be floating [{n}, {n_classes}], got {tuple(rows.shape)} {rows.dtype}"
+            )
+        return
+    if rows.dim() != 2 or rows.shape[1] < n_classes or not len(rows) or rows.dtype not in (*LOGITS, torch.int8):
+        raise ValueError(
+            f"a history must be floating or int8 [num_samples, {n_classes} or more], "
+            f"got {tuple(rows.shape)} {rows.dtype}"
+        )
+    if (past.scales is not None) != (rows.dtype == torch.int8):
+        raise ValueError(f"scales belong to an int8 history and to no other, got a history of {rows.dtype}")
+    wanted = [("ids", past.ids, torch.int64, n), ("tags", past.tags, torch.int32, len(rows))]
+    wanted += [("scales", past.scales, torch.float32, len(rows))] if past.scales is not None else []
+    wanted += [("errors", past.errors, torch.int64, 2)] if past.errors is not None else []
+    for name, tensor, dtype, size in wanted:
+        if tensor is None or tensor.dtype != dtype or tensor.shape != (size,) or not tensor.is_contiguous():
+            found = None if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"{name} must be a contiguous {dtype} [{size}], got {found}")
+
+
+@torch.no_grad()
+def trajectory_loss(
+    logits: Tensor,
+    targets: Tensor,
+    past: Past | None,
+    *,
+    tau: float,
+    weight: float,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return cross-entropy + weight KL(softmax(past / tau) || softmax(logits / tau)), and its gradient.
+
+    A class whose past or target probability is 0 adds nothing. One whose current probability is 0, but whose past or
+    target probability is not, makes the loss inf; its gradient is finite, as torch's is.
+
+    Args:
+        logits: [n, C] float64, float32, float16 or bfloat16.
+        targets: int64 [n], or floating class probabilities [n, C].
+        past: what to compare with; None means cross-entropy alone. A history's rows are read before they are
+            overwritten, and where `past.record` is set the logits are recorded whatever their targets' kind.
+        tau: temperature of the KL.
+        weight: factor of the KL; tau^2 is the caller's.
+        label_smoothing: s of the target (1 - s) onehot + s / C.
+        ignore_index: rows with this target get loss and gradient 0, and neither count nor are recorded.
+        reduction: "mean" over the rows not ignored, "sum" or "none".
+
+    Returns:
+        loss: 0-dim, or [n] for "none"; float64 for float64 logits, else float32.
+        gradient: [n, C] of each row's own loss, in the logits' dtype.
+        scale: 0-dim in the loss's dtype, by which a reduced loss's gradient differs from that: for "mean" 1 / rows
+            that count, 0 where none does; else 1.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+        IndexError: a target is not a class (a kernel makes that row's loss and gradient NaN instead).
+    """
+    check_loss(logits, targets, past, tau, reduction)
+    ignored = _ignored(targets, ignore_index)
+    log_p = logits.log_softmax(1, dtype=reference._wide(logits.dtype))
+    gradient = log_p.exp()
+    if targets.is_floating_point():
+        losses = _toward_probabilities(log_p, gradient, targets, label_smoothing)
+    else:
+        losses = _toward_classes(log_p, gradient, targets, ignored, ignore_index, label_smoothing)
+    if past is not None and len(logits):
+        rows = _find_rows(past, ignored)
+        _pull(logits, losses, gradient, past, rows, tau, weight)
+        if past.record:
+            _write(logits, past, rows)
+    if ignored is not None:
+        losses.masked_fill_(ignored, 0)
+        gradient.masked_fill_(ignored.unsqueeze(1), 0)
+    loss, scale = _reduce(losses, ignored, reduction)
+    return loss, gradient.to(logits.dtype), scale
+
+
+@torch.no_grad()
+def record_(logits: Tensor, past: Past, targets: Tensor | None = None, ignore_index: int = -100) -> None:
+    """Record the logits in the history, as `trajectory_loss` would.
+
+    Args:
+        logits: [n, C] float64, float32, float16 or bfloat16.
+        past: a history; `wanted` and `record` do not matter.
+        targets: only needed for rows to be ignored; int64 [n], or class probabilities, which ignore none.
+        ignore_index: rows with this target are not recorded.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    check_record(logits, past, targets)
+    if len(logits):
+        _write(logits, past, _find_rows(past, _ignored(targets, ignore_index)))
+
+
+def check_record(logits: Tensor, past: Past, targets: Tensor | None) -> None:
+    """Raise ValueError unless `record_` is defined for these arguments. Reads no element."""
+    if past.ids is None:
+        raise ValueError("only a history records, and this past has no ids")
+    check_loss(logits, targets, past)
+
+
+@torch.no_grad()
+def ema_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
+    """Set each average v to decay v + (1 - decay) w (SPEC Eq. 10), as v + (1 - decay)(w - v), which keeps v = w.
+
+    Args:
+        averages: floating tensors to update in place; computed in float64 where either side is, else in float32.
+        values: tensors of the same shapes on the same devices, of any floating dtypes.
+        decay: from 0 to 1.
+
+    Raises:
+        ValueError: decay is out of range.
+    """
+    check_decay(decay)
+    keys = ((v.device, v.dtype, w.dtype) for v, w in zip(averages, values, strict=True))
+    for rows in buckets(keys):
+        v, w = [averages[i] for i in rows], [values[i] for i in rows]
+        wide = torch.promote_types(torch.promote_types(v[0].dtype, w[0].dtype), torch.float32)
+        moved = [t.to(wide) for t in v]
+        torch._foreach_lerp_(moved, [t.to(wide) for t in w], 1 - decay)
+        if v[0].dtype != wide:
+            torch._foreach_copy_(v, moved)
+
+
+def check_decay(decay: float) -> None:
+    """Raise ValueError unless an average with this decay is one."""
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be from 0 to 1, got {decay}")
+
+
+def _ignored(targets: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Rows with an ignored target; None where there is none."""
+    if targets is None or targets.is_floating_point():
+        return None
+    ignored = targets == ignore_index
+    return None if reference._reads_scalars(ignored.device) and not ignored.any() else ignored
+
+
+def _toward_classes(
+    log_p: Tensor, gradient: Tensor, targets: Tensor, ignored: Tensor | None, ignore_index: int, smoothing: float
+) -> Tensor:
+    """Return the cross-entropy of each row, and turn `gradient` from the probabilities into its gradient."""
+    losses = F.nll_loss(log_p, targets, reduction="none", ignore_index=ignore_index)
+    index = targets if ignored is None else targets.masked_fill(ignored, 0)
+    gradient.scatter_(1, index.unsqueeze(1), smoothing - 1, reduce="add")
+    if smoothing:
+        share = smoothing / log_p.shape[1]
+        losses.mul_(1 - smoothing).sub_(log_p.sum(1), alpha=share)
+        gradient.sub_(share)
+    return losses
+
+
+def _toward_probabilities(log_p: Tensor, gradient: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """The same for class probabilities, which need not add up to 1."""
+    t = targets.to(log_p.dtype)
+    if smoothing:
+        t = t.mul(1 - smoothing).add_(smoothing / log_p.shape[1])
+    gradient.mul_(t.sum(1, keepdim=True)).sub_(t)
+    return torch.where(t == 0, 0, log_p).mul_(t).sum(1).neg_()
+
+
+def _find_rows(past: Past, ignored: Tensor | None) -> _Rows:
+    """Find who takes part, and count the ids that are out of range."""
+    ids, n_samples = past.ids, len(past.rows)
+    if ids is None:
+        return _Rows(None, None)
+    if ignored is None and reference._reads_scalars(ids.device) and _are_distinct(ids, n_samples):
+        return _Rows(ids, None)
+    inside = (ids >= 0) & (ids < n_samples)
+    counted = torch.ones_like(inside) if ignored is None else ~ignored
+    if past.errors is not None:
+        outside = counted & ~inside
+        past.errors[0] += outside.sum()
+        past.errors[1] = torch.where(outside.any(), ids[outside.int().argmax()], past.errors[1])
+    # who cannot take part is given a number of its own
+    numbers = torch.where(counted & inside, ids, -1 - torch.arange(len(ids), device=ids.device))
+    ordered, order = numbers.sort(stable=True)
+    again = torch.zeros_like(inside).scatter_(0, order[1:], ordered[1:] == ordered[:-1])
+    return _Rows(ids.clamp(0, n_samples - 1), counted & inside & ~again)
+
+
+def _are_distinct(ids: Tensor, n_samples: int) -> bool:
+    """Whether all ids are in range and no two the same; reads them on the host."""
+    ordered = ids.sort().values
+    in_range = bool(ordered[0] >= 0) and bool(ordered[-1] < n_samples)
+    return in_range and not (ordered[1:] == ordered[:-1]).any()
+
+
+def _pull(logits: Tensor, losses: Tensor, gradient: Tensor, past: Past, rows: _Rows, tau: float, weight: float) -> None:
+    """Add weight KL(past || current) to the losses of rows that have a past, and its gradient to theirs."""
+    may_look = reference._reads_scalars(logits.device)
+    valid = rows.taking_part
+    if past.tags is not None and rows.ids is not None:
+        fresh = past.tags.index_select(0, rows.ids) == past.wanted
+        valid = fresh if valid is None else valid & fresh
+        if may_look and not valid.any():
+            return
+    log_p = _read(past, rows.ids, logits.shape[1], losses.dtype, tau).log_softmax(1)
+    log_q = logits.to(losses.dtype).div(tau).log_softmax(1)
+    p = log_p.exp()
+    # log_softmax of a row without a finite largest logit is NaN throughout
+    sound = ~p[:, 0].isnan()
+    valid = sound if valid is None else valid & sound
+    # NaN is 0 inf here, of a class whose past probability is 0; of current logits it is in the cross-entropy as well
+    divergences = log_p.sub_(log_q).mul_(p).nansum(1)
+    pull = log_q.exp_().sub_(p)
+    if not (may_look and valid.all()):
+        divergences.masked_fill_(~valid, 0)
+        pull.masked_fill_(~valid.unsqueeze(1), 0)
+    losses.add_(divergences, alpha=weight)
+    gradient.add_(pull, alpha=weight / tau)
+
+
+def _read(past: Past, ids: Tensor | None, n_classes: int, dtype: torch.dtype, tau: float) -> Tensor:
+    """The past logits of each row, divided by tau."""
+    if ids is None:
+        return past.rows.to(dtype).div(tau)
+    found = past.rows[:, :n_classes].index_select(0, ids).to(dtype).div_(tau)
+    return found if past.scales is None else found.mul_(past.scales.index_select(0, ids).unsqueeze(1))
+
+
+def _write(logits: Tensor, past: Past, rows: _Rows) -> None:
+    """Record the logits of the rows that take part."""
+    assert rows.ids is not None
+    assert past.tags is not None
+    ids, taking_part = rows.ids, rows.taking_part
+    values, scales = _encode(logits, past.rows.dtype)
+    tables = [
+        (past.rows[:, : logits.shape[1]], values),
+        (past.tags, torch.full_like(ids, past.epoch, dtype=torch.int32)),
+    ]
+    if past.scales is not None and scales is not None:
+        tables.append((past.scales, scales))
+    if taking_part is None:
+        for table, new in tables:
+            table.index_copy_(0, ids, new)
+        return
+    # shapes may not depend on the data: who takes no part repeats the first who does, or nobody changes anything
+    numbers = torch.arange(len(ids), device=ids.device)
+    source = torch.where(taking_part, numbers, taking_part.int().argmax())
+    ids = ids.index_select(0, source)
+    for table, new in tables:
+        old = table.index_select(0, ids)
+        table.index_copy_(0, ids, torch.where(taking_part.any(), new.index_select(0, source), old))
+
+
+def _encode(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The logits as a history of this dtype holds them, and the scales of int8."""
+    if dtype == torch.int8:
+        z = logits.float()
+        scales = z.abs().amax(1).mul_(1 / 127).clamp_(min=SMALLEST_SCALE)
+        # the scale of a row with NaN or inf says so
+        return z.div(scales.unsqueeze(1)).round_().nan_to_num_(0.0).to(dtype), scales
+    if dtype == torch.float16 and logits.dtype != dtype and not _fits_half(logits):
+        logits = torch.where(logits.isinf(), logits, logits.clamp(-LARGEST_HALF, LARGEST_HALF))
+    return logits.to(dtype), None
+
+
+def _fits_half(logits: Tensor) -> bool:
+    """Whether all logits are known to be in float16's range."""
+    if not reference._reads_scalars(logits.device):
+        return False
+    lowest, highest = logits.aminmax()
+    return bool(lowest >= -LARGEST_HALF) and bool(highest <= LARGEST_HALF)
+
+
+def _reduce(losses: Tensor, ignored: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
+    """Return the reduced loss and its gradient's scale."""
+    if reduction == "none":
+        return losses, losses.new_ones(())
+    if reduction == "sum":
+        return losses.sum(), losses.new_ones(())
+    if ignored is None:
+        return losses.mean(), losses.new_full((), 1 / max(len(losses), 1))
+    count = (~ignored).sum().to(losses.dtype)
+    return losses.sum() / count, torch.where(count > 0, 1 / count, 0)
