@@ -1,17 +1,21 @@
 """fastsam: sharpness-aware training for PyTorch, exact and drop-in. (Not Segment Anything.)
 
-`SAM` is a `torch.optim.Optimizer` around a base optimizer; see its docstring and the README.
+`SAM` and `ESAM` are `torch.optim.Optimizer`s around a base optimizer, `SAF` and `MESA` losses for any optimizer; see
+their docstrings and the README.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from fastsam.esam import ESAM
 from fastsam.kernels.dispatch import set_backend
+from fastsam.mesa import MESA
+from fastsam.saf import SAF
 from fastsam.sam import SAM
+from fastsam.samples import IndexedDataset, SampleToRankSampler
 
 try:
     __version__ = version("fastsam")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["ESAM", "SAM", "set_backend"]
+__all__ = ["ESAM", "MESA", "SAF", "SAM", "IndexedDataset", "SampleToRankSampler", "set_backend"]

@@ -124,7 +124,10 @@ def _option(name: str, **keywords: Any) -> Callable:
 
 
 def _type(knob: str) -> click.ParamType:
-    return click.Choice(CHOICES[knob]) if knob in CHOICES else Number(min=0)
+    if knob in CHOICES:
+        return click.Choice(CHOICES[knob])
+    whole = any(isinstance(method.knobs.get(knob), int) for method in METHODS.values())
+    return click.IntRange(min=0) if whole else Number(min=0)
 
 
 def _defaults(knob: str) -> str:

@@ -16,36 +16,37 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsam.esam import ESAM
+from fastsam.mesa import MESA
+from fastsam.saf import SAF
 from fastsam.sam import SAM
 
 Knobs = Mapping[str, Any]
 """A method's settings by name, numbers or words; every method has an `lr`."""
-Losses = Callable[[Tensor, Tensor], Tensor]
-"""`losses(x, y)` returns the per-sample losses, shape [n], of a batch of n."""
-Step = Callable[[Any, Losses, Tensor, Tensor, torch.amp.GradScaler | None], Tensor]
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Inputs of shape [n, ...], int64 labels of shape [n], and int64 sample ids of shape [n]."""
+Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`losses(*batch)` returns the per-sample losses, shape [n], of a batch of n."""
+Step = Callable[[Any, Losses, Batch, torch.amp.GradScaler | None], Tensor]
 
 
 class InputError(Exception):
     """The user asked for something that cannot be done; the message is one line that says what, and what to do."""
 
 
-def plain_step(
-    optimizer: Optimizer, losses: Losses, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None
-) -> Tensor:
+def plain_step(optimizer: Optimizer, losses: Losses, batch: Batch, scaler: torch.amp.GradScaler | None) -> Tensor:
     """Take a step of a plain torch optimizer.
 
     Args:
         optimizer: any first-order torch optimizer.
         losses: per-sample losses of a batch.
-        x: the batch's inputs, first dimension n.
-        y: the batch's labels, int64 of shape [n].
+        batch: what they are called with.
         scaler: a GradScaler, whose `update()` is the caller's, or None.
 
     Returns:
         The batch's mean loss, 0-dim, detached, on its device.
     """
     optimizer.zero_grad()
-    loss = losses(x, y).mean()
+    loss = losses(*batch).mean()
     if scaler is None:
         loss.backward()
         optimizer.step()
@@ -55,9 +56,72 @@ def plain_step(
     return loss.detach()
 
 
-def own_step(optimizer: Any, losses: Losses, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+def own_step(optimizer: Any, losses: Losses, batch: Batch, scaler: torch.amp.GradScaler | None) -> Tensor:
     """Take a step of a fastsam optimizer, which runs its passes itself. Arguments and result as in `plain_step`."""
-    return optimizer.step(losses, x, y, scaler=scaler)
+    return optimizer.step(losses, *batch, scaler=scaler)
+
+
+class Criterion(nn.Module):
+    """Per-sample losses of logits: the cross-entropy. Methods that are a loss derive from it.
+
+    Args:
+        label_smoothing: from 0 to 1.
+    """
+
+    def __init__(self, label_smoothing: float) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Return losses of shape [n] of float32 logits, shape [n, classes], for a batch."""
+        return F.cross_entropy(logits, y, reduction="none", label_smoothing=self.label_smoothing)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, counted from 1."""
+
+
+class PastOutputs(Criterion):
+    """SAF's loss."""
+
+    def __init__(self, label_smoothing: float, num_samples: int, num_classes: int, **settings: Any) -> None:
+        super().__init__(label_smoothing)
+        self.saf = SAF(num_samples, num_classes, label_smoothing=label_smoothing, reduction="none", **settings)
+
+    def forward(self, logits: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Return losses of shape [n] and record the logits."""
+        return self.saf(logits, y, ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, counted from 1."""
+        self.saf.set_epoch(epoch)
+
+
+class Teacher(Criterion):
+    """MESA's loss; the teacher follows the steps of an optimizer."""
+
+    def __init__(self, label_smoothing: float, model: nn.Module, optimizer: Optimizer, **settings: Any) -> None:
+        super().__init__(label_smoothing)
+        self.mesa = MESA(model, label_smoothing=label_smoothing, reduction="none", **settings)
+        self.mesa.attach(optimizer)
+
+    def forward(self, logits: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Return losses of shape [n]."""
+        return self.mesa(logits, y, x)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, counted from 1."""
+        self.mesa.set_epoch(epoch)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a criterion may need to know: the model, its optimizer, the training set's size, and the smoothing."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    num_samples: int
+    num_classes: int
+    label_smoothing: float
 
 
 @dataclass(frozen=True)
@@ -68,7 +132,8 @@ class Method:
         summary: one line for `--help`.
         build: returns the optimizer for a model and this method's knobs.
         knobs: its settings with their defaults; each is an option of the command line.
-        step: takes one step; default: the optimizer's own `step(losses, x, y)`.
+        step: takes one step; default: the optimizer's own `step(losses, *batch)`.
+        criterion: returns the loss for a task and this method's knobs; default: cross-entropy.
         base: the method whose step time is 1 in comparisons; None for a base optimizer.
         tuned: the knob that a comparison chooses on held-out data; None for none.
         grid: the values it is chosen from, smallest first.
@@ -79,6 +144,7 @@ class Method:
     build: Callable[[nn.Module, Knobs], Optimizer]
     knobs: Knobs
     step: Step = own_step
+    criterion: Callable[[Task, Knobs], Criterion] = lambda task, knobs: Criterion(task.label_smoothing)
     base: str | None = None
     tuned: str | None = None
     grid: tuple[float, ...] = ()
@@ -87,10 +153,27 @@ class Method:
 
 _SGD_KNOBS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 
+
+def _sgd(model: nn.Module, knobs: Knobs) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), **{knob: knobs[knob] for knob in _SGD_KNOBS})
+
+
+def _loss_knobs(knobs: Knobs) -> dict[str, Any]:
+    return {knob: value for knob, value in knobs.items() if knob not in _SGD_KNOBS}
+
+
+def _past_outputs(task: Task, knobs: Knobs) -> Criterion:
+    return PastOutputs(task.label_smoothing, task.num_samples, task.num_classes, **_loss_knobs(knobs))
+
+
+def _teacher(task: Task, knobs: Knobs) -> Criterion:
+    return Teacher(task.label_smoothing, task.model, task.optimizer, **_loss_knobs(knobs))
+
+
 METHODS: dict[str, Method] = {
     "sgd": Method(
         summary="SGD with momentum",
-        build=lambda model, knobs: torch.optim.SGD(model.parameters(), **knobs),
+        build=_sgd,
         knobs=_SGD_KNOBS,
         step=plain_step,
     ),
@@ -127,6 +210,27 @@ METHODS: dict[str, Method] = {
         grid=(0.05, 0.1, 0.2, 0.5),
         note=lambda optimizer: f"rows {optimizer.last_selected_fraction:.0%}",
     ),
+    "saf": Method(
+        summary="SGD, each picture compared with the model's own outputs --lag epochs ago, after epoch --start-epoch",
+        build=_sgd,
+        knobs={**_SGD_KNOBS, "lam": 0.3, "tau": 5.0, "lag": 3, "start_epoch": 5},
+        step=plain_step,
+        criterion=_past_outputs,
+        base="sgd",
+        tuned="lam",
+        grid=(0.1, 0.3, 1.0, 3.0),
+    ),
+    "mesa": Method(
+        summary="SGD, compared with a moving average of the model, after epoch --start-epoch",
+        build=_sgd,
+        # the authors' decay of 0.9998 looks back over 5000 steps, eight times as many as the digits' 30 epochs have
+        knobs={**_SGD_KNOBS, "lam": 0.8, "tau": 5.0, "decay": 0.995, "start_epoch": 5},
+        step=plain_step,
+        criterion=_teacher,
+        base="sgd",
+        tuned="lam",
+        grid=(0.1, 0.3, 0.8, 3.0),
+    ),
 }
 CHOICES = {"mask": ("tensor", "element")}
 """What the knobs that are words may be."""
@@ -158,25 +262,33 @@ def build(name: str, model: nn.Module, knobs: Knobs) -> Optimizer:
         raise InputError(f"{name}: {error}") from error
 
 
+def build_criterion(name: str, task: Task, knobs: Knobs) -> Criterion:
+    """Return the loss of a method, or raise InputError if it refuses a knob's value."""
+    try:
+        return METHODS[name].criterion(task, knobs)
+    except (ValueError, TypeError, MemoryError) as error:
+        raise InputError(f"{name}: {error}") from error
+
+
 class BatchLosses:
     """Per-sample losses of a batch, for the step; counts the hits of each step's first forward pass on the side.
 
     Args:
         model: what computes the logits, shape [n, classes].
-        label_smoothing: from 0 to 1.
+        criterion: what computes losses of shape [n] from them.
         amp_dtype: torch.float16 or torch.bfloat16 for autocast, None for none.
         device: where model and batches are.
     """
 
     def __init__(
-        self, model: nn.Module, label_smoothing: float, amp_dtype: torch.dtype | None, device: torch.device
+        self, model: nn.Module, criterion: Criterion, amp_dtype: torch.dtype | None, device: torch.device
     ) -> None:
-        self.model, self.label_smoothing = model, label_smoothing
+        self.model, self.criterion = model, criterion
         self.autocast: Any = nullcontext() if amp_dtype is None else torch.autocast(device.type, amp_dtype)
         self.hits = torch.zeros((), dtype=torch.int64, device=device)
         self.rows, self.counting = 0, True
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """Return float32 losses of shape [n]; set `counting` before a step for its first call to be counted."""
         with self.autocast:
             logits = self.model(x)
@@ -185,7 +297,8 @@ class BatchLosses:
             self.hits += (logits.detach().argmax(dim=1) == y).sum()
             self.rows += len(y)
             self.counting = False
-        return F.cross_entropy(logits, y, reduction="none", label_smoothing=self.label_smoothing)
+        with self.autocast:  # a teacher computes as its model does
+            return self.criterion(logits, x, y, ids)
 
 
 class StepClock:

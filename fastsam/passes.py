@@ -2,6 +2,7 @@
 
 import enum
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -24,6 +25,14 @@ class Stage(enum.Enum):
     ASCENDED = "after ascent(), before its descent()"
     DESCENT = "inside descent()"
     FIRST = "after first_step(), before second_step()"
+
+
+_runs: "weakref.WeakSet[Run]" = weakref.WeakSet()
+
+
+def under_way() -> "Run | None":
+    """Return the run of the optimizer that is in the middle of a step, for losses that treat its passes differently."""
+    return next((run for run in _runs if run.stage is not Stage.IDLE), None)
 
 
 class Run:
@@ -50,6 +59,15 @@ class Run:
         self.last_grad_norm: Tensor | None = None
         device = next((p.device for p in flat(groups)), torch.device("cpu"))
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.at_end: list[Callable[[], None]] = []
+        _runs.add(self)
+
+    def finish(self) -> None:
+        """The step has been taken: do what waited for it."""
+        self.pairs, self.stage = 0, Stage.IDLE
+        at_end, self.at_end = self.at_end, []
+        for call in at_end:
+            call()
 
     def refuse(self, call: str, *stages: Stage) -> None:
         """Raise RuntimeError if the step is in one of these stages."""
@@ -153,6 +171,7 @@ class Run:
         if self.aside is not None:
             put(self.params, self.aside)
             self.aside = None
+        self.at_end = []
         self.stage = Stage.IDLE
 
 

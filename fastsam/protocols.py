@@ -161,7 +161,7 @@ class PassOptimizer(WrappedOptimizer):
         super().zero_grad(set_to_none)
         run.consumed.set(self.param_groups)
         if run.stage is Stage.IDLE:
-            run.failed, run.pairs = False, 0
+            run.failed, run.pairs, run.at_end = False, 0, []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict; a plain base optimizer of the same class loads it.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastsam.data import generator, load
-from fastsam.methods import METHODS, BatchLosses, InputError, StepClock, build
+from fastsam.methods import METHODS, BatchLosses, InputError, StepClock, Task, build, build_criterion
 from fastsam.models import MODELS, has_batch_norm
 from fastsam.report import replacing
 
@@ -130,6 +130,9 @@ class Run:
         self.model = model.to(self.device)
         self.method = METHODS[config.method]
         self.optimizer: Any = build(config.method, self.model, config.knobs)
+        smoothing = config.label_smoothing
+        task = Task(self.model, self.optimizer, len(self.data.x), self.data.classes, smoothing)
+        self.criterion = build_criterion(config.method, task, config.knobs)
         self.scaler = torch.amp.GradScaler(config.device) if config.amp == "fp16" else None
         self.shuffle = generator(config.seed, "order of the samples")
         self.history: list[Epoch] = []
@@ -148,18 +151,19 @@ class Run:
     def train_epoch(self, watcher: Watcher) -> None:
         """Train one epoch, score it, and add it to the history."""
         clock = StepClock(self.device)
-        losses = BatchLosses(self.model, self.config.label_smoothing, AMP[self.config.amp], self.device)
+        losses = BatchLosses(self.model, self.criterion, AMP[self.config.amp], self.device)
         total = torch.zeros((), device=self.device)
         order = torch.randperm(len(self.data.x), generator=self.shuffle).to(self.device)
         sizes = self._batch_sizes()
         self.model.train()
+        self.criterion.set_epoch(len(self.history) + 1)
         begin = time.perf_counter()
         for i, rows in enumerate(order[: sum(sizes)].split(self.config.batch_size)):
-            x, y = self.data.x[rows], self.data.y[rows]
+            batch = self.data.x[rows], self.data.y[rows], rows
             self._set_learning_rate(i)
             losses.counting = True
             start = clock.now()
-            loss = self.method.step(self.optimizer, losses, x, y, self.scaler)
+            loss = self.method.step(self.optimizer, losses, batch, self.scaler)
             if self.scaler is not None:
                 self.scaler.update()
             clock.marks.append((start, clock.now()))
@@ -201,6 +205,7 @@ class Run:
             "history": [asdict(epoch) for epoch in self.history],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "criterion": self.criterion.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "random": {"shuffle": self.shuffle.get_state(), "torch": torch.get_rng_state(), "cuda": cuda},
         }
@@ -216,6 +221,7 @@ class Run:
         self.history = [Epoch(**epoch) for epoch in checkpoint["history"]]
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.criterion.load_state_dict(checkpoint["criterion"])
         if self.scaler is not None:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.shuffle.set_state(checkpoint["random"]["shuffle"])
@@ -274,7 +280,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is broken, or no checkpoint") from error
-    if not isinstance(checkpoint, dict) or not {"config", "history", "model", "optimizer"} <= set(checkpoint):
+    parts = {"config", "history", "model", "optimizer", "criterion"}
+    if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
         raise InputError(f"{path} is not a checkpoint of fastsam train")
     return checkpoint
 

@@ -283,7 +283,7 @@ class TwoPassOptimizer(PassOptimizer):
         if found_inf is not None:
             run.skipped += (found_inf != 0).to(run.skipped.device)
         run.consumed.set(self.param_groups)
-        run.pairs, run.stage = 0, Stage.IDLE
+        run.finish()
 
     def _names(self) -> list[str]:
         """Names of all parameters in group order, from the groups or else from the model."""

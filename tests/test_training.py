@@ -7,7 +7,7 @@ import torch
 
 from fastsam import compare, training
 from fastsam.data import DATA_SETS, DataSet, Pictures, digits, generator, load, with_label_noise
-from fastsam.methods import METHODS, BatchLosses, InputError, knobs_for
+from fastsam.methods import METHODS, BatchLosses, Criterion, InputError, knobs_for
 from fastsam.training import CHECKPOINT, Config, Run, Watcher, read_checkpoint, train
 
 
@@ -80,6 +80,8 @@ def test_repeats_bit_for_bit(method, make):
         ("sgd", "mlp", "fp16"),
         ("asam", "mlp", "bf16"),
         ("adamw", "mlp", "off"),
+        ("saf", "cnn", "off"),
+        ("mesa", "cnn", "bf16"),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(method, model, amp, make):
@@ -227,9 +229,9 @@ def test_a_last_batch_of_one_is_dropped_with_batch_norm_alone(model, steps, rows
     run = Run(config(data="few", model=model))
     step, seen = run.method.step, []
 
-    def spy(optimizer, losses, x, y, scaler):
-        seen.append(len(x))
-        return step(optimizer, losses, x, y, scaler)
+    def spy(optimizer, losses, batch, scaler):
+        seen.append(len(batch[0]))
+        return step(optimizer, losses, batch, scaler)
 
     run.method = replace(run.method, step=spy)
     run.train_epoch(Watcher())
@@ -244,11 +246,11 @@ def test_batch_norm_refuses_batches_of_one():
 
 def test_hits_are_counted_in_the_first_forward_pass_alone():
     model = torch.nn.Linear(2, 2)
-    losses = BatchLosses(model, 0.0, None, torch.device("cpu"))
+    losses = BatchLosses(model, Criterion(0.0), None, torch.device("cpu"))
     x = torch.randn(8, 2)
     y = model(x).argmax(dim=1)
-    losses(x, y)
-    losses(x, 1 - y)
+    losses(x, y, None)
+    losses(x, 1 - y, None)
     assert (losses.hits.item(), losses.rows) == (8, 8)
 
 

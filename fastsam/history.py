@@ -1,0 +1,381 @@
+"""SAF's memory: what the model said of every sample in each of the last `lag` epochs.
+
+    record[e mod lag][id] = logits of epoch e,    tag[e mod lag][id] = e
+
+Epochs e and e - lag share a slot, so a row is read before it is overwritten and `lag` slots suffice. A row counts as
+the past of epoch e only if its tag is exactly e - lag: one that was never written, or that an epoch passed over, does
+not.
+
+Where whole records lie on the device of the logits, the kernel walks them in place. Otherwise (host memory, files, or
+records cut down to the largest logits) the rows of a batch travel: fetched before the loss, brought home after it.
+"""
+
+import json
+import math
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastsam.kernels import dispatch
+from fastsam.kernels.reference_loss import Past
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8)
+_WIDE, _PADDING = 8, 16
+"""Rows whose length is no multiple of 8 are padded to one of 16, so that all can be moved in wide accesses."""
+
+Fields = dict[str, Tensor]
+"""Tensors of equal leading size by name: tags and records, and what a format needs besides."""
+
+
+class Layout(NamedTuple):
+    """What decides the memory of a history; histories of one layout can take over each other's records."""
+
+    rows: int
+    classes: int
+    lag: int
+    dtype: torch.dtype
+    top_k: int | None
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of every tensor; the row behind the last takes what is not to be recorded."""
+        slots = self.lag, self.rows + 1
+        fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"tags": (slots, torch.int32)}
+        if self.top_k is not None:
+            index = torch.int16 if self.classes <= 2**15 else torch.int32
+            fields["records"] = (*slots, self.top_k), self.dtype
+            fields["classes"] = (*slots, self.top_k), index
+            fields["rest"] = slots, torch.float32
+            return fields
+        width = -(-self.classes // _PADDING) * _PADDING if self.classes % _WIDE else self.classes
+        fields["records"] = (*slots, width), self.dtype
+        if self.dtype == torch.int8:
+            fields["scales"] = slots, torch.float32
+        return fields
+
+    def check(self, fields: Fields) -> None:
+        """Raise ValueError unless these are the fields of a history of this layout."""
+        found = {name: (tuple(field.shape), field.dtype) for name, field in fields.items()}
+        if found != self.fields():
+            raise ValueError(
+                f"the checkpoint's history is of other samples, classes, lag or format: {_words(found)}; here it is "
+                f"{_words(self.fields())}. Make SAF as it was then, or with save_history=False to go on without records"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records and tags."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.fields().values())
+
+    def __str__(self) -> str:
+        kept = "" if self.top_k is None else f", the {self.top_k} largest"
+        return f"{self.lag} x {self.rows} x {self.classes} logits in {_name(self.dtype)}{kept}: {readable(self.nbytes)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _words(fields: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{name} {list(shape)} {_name(dtype)}" for name, (shape, dtype) in fields.items())
+
+
+def readable(nbytes: float) -> str:
+    """Return a number of bytes in words, in powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} GB"
+
+
+class History:
+    """The records of all samples, on a device, in pinned host memory, or in files that processes share.
+
+    Args:
+        layout: what is kept.
+        storage: "device", "host", or a directory for files that are mapped into memory.
+        device: where the logits are, and with "device" the records.
+        resume: take over the files in the directory, rather than refuse to.
+
+    Raises:
+        MemoryError: the records do not fit into the memory or onto the disk.
+        FileExistsError: the directory holds a history, and resume is False.
+        ValueError: it holds none or one of another layout, and resume is True.
+    """
+
+    def __init__(self, layout: Layout, storage: str | os.PathLike, device: torch.device, resume: bool = False) -> None:
+        self.layout, self.storage, self.device = layout, storage, device
+        if storage in ("device", "host"):
+            self._fields = _allocate(layout, device if storage == "device" else torch.device("cpu"), device)
+        else:
+            self._fields = map_files(layout, Path(storage), resume)
+        self.errors = torch.zeros(2, dtype=torch.int64, device=device)
+        """How many sample ids were out of range, and one of them, as the kernel found."""
+        self._coming: _Travelling | None = None
+        self._leaving: _Travelling | None = None
+
+    @property
+    def direct(self) -> bool:
+        """Whether the kernel can walk the records where they are."""
+        return self.layout.top_k is None and self._home == self.device
+
+    @property
+    def _home(self) -> torch.device:
+        return self._fields["tags"].device
+
+    def _slot(self, epoch: int) -> Fields:
+        return {name: field[epoch % self.layout.lag] for name, field in self._fields.items()}
+
+    def past(self, ids: Tensor, epoch: int, record: bool) -> Past:
+        """Return where `trajectory_loss` finds the logits of `epoch - lag`, and where it records those of `epoch`.
+
+        Args:
+            ids: int64 rows of this history, shape [n]; on `device` if the history is `direct`, else on the host.
+            epoch: the present one, from 1.
+            record: whether the loss records; only a `direct` history's does, others need `record` afterwards.
+        """
+        wanted = epoch - self.layout.lag if epoch > self.layout.lag else -1  # 0 is the tag of what was never written
+        if self.direct:
+            slot = {name: field[:-1] for name, field in self._slot(epoch).items()}
+            return Past(slot["records"], slot.get("scales"), slot["tags"], ids, epoch, wanted, record, self.errors)
+        self.flush()
+        fields = self._arrived(ids, epoch)
+        own = torch.arange(len(ids), device=self.device)
+        rows = fields["records"] if self.layout.top_k is None else expand(fields, self.layout.classes)
+        return Past(rows, fields.get("scales"), fields["tags"], own, epoch, wanted, False, None)
+
+    def record(self, logits: Tensor, targets: Tensor, ids: Tensor, epoch: int, tau: float, ignore_index: int) -> None:
+        """Record logits of shape [n, classes] as those of `epoch`; rows with an ignored target are left out.
+
+        Args:
+            logits: on `device`.
+            targets: as for `trajectory_loss`.
+            ids: as for `past`.
+            epoch: the present one.
+            tau: temperature at which classes that are not kept share what is left of the probability.
+            ignore_index: of int64 targets.
+        """
+        if self.direct:
+            dispatch.pick([logits]).record_(logits, self.past(ids, epoch, True), targets, ignore_index)
+            return
+        self.flush()
+        fields = self._blank(len(ids))
+        own = torch.arange(len(ids), device=self.device)
+        if self.layout.top_k is None:
+            block = Past(fields["records"], fields.get("scales"), fields["tags"], own, epoch, 0, True, None)
+            dispatch.pick([logits]).record_(logits, block, targets, ignore_index)
+        else:
+            fields |= compress(logits, self.layout, tau)
+            ignored = targets == ignore_index if targets.dim() == 1 else torch.zeros_like(own, dtype=torch.bool)
+            fields["tags"] = torch.where(ignored, 0, epoch).int()
+        self._leaving = _Travelling(ids, epoch, fields, self._home)
+
+    def prefetch(self, ids: Tensor, epoch: int) -> None:
+        """Set the rows of the next batch in motion while the device is busy with this one; `ids` as for `past`."""
+        if not self.direct:
+            self._coming = self._fetch(ids, epoch)
+
+    def flush(self) -> None:
+        """Write the rows that are on their way home."""
+        leaving, self._leaving = self._leaving, None
+        if leaving is None:
+            return
+        fields = leaving.arrive(wait=True)
+        rows = torch.where(fields["tags"] > 0, self._rows(leaving.ids).to(self._home), self.layout.rows)
+        for name, field in self._slot(leaving.epoch).items():
+            field.index_copy_(0, rows, fields[name])
+
+    def _blank(self, n: int) -> Fields:
+        fields = self.layout.fields().items()
+        return {name: torch.zeros((n, *shape[2:]), dtype=dtype, device=self.device) for name, (shape, dtype) in fields}
+
+    def _fetch(self, ids: Tensor, epoch: int) -> "_Travelling":
+        self.flush()
+        rows = self._rows(ids).to(self._home)
+        fields = {name: field.index_select(0, rows) for name, field in self._slot(epoch).items()}
+        fields["tags"] = self._tags(rows, epoch)
+        return _Travelling(ids, epoch, fields, self.device)
+
+    def _arrived(self, ids: Tensor, epoch: int) -> Fields:
+        """Return the rows on `device`, those that were fetched ahead if they are these."""
+        coming, self._coming = self._coming, None
+        if coming is None or coming.epoch != epoch or not torch.equal(coming.ids, ids):
+            return self._fetch(ids, epoch).arrive()
+        # a row that was recorded since has another tag now
+        tags = _Travelling(ids, epoch, {"tags": self._tags(self._rows(ids).to(self._home), epoch)}, self.device)
+        return coming.arrive() | tags.arrive()
+
+    def _tags(self, rows: Tensor, epoch: int) -> Tensor:
+        tags = self._slot(epoch)["tags"].index_select(0, rows)
+        return torch.where(rows == self.layout.rows, 0, tags)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Return ids, but the spare row where an earlier row of the batch has the same one."""
+        order = ids.argsort(stable=True)
+        repeated = torch.zeros_like(ids, dtype=torch.bool)
+        repeated[order[1:]] = ids[order[1:]] == ids[order[:-1]]
+        return torch.where(repeated, self.layout.rows, ids)
+
+    # checkpoints
+
+    def state_dict(self) -> Fields:
+        """Return all records and tags: the tensors themselves, not copies."""
+        self.flush()
+        return dict(self._fields)
+
+    def load_state_dict(self, state: Fields) -> None:
+        """Copy the records of a history of the same layout.
+
+        Raises:
+            ValueError: the layout is another; nothing is changed.
+        """
+        self.layout.check(state)
+        self._coming = self._leaving = None
+        for name, field in self._fields.items():
+            field.copy_(state[name])
+
+    def to(self, device: torch.device) -> None:
+        """Follow the model to another device; records in host memory or in files stay there."""
+        self.flush()
+        self._coming, self.device, self.errors = None, device, self.errors.to(device)
+        if self.storage == "device":
+            self._fields = {name: field.to(device) for name, field in self._fields.items()}
+
+
+class _Travelling:
+    """Rows of one batch between two devices; on their way from the moment of construction."""
+
+    def __init__(self, ids: Tensor, epoch: int, fields: Fields, to: torch.device) -> None:
+        self.ids, self.epoch, self._event = ids, epoch, None
+        if fields["tags"].device != to:
+            fields = {name: _start(field, to) for name, field in fields.items()}
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._fields = fields
+
+    def arrive(self, wait: bool = False) -> Fields:
+        """Return the rows; with `wait` they are there, else later work on the device finds them there."""
+        if wait and self._event is not None:
+            self._event.synchronize()
+        return self._fields
+
+
+def _start(field: Tensor, to: torch.device) -> Tensor:
+    """Copy through pinned memory, without waiting; torch keeps it alive until the copy is done."""
+    if to.type == "cpu":
+        return torch.empty(field.shape, dtype=field.dtype, pin_memory=True).copy_(field, non_blocking=True)
+    return field.pin_memory().to(to, non_blocking=True)
+
+
+def compress(logits: Tensor, layout: Layout, tau: float) -> Fields:
+    """Return the `top_k` largest logits, their classes, and one logit that stands for each of the others.
+
+    At temperature `tau` the others together keep their probability, in equal parts.
+    """
+    assert layout.top_k is not None
+    z = logits.detach().to(torch.float32)
+    values, classes = z.topk(layout.top_k, dim=1)
+    others = z.scatter(1, classes, -torch.inf).div_(tau).logsumexp(1) - math.log(layout.classes - layout.top_k)
+    fields, limit = layout.fields(), torch.finfo(layout.dtype).max
+    return {
+        "records": values.clamp(-limit, limit).to(layout.dtype),
+        "classes": classes.to(fields["classes"][1]),
+        "rest": others * tau,
+    }
+
+
+def expand(fields: Fields, classes: int) -> Tensor:
+    """Return whole rows of logits from what `compress` kept: float32 of shape [n, classes]."""
+    rows = fields["rest"].unsqueeze(1).repeat(1, classes)
+    return rows.scatter_(1, fields["classes"].long(), fields["records"].float())
+
+
+# memory
+
+
+def _allocate(layout: Layout, home: torch.device, device: torch.device) -> Fields:
+    refuse_if_too_big(layout, str(home), _free_memory(home))
+    pinned = home.type == "cpu" and device.type == "cuda"
+    return {
+        name: torch.zeros(shape, dtype=dtype, device=home, pin_memory=pinned)
+        for name, (shape, dtype) in layout.fields().items()
+    }
+
+
+def map_files(layout: Layout, directory: Path, resume: bool) -> Fields:
+    """Return the tensors of a history in files, which all processes that map them share."""
+    about, description = directory / "history.json", layout._asdict() | {"dtype": _name(layout.dtype)}
+    if about.exists() and not resume:
+        raise FileExistsError(f"{directory} holds the history of an earlier run; delete it, or go on with resume=True")
+    if resume:
+        found = json.loads(about.read_text()) if about.exists() else None
+        if found != description:
+            raise ValueError(f"{directory} holds {found}, not the history {description}; it cannot be resumed")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        refuse_if_too_big(layout, str(directory), shutil.disk_usage(directory).free)
+    fields = {}
+    for name, (shape, dtype) in layout.fields().items():
+        path = directory / f"{name}.bin"
+        if not resume:
+            path.unlink(missing_ok=True)
+        size = torch.Size(shape).numel()  # a new file is all zeros, and takes no room before it is written
+        fields[name] = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+    about.write_text(json.dumps(description))
+    return fields
+
+
+def open_shared(layout: Layout, storage: str | os.PathLike, device: torch.device, resume: bool) -> History:
+    """Return a history in files that all processes of the default group map; every process has to call it.
+
+    Raises:
+        RuntimeError: rank 0 could not make it, or a process does not see rank 0's directory; on every rank.
+    """
+    mark = Path(storage) / "shared"
+    history, said = None, [""]
+    if dist.get_rank() == 0:
+        try:
+            history = History(layout, storage, device, resume)
+            said = [uuid.uuid4().hex]
+            mark.write_text(said[0])
+        except Exception as error:  # told to all ranks, which would wait for this one
+            said = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(said, src=0)
+    seen: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(seen, mark.exists() and mark.read_text() == said[0])
+    if not seen[0]:
+        raise RuntimeError(f"rank 0 could not open SAF's history: {said[0]}")
+    if not all(seen):
+        blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise RuntimeError(
+            f"ranks {blind} do not see rank 0's {storage}; SAF's history needs a directory that all share"
+        )
+    return history or History(layout, storage, device, resume=True)
+
+
+def refuse_if_too_big(layout: Layout, where: str, free: int | None) -> None:
+    """Raise MemoryError if a history does not fit into the bytes that are free; None means nobody knows."""
+    if free is None or layout.nbytes <= free:
+        return
+    smaller = layout._replace(dtype=torch.int8, top_k=None)
+    raise MemoryError(
+        f"SAF's history ({layout}) does not fit on {where}, which has {readable(free)} free; "
+        f"history_dtype=torch.int8 takes {readable(smaller.nbytes)}, top_k or a smaller lag less; "
+        "storage='host' or a directory keeps it elsewhere"
+    )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)

@@ -1,0 +1,211 @@
+"""MESA: Memory-Efficient Sharpness-Aware Training for Free (Du et al. 2022, https://arxiv.org/abs/2205.14083).
+
+    v_1    = w_1
+    t      = f_v(x)                                      in eval mode, without a gradient
+    loss   = CE(z, y) + lam tau^2 KL(softmax(t / tau) || softmax(z / tau))     (Eq. 13, from epoch start_epoch + 1 on)
+    v     <- decay v + (1 - decay) w                     after every step of the base optimizer (Eq. 10)
+
+The teacher v stands for the trajectory that SAF remembers, for one copy of the weights and a forward a step.
+"""
+
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastsam.kernels import dispatch
+from fastsam.kernels.reference_loss import Past
+from fastsam.passes import Stage, under_way
+from fastsam.trajectory import Trajectory, check_number, uncompiled
+
+
+class MESA(Trajectory):
+    """Cross-entropy plus the divergence from a teacher, the moving average of the model that is trained.
+
+    Call it with the inputs, update it after every step, and `set_epoch(e)` at the start of every epoch from 1 on::
+
+        mesa = MESA(model)
+        mesa.attach(opt)                             # or mesa.update() after every opt.step()
+        for epoch in range(1, epochs + 1):
+            mesa.set_epoch(epoch)
+            for x, y in loader:
+                loss = mesa(model(x), y, x)
+
+    `mesa.teacher` is a plain module in eval mode and may be evaluated, saved or exported; report its accuracy beside
+    the model's, not in its place. The teacher's forward is skipped while the divergence is inactive, its update never.
+    Inside a fastsam optimizer's step both passes compare with the same teacher, whose forward runs once if both have
+    the same inputs.
+
+    Args:
+        model: what is trained, or its DistributedDataParallel or torch.compile wrapper; held, not registered. To
+        compile
+            the teacher as well, call `mesa.teacher.compile()`.
+        lam: weight of the divergence, >= 0.
+        tau: temperature, > 0.
+        decay: of the average, in (0, 1): about the last 1 / (1 - decay) steps. 0.9998 is the authors' for ImageNet.
+        start_epoch: the divergence counts after this epoch, from epoch start_epoch + 1 on.
+        label_smoothing: of the cross-entropy, in [0, 1].
+        tau_squared: multiply the divergence by tau^2.
+        ignore_index: class index of rows that do not count.
+        reduction: "mean" over the rows that count, "sum", or "none" for a loss per row.
+        teacher_dtype: dtype of autocast in the teacher's forward. Default: as the model's, that is that of the context
+            around the call, or of the logits where they are 16 bits.
+
+    Raises:
+        TypeError: model is no module, or an argument has the wrong type.
+        ValueError: an argument out of range, or a model whose parameters are DTensors (FSDP2, tensor parallel).
+    """
+
+    teacher: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lam: float = 0.8,
+        tau: float = 5.0,
+        decay: float = 0.9998,
+        start_epoch: int = 5,
+        label_smoothing: float = 0.0,
+        tau_squared: bool = True,
+        ignore_index: int = -100,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        teacher_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(lam, tau, start_epoch, label_smoothing, tau_squared, ignore_index, reduction)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_number("decay", decay, lambda value: 0 < value < 1, "in (0, 1)")
+        student = _unwrap(model)
+        if _is_sharded(student):
+            raise ValueError("the model's parameters are DTensors, which MESA cannot average; use SAF, or DDP")
+        self.decay, self.teacher_dtype = decay, teacher_dtype
+        self._student = (student,)  # in a tuple, so that it is not a part of this module
+        self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
+        self._last: tuple[Any, Tensor] | None = None
+
+    def train(self, mode: bool = True) -> "MESA":
+        """Set the mode of the loss; the teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    @uncompiled
+    def forward(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
+        """Return the loss.
+
+        Args:
+            logits: the model's, float64, float32, float16 or bfloat16 of shape [n, classes].
+            targets: int64 class indices of shape [n], or class probabilities of shape [n, classes].
+            inputs: what the model got for them: a tensor, a tuple of arguments, or a dict of keywords.
+
+        Returns:
+            The loss, 0-dim or of shape [n]: while the divergence is inactive that of `F.cross_entropy`, else float32,
+            or float64 for float64 logits.
+
+        Raises:
+            ValueError: a wrong shape, or a teacher that answers in another one.
+        """
+        self._check(logits, targets)
+        if not self.active:
+            return self._cross_entropy(logits, targets)
+        past = self._teacher_logits(inputs, logits)
+        if past.shape != logits.shape:
+            raise ValueError(
+                f"the teacher's logits have shape {list(past.shape)}, the model's {list(logits.shape)}; pass the "
+                "inputs that the model had for these logits"
+            )
+        return self._loss(logits, targets, Past(past))
+
+    @torch.no_grad()
+    def _teacher_logits(self, inputs: Any, logits: Tensor) -> Tensor:
+        run = under_way()
+        if run is not None and run.stage is Stage.DESCENT and self._last is not None and self._last[0] is inputs:
+            return self._last[1]
+        with self._autocast(logits):
+            if isinstance(inputs, Mapping):
+                output = self.teacher(**inputs)
+            elif isinstance(inputs, tuple):
+                output = self.teacher(*inputs)
+            else:
+                output = self.teacher(inputs)
+        past = getattr(output, "logits", output).detach()
+        self._last = (inputs, past) if run is not None and run.stage is Stage.ASCENT else None
+        return past
+
+    def _autocast(self, logits: Tensor) -> Any:
+        kind = logits.device.type
+        dtype = self.teacher_dtype
+        if dtype is None and logits.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
+            dtype = logits.dtype
+        return nullcontext() if dtype is None else torch.autocast(kind, dtype)
+
+    # the average
+
+    @torch.no_grad()
+    def update(self, found_inf: Tensor | None = None) -> None:
+        """Move the teacher towards the model, one step of the average; call it after the optimizer's step.
+
+        Floating-point parameters and buffers are averaged, in one launch for each dtype; all others are copied.
+
+        Args:
+            found_inf: 0-dim tensor; where it is not 0 the step was skipped, and the teacher stays where it is.
+
+        Raises:
+            RuntimeError: the weights are perturbed now.
+        """
+        run = under_way()
+        if run is not None and run.stage in (Stage.DESCENT, Stage.FIRST):
+            raise RuntimeError(
+                f"update() cannot be called {run.stage.value}: the weights are perturbed; call it after step()"
+            )
+        self._last = None
+        pairs = list(zip(_tensors(self.teacher), _tensors(self._student[0]), strict=True))
+        averaged = [(v, w) for v, w in pairs if v.is_floating_point() or v.is_complex()]
+        averages = [torch.view_as_real(v) if v.is_complex() else v for v, _ in averaged]
+        values = [torch.view_as_real(w) if w.is_complex() else w for _, w in averaged]
+        if averages:
+            dispatch.pick(averages).ema_(averages, [w.detach() for w in values], self.decay)
+        for v, w in pairs:
+            if not (v.is_floating_point() or v.is_complex()):
+                v.copy_(w)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Update after every step of this optimizer from now on.
+
+        Returns:
+            A handle whose `remove()` ends it.
+        """
+        return optimizer.register_step_post_hook(lambda *_: self.update())
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the epoch; the teacher is part of the state dict as a module."""
+        return {"epoch": self.epoch}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on in the epoch of a saved state."""
+        self.epoch = state["epoch"]
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside of DDP and torch.compile."""
+    while True:
+        inner: Any = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")  # importing it imports Triton
+    return tensor is not None and any(isinstance(p, tensor.DTensor) for p in module.parameters())
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()

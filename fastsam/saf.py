@@ -1,0 +1,335 @@
+"""SAF: Sharpness-Aware Training for Free (Du et al. 2022, https://arxiv.org/abs/2205.14083).
+
+    z      = f_w(x)                                      logits of this epoch e
+    t      = z of epoch e - lag, of the same sample      (read before the next line)
+    record z
+    loss   = CE(z, y) + lam tau^2 KL(softmax(t / tau) || softmax(z / tau))     (Eq. 9, from epoch start_epoch + 1 on)
+
+One forward and backward, and one kernel for the four lines. tau^2 stands in the authors' code, not in the paper; they
+record before they read, which takes one slot more.
+"""
+
+import logging
+import os
+import warnings
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastsam.history import DTYPES, Fields, History, Layout, open_shared
+from fastsam.passes import Stage, under_way
+from fastsam.samples import SampleToRankSampler
+from fastsam.trajectory import Trajectory, check_integer, uncompiled
+
+logger = logging.getLogger("fastsam")
+
+
+class SAF(Trajectory):
+    """Sharpness-aware training for free: cross-entropy plus the divergence from the logits of `lag` epochs ago.
+
+    Call it with the ids of the samples, and `set_epoch(e)` at the start of every epoch, counted from 1::
+
+        saf = SAF(num_samples=len(train_set), num_classes=10)
+        for epoch in range(1, epochs + 1):
+            saf.set_epoch(epoch)
+            for x, y, ids in loader:                 # of IndexedDataset(train_set)
+                loss = saf(model(x), y, ids)
+
+    A row whose sample has no record of exactly `lag` epochs ago has no divergence, nor has the second of two rows of
+    one sample; both stay in the divisor. Rows of `ignore_index` count in nothing and are not recorded. In eval mode,
+    and while lam = 0, it is `F.cross_entropy` itself and touches nothing; up to epoch `start_epoch` it is
+    `F.cross_entropy` and records. Under mixup or CutMix pass class-probability targets and the first picture's ids, as
+    the authors do, or better turn mixing off, since the record is of another picture then.
+
+    Inside `step(losses, ...)` or `ascent()`/`descent()` of a fastsam optimizer use reduction="none" or "mean" as that
+    needs; what is recorded is the first pass, at the end of the step, and all passes see the same past.
+
+    With several processes samples have to find their records again: pass `sampler`, or let all processes map one
+    directory (`storage`). After every epoch's `set_epoch` all processes of a shared directory meet at a barrier.
+
+    Ids on a GPU are checked there: one out of range gets no divergence and no record, and the next `set_epoch`,
+    `state_dict` or `check_ids` raises. Ids on the CPU are checked at once, before anything is recorded.
+
+    Args:
+        num_samples: size of the training set; ids are in [0, num_samples).
+        num_classes: number of classes C >= 2.
+        lam: weight of the divergence, >= 0.
+        tau: temperature, > 0.
+        lag: how many epochs ago the past is, >= 1; also the number of records kept of each sample.
+        start_epoch: the divergence counts after this epoch, from epoch start_epoch + 1 on.
+        history_dtype: of the records: torch.float16, bfloat16, float32, float64, or int8 with one scale per record.
+            float16 records are clamped to its range.
+        device: where the records lie with storage="device". Default: where the first logits are.
+        label_smoothing: of the cross-entropy, in [0, 1]: (1 - s) one-hot + s / C.
+        tau_squared: multiply the divergence by tau^2.
+        ignore_index: class index of rows that do not count.
+        reduction: "mean" over the rows that count, "sum", or "none" for a loss per row.
+        top_k: keep the k largest logits alone, the other classes sharing what is left of the probability equally.
+        storage: "device"; "host" for pinned memory, where `prefetch` fetches the next batch's rows ahead; or a
+        directory
+            for memory-mapped files. With "host", a directory on a GPU, or top_k, ids have to be on the CPU.
+        resume: go on with the files in the directory. Without it a directory that holds a history is refused.
+        sampler: the `SampleToRankSampler` in use; then this process keeps its own samples' records alone.
+        save_history: whether `state_dict` holds the records. Without them a resumed run has no past for `lag` epochs,
+            unless a directory kept it.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, named with its value.
+        MemoryError: the records do not fit.
+        FileExistsError: the directory holds the history of an earlier run.
+        RuntimeError: several processes, and neither a sampler nor a directory.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_classes: int,
+        *,
+        lam: float = 0.3,
+        tau: float = 5.0,
+        lag: int = 3,
+        start_epoch: int = 5,
+        history_dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+        label_smoothing: float = 0.0,
+        tau_squared: bool = True,
+        ignore_index: int = -100,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        top_k: int | None = None,
+        storage: Literal["device", "host"] | os.PathLike | str = "device",
+        resume: bool = False,
+        sampler: SampleToRankSampler | None = None,
+        save_history: bool = True,
+    ) -> None:
+        super().__init__(lam, tau, start_epoch, label_smoothing, tau_squared, ignore_index, reduction)
+        check_integer("num_samples", num_samples, 1)
+        check_integer("num_classes", num_classes, 2)
+        check_integer("lag", lag, 1)
+        _check_format(history_dtype, top_k, num_classes)
+        if sampler is not None and sampler.num_samples != num_samples:
+            raise ValueError(f"num_samples is {num_samples}, but the sampler's is {sampler.num_samples}")
+        self.num_samples, self.num_classes, self.lag = num_samples, num_classes, lag
+        self.sampler, self.storage, self.save_history = sampler, storage, save_history
+        self._shared = storage not in ("device", "host") and _world_size() > 1
+        self._refuse_lost_samples()
+        rows = num_samples if sampler is None else sampler.rows
+        self._layout = Layout(rows, num_classes, lag, history_dtype, top_k)
+        self._resume = resume
+        self._history: History | None = None
+        self._loaded: Fields | None = None
+        self._rows_seen = 0
+        if device is not None:
+            self._open(torch.device(device))
+
+    def _refuse_lost_samples(self) -> None:
+        if _world_size() > 1 and self.sampler is None and not self._shared:
+            raise RuntimeError(
+                f"{_world_size()} processes: a sample that moves to another one would not find its past there (the "
+                "authors' code finds one in that many). Train with SampleToRankSampler and pass it as sampler=, or "
+                "pass a directory that all processes share as storage=, which works with torch's DistributedSampler"
+            )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the records of this process take."""
+        return self._layout.nbytes
+
+    def _open(self, device: torch.device) -> History:
+        where = device if self.storage == "device" else self.storage
+        logger.info("SAF's history, on %s: %s", where, self._layout)  # before any of it is allocated
+        open_ = open_shared if self._shared else History
+        self._history = open_(self._layout, self.storage, device, self._resume)
+        if self._loaded is not None:
+            self._history.load_state_dict(self._loaded)
+            self._loaded = None
+        return self._history
+
+    @uncompiled
+    def forward(self, logits: Tensor, targets: Tensor, sample_ids: Tensor) -> Tensor:
+        """Return the loss, and record the logits.
+
+        Args:
+            logits: float64, float32, float16 or bfloat16 of shape [n, num_classes].
+            targets: int64 class indices of shape [n], or class probabilities of shape [n, num_classes].
+            sample_ids: integers in [0, num_samples) of shape [n], on the logits' device or on the CPU.
+
+        Returns:
+            The loss, 0-dim or of shape [n]: while the divergence is inactive that of `F.cross_entropy`, else float32,
+            or float64 for float64 logits.
+
+        Raises:
+            TypeError: sample_ids are missing, or no integers.
+            ValueError: a wrong shape, another number of classes, or, for ids on the CPU, one out of range.
+            RuntimeError: between `first_step` and `second_step`, whose first pass nobody could tell from a plain step.
+        """
+        self._check(logits, targets)
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"logits have {logits.shape[1]} classes, but SAF was made for {self.num_classes}")
+        self._check_ids(sample_ids, len(logits))
+        if not self.training or self.lam == 0:
+            return self._cross_entropy(logits, targets)
+        run = under_way()
+        if run is not None and run.stage is Stage.FIRST:
+            raise RuntimeError(
+                "SAF cannot follow first_step() and second_step(): the first pass has been recorded already. Use "
+                "opt.step(losses, ...), or `with opt.ascent(): ...` and `with opt.descent(): ...`"
+            )
+        history = self._history or self._open(logits.device)
+        ids = self._rows_of(sample_ids, logits.device if history.direct else torch.device("cpu"))
+        if run is None:
+            return self._plain(history, logits, targets, ids)
+        if run.stage is not Stage.DESCENT:  # recorded when the step ends, since all its passes read the same past
+            record = partial(self._record, history, logits.detach(), targets, ids, self.epoch)
+            run.at_end.append(record)
+        if not self.active:
+            return self._cross_entropy(logits, targets)
+        return self._loss(logits, targets, history.past(ids, self.epoch, record=False))
+
+    def _plain(self, history: History, logits: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
+        if not self.active:
+            loss = self._cross_entropy(logits, targets)
+            self._record(history, logits.detach(), targets, ids, self.epoch)
+            return loss
+        loss = self._loss(logits, targets, history.past(ids, self.epoch, record=True))
+        if history.direct:
+            self._count(len(ids))
+        else:
+            self._record(history, logits.detach(), targets, ids, self.epoch)
+        return loss
+
+    def _record(self, history: History, logits: Tensor, targets: Tensor, ids: Tensor, epoch: int) -> None:
+        history.record(logits, targets, ids, epoch, self.tau, self.ignore_index)
+        self._count(len(ids))
+
+    def _count(self, rows: int) -> None:
+        """Notice that nobody calls `set_epoch`, without which there is no past."""
+        before, self._rows_seen = self._rows_seen, self._rows_seen + rows
+        if before <= 2 * self._layout.rows < self._rows_seen:
+            warnings.warn(
+                f"SAF has seen {self._rows_seen} rows of {self._layout.rows} samples in epoch {self.epoch}; call "
+                "set_epoch(e) at the start of every epoch, or no sample has a past",
+                stacklevel=2,
+            )
+
+    def prefetch(self, sample_ids: Tensor) -> None:
+        """Fetch the records of the next batch while the device works on this one; only host memory and files need it.
+
+        Args:
+            sample_ids: those of the next call, on the CPU.
+        """
+        self._check_ids(sample_ids, len(sample_ids))
+        if self._history is not None and self.active:
+            self._history.prefetch(self._rows_of(sample_ids, torch.device("cpu")), self.epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, counted from 1 as in the paper; with a shared directory, in all processes together.
+
+        Raises:
+            TypeError: the epoch is no integer.
+            ValueError: it is below 1.
+            IndexError: a sample id was out of range since the last call.
+        """
+        super().set_epoch(epoch)
+        self.check_ids()
+        self._rows_seen = 0
+        if self._history is not None:
+            self._history.flush()
+        if self._shared:
+            dist.barrier()
+
+    # sample ids
+
+    def check_ids(self) -> None:
+        """Wait for the device, and raise IndexError if a sample id on it was out of range since the last check."""
+        if self._history is None:
+            return
+        count, worst = self._history.errors.tolist()
+        if count:
+            self._history.errors.zero_()
+            raise IndexError(
+                f"{count} sample ids were out of range, one of them row {worst}; they are in [0, {self.num_samples}), "
+                "and with a sampler on the rank it gives them to. These rows had no divergence and were not recorded"
+            )
+
+    def _check_ids(self, sample_ids: Any, n: int) -> None:
+        if not isinstance(sample_ids, Tensor):
+            raise TypeError(
+                f"sample_ids must be a tensor of sample ids, got {type(sample_ids).__name__}; wrap the dataset in "
+                "IndexedDataset"
+            )
+        if sample_ids.dtype == torch.bool or sample_ids.is_floating_point() or sample_ids.is_complex():
+            raise TypeError(f"sample_ids must be integers, got {sample_ids.dtype}")
+        if sample_ids.shape != (n,):
+            raise ValueError(f"sample_ids must have shape [{n}], one for each row, got {list(sample_ids.shape)}")
+        if sample_ids.device.type == "cpu" and n:
+            low, high = (int(end) for end in sample_ids.aminmax())
+            if low < 0 or high >= self.num_samples:
+                bad = low if low < 0 else high
+                raise ValueError(f"sample id {bad} is out of range; num_samples is {self.num_samples}")
+            if self.sampler is not None and bool((sample_ids % self.sampler.num_replicas != self.sampler.rank).any()):
+                raise ValueError(
+                    f"sample_ids hold one that SampleToRankSampler does not give to rank {self.sampler.rank}"
+                )
+
+    def _rows_of(self, sample_ids: Tensor, device: torch.device) -> Tensor:
+        """Return the rows of this process's history on `device`; -1, which is out of range, for a foreign sample."""
+        if sample_ids.device != device and device.type == "cpu":
+            raise ValueError(
+                f"sample_ids are on {sample_ids.device}, but the records are not, or not as whole rows; keep the ids "
+                "on the CPU, as the loader yields them, so that nothing waits for the device"
+            )
+        ids = sample_ids.to(device, torch.int64, non_blocking=True)
+        if self.sampler is None:
+            return ids.contiguous()
+        w, rank = self.sampler.num_replicas, self.sampler.rank
+        return torch.where(ids % w == rank, ids.div(w, rounding_mode="floor"), -1)
+
+    # checkpoints
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the epoch and, with `save_history`, the records: the tensors themselves, not copies."""
+        self.check_ids()
+        records = self._history.state_dict() if self._history is not None else self._loaded
+        return {"epoch": self.epoch, "lag": self.lag, "history": records if self.save_history else None}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same layout, or from one without records.
+
+        Raises:
+            ValueError: the records are of other sizes; nothing is changed.
+        """
+        records = state["history"] if self.save_history else None
+        if records is not None:
+            self._layout.check(records)
+            if self._history is None:
+                self._loaded = {name: field.clone() for name, field in records.items()}
+            else:
+                self._history.load_state_dict(records)
+        self.epoch, self._rows_seen = state["epoch"], 0
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SAF":
+        """Follow `to`, `cuda` and `cpu`; the records keep their dtype."""
+        super()._apply(fn, recurse)
+        if self._history is not None:
+            self._history.to(fn(torch.empty(0, device=self._history.device)).device)
+        return self
+
+
+def _check_format(dtype: Any, top_k: int | None, num_classes: int) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"history_dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    if top_k is None:
+        return
+    check_integer("top_k", top_k, 1)
+    if top_k >= num_classes:
+        raise ValueError(f"top_k must be below num_classes, which is {num_classes}, got {top_k}")
+    if dtype == torch.int8:
+        raise ValueError("top_k keeps floating-point logits; use another history_dtype than int8")
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
