@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 OUT ?= runs/compare-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: compare test test-wheel lint gate bench readme clean
+.PHONY: compare test test-wheel lint gate bench bench-gpu readme clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,9 @@ readme: $(VENV)/.ready  ## write README's table anew from the recorded results
 
 bench: $(VENV)/.ready  ## pytest-benchmark suites
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+bench-gpu: $(VENV)/.ready  ## on a machine with a GPU: the kernels' tests, then their bandwidth, recorded
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 test-wheel: $(VENV)/.ready  ## build the wheel and run the optimizer tests on it, outside the tree
 	rm -rf build/wheel && mkdir -p build/wheel && cp -r pyproject.toml README.md LICENSE fastsam kernels build/wheel/

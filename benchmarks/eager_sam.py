@@ -10,19 +10,33 @@ from torch import Tensor
 
 
 class EagerSAM:
-    """The optimizer-side work of a davda54-style SAM around `base`."""
+    """The optimizer-side work of a davda54-style SAM around `base`; `adaptive` is its ASAM, with T = |w|."""
 
-    def __init__(self, params: Sequence[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
-        self.params, self.base, self.rho = params, base, rho
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        base: torch.optim.Optimizer | None = None,
+        rho: float = 0.05,
+        adaptive: bool = False,
+    ) -> None:
+        self.params, self.base, self.rho, self.adaptive = params, base, rho, adaptive
         self.old: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
-    def first_step(self) -> None:
-        norm = torch.norm(torch.stack([(1.0 * p.grad).norm(p=2) for p in self.params]), p=2)
+    def norm(self) -> Tensor:
+        return torch.norm(
+            torch.stack([((torch.abs(p) if self.adaptive else 1.0) * p.grad).norm(p=2) for p in self.params]), p=2
+        )
+
+    @torch.no_grad()
+    def perturb(self, norm: Tensor) -> None:
         scale = self.rho / (norm + 1e-12)
         for p in self.params:
             self.old[p] = p.data.clone()
-            p.add_(1.0 * p.grad * scale)
+            p.add_((torch.pow(p, 2) if self.adaptive else 1.0) * p.grad * scale)
+
+    def first_step(self) -> None:
+        self.perturb(self.norm())
 
     @torch.no_grad()
     def second_step(self) -> None:

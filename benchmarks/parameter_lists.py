@@ -40,4 +40,13 @@ def vit_s16(classes: int = 1000) -> list[Shape]:
     return [*shapes, (d,), (d,), (classes, d), (classes,)]
 
 
-LISTS = {"resnet18": resnet18_cifar, "resnet50": resnet50, "vit_s16": vit_s16}
+def gpt2(vocabulary: int = 50257, context: int = 1024) -> list[Shape]:
+    """GPT-2 small, its head tied to its embedding: 148 tensors, 124.44 million parameters."""
+    d = 768
+    shapes: list[Shape] = [(vocabulary, d), (context, d)]
+    for _ in range(12):
+        shapes += [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
+    return [*shapes, (d,), (d,)]
+
+
+LISTS = {"resnet18": resnet18_cifar, "resnet50": resnet50, "vit_s16": vit_s16, "gpt2": gpt2}

@@ -1,5 +1,3 @@
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -10,15 +8,30 @@ from fastsam.kernels import dispatch
 
 torch.set_num_threads(1)
 
-# kernels are interpreted or compiled for good when they are imported; the variable is gone before anything else runs,
-# so that programs which tests start keep the default
-_was_set = "TRITON_INTERPRET" in os.environ
-os.environ.setdefault("TRITON_INTERPRET", "1")
-kernels = dispatch._triton_backend()
-if kernels is not None and kernels.INTERPRETED:
-    kernels.norm([torch.ones(1)])  # a first launch imports the rest of the interpreter
-if not _was_set:
-    del os.environ["TRITON_INTERPRET"]
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the Triton kernels run: on CPU tensors, in Triton's interpreter, or compiled, on a GPU",
+    )
+
+
+def pytest_configure(config):
+    """Import the kernels: from then on they are interpreted or compiled, for good.
+
+    The variable is put back before anything else runs, so that programs which tests start keep the default.
+    """
+    device = config.getoption("device")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1" if device == "cpu" else "0")
+        kernels = dispatch._triton_backend()
+        if device == "cuda" and (kernels is None or not torch.cuda.is_available()):
+            raise pytest.UsageError("--device cuda needs a GPU that torch finds, and triton")
+        if kernels is not None and kernels.INTERPRETED:
+            kernels.norm([torch.ones(1)])  # a first launch imports the rest of the interpreter
+            _mend_interpreter()
 
 
 @pytest.fixture
@@ -30,7 +43,7 @@ def choose():
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, choose):
-    if request.param == "triton" and kernels is None:
+    if request.param == "triton" and dispatch._triton_backend() is None:
         pytest.skip("triton is not installed")
     choose(request.param)
     return request.param
@@ -81,7 +94,7 @@ def _patch_once(patch, scope, language):
     return patched
 
 
-if kernels is not None and kernels.INTERPRETED:
+def _mend_interpreter():
     from triton.runtime import interpreter
 
     interpreter._convert_float = _cast

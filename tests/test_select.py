@@ -1,25 +1,19 @@
-"""Selection of the rows whose loss rose most, the twin and the kernel, against NumPy.
-
-With TRITON_INTERPRET=0 on a machine with a GPU the kernel runs there.
-"""
-
-import os
+"""Selection of the rows whose loss rose most, the twin and the kernel, against NumPy."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsam.kernels import reference
 
-try:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))  # read by the import
-        from fastsam.kernels import select
-except ModuleNotFoundError:  # without triton there is only the twin
+if kernels is None:  # there is only the twin
     select = None
+else:
+    from fastsam.kernels import select
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 INF, NAN = float("inf"), float("nan")
