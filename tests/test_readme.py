@@ -17,6 +17,8 @@ def test_tables_are_those_of_the_recorded_results():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_example_runs(tmp_path):
-    (tmp_path / "example.py").write_text(re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1))
+def test_the_examples_run(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    (tmp_path / "example.py").write_text("\n".join(blocks))
     subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True)

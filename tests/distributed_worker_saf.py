@@ -1,0 +1,171 @@
+"""SAF and MESA with several processes: every sample finds its own past, wherever it was seen."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_worker import assert_equal_on_ranks, case, wrap
+from problems import batches, mlp
+from test_saf import Remembers
+from torch.utils.data import DistributedSampler
+
+from fastsam import MESA, SAF, SampleToRankSampler
+
+N, C, ROWS = 22, 3, 4
+X, Y = batches(1, rows=N)[0]
+SETTINGS = {"lam": 1.0, "lag": 2, "start_epoch": 1, "history_dtype": torch.float64}
+
+
+def shared_directory():
+    """A path that all ranks agree on."""
+    name = [tempfile.mkdtemp(prefix="history-") if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(name, src=0)
+    return Path(name[0]) / "history"
+
+
+def plan(sampler, epochs):
+    """The ids of this rank's batches, epoch by epoch."""
+    for epoch in epochs:
+        sampler.set_epoch(epoch)
+        own = torch.tensor(list(sampler))
+        yield epoch, own[: len(own) // ROWS * ROWS].split(ROWS)  # drop_last
+
+
+def train(model, loss_of, sampler, epochs=range(1, 7)):
+    """DDP training on this rank's samples, and the share of rows that met a past once they could."""
+    ddp = wrap(model)
+    opt = torch.optim.SGD(ddp.parameters(), lr=0.3, momentum=0.9)
+    for epoch, parts in plan(sampler, epochs):
+        loss_of.set_epoch(epoch)
+        for ids in parts:
+            opt.zero_grad()
+            loss_of(ddp(X[ids]), Y[ids], ids).backward()
+            opt.step()
+    assert_equal_on_ranks(model.parameters())
+
+
+def oracle(model, make_sampler, epochs=range(1, 7)):
+    """One process on the batches of all ranks together, with a dictionary for a history."""
+    loss_of = Remembers(SETTINGS["lam"], SETTINGS["lag"], SETTINGS["start_epoch"])
+    opt = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    world = dist.get_world_size()
+    plans = [list(plan(make_sampler(rank), epochs)) for rank in range(world)]
+    for everybody in zip(*plans, strict=True):
+        epoch = everybody[0][0]
+        loss_of.set_epoch(epoch)
+        for parts in zip(*(parts for _, parts in everybody), strict=True):
+            ids = torch.cat(parts)
+            opt.zero_grad()
+            loss_of(model(X[ids]), Y[ids], ids).backward()
+            opt.step()
+
+
+def fixed(rank=None):
+    return SampleToRankSampler(N, dist.get_world_size(), dist.get_rank() if rank is None else rank, seed=3)
+
+
+def roaming(rank=None):
+    rank = dist.get_rank() if rank is None else rank
+    return DistributedSampler(X, dist.get_world_size(), rank, seed=3, drop_last=True)
+
+
+@case()
+def saf_with_a_fixed_map_equals_one_process():
+    model, other = mlp(), mlp()
+    sampler = fixed()
+    loss_of = SAF(N, C, sampler=sampler, **SETTINGS)
+    train(model, loss_of, sampler)
+    oracle(other, fixed)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    assert loss_of._history._fields["tags"].shape == (2, 11 + 1)  # each rank keeps its part alone
+
+
+@case()
+def saf_with_a_shared_directory_equals_one_process():
+    model, other = mlp(), mlp()
+    train(model, SAF(N, C, storage=shared_directory(), **SETTINGS), roaming())
+    oracle(other, roaming)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@case()
+def every_row_finds_its_past_where_a_history_per_process_finds_a_part():
+    """SPEC R-06."""
+    n, world = 400, dist.get_world_size()
+    for way, at_least, at_most in (("directory", 1.0, 1.0), ("fixed", 1.0, 1.0), ("per process", 0.0, 0.6)):
+        if way == "fixed":
+            sampler = SampleToRankSampler(n, seed=1)
+            loss_of = SAF(n, C, lag=3, start_epoch=0, lam=1.0, sampler=sampler, reduction="none")
+        else:
+            sampler = DistributedSampler(range(n), seed=1)
+            directory = shared_directory()
+            loss_of = SAF(n, C, lag=3, start_epoch=0, lam=1.0, storage=directory, reduction="none")
+            if way == "per process":  # as the authors have it
+                loss_of._shared, loss_of.storage = False, "device"
+        found = rows = 0
+        for epoch in range(1, 7):
+            sampler.set_epoch(epoch)
+            loss_of.set_epoch(epoch)
+            for ids in torch.tensor(list(sampler)).split(20):
+                z = torch.randn(len(ids), C)
+                pull = loss_of(z, Y.new_zeros(len(ids)), ids) - torch.nn.functional.cross_entropy(
+                    z, Y.new_zeros(len(ids)), reduction="none"
+                )
+                if epoch > 3:
+                    found, rows = found + int((pull > 1e-6).sum()), rows + len(ids)
+        assert at_least <= found / rows <= at_most, (way, found / rows, world)
+
+
+@case()
+def neither_is_an_error_that_explains_itself():
+    with pytest.raises(RuntimeError, match=r"2 processes: .*SampleToRankSampler .*sampler=.*storage=.*DistributedSampler"):
+        SAF(N, C)
+
+
+@case()
+def foreign_samples_are_refused():
+    sampler = fixed()
+    loss_of = SAF(N, C, sampler=sampler)
+    foreign = (torch.arange(4) * 2 + 1 + dist.get_rank()) % N
+    with pytest.raises(ValueError, match=f"does not give to rank {dist.get_rank()}"):
+        loss_of(torch.randn(4, C), Y[:4], foreign)
+    with pytest.raises(ValueError, match="num_samples is 5, but the sampler's is 22"):
+        SAF(5, C, sampler=sampler)
+
+
+@case()
+def what_rank_0_cannot_open_fails_everywhere():
+    directory = shared_directory()
+    SAF(N, C, storage=directory, device="cpu")
+    with pytest.raises(RuntimeError, match="rank 0 could not open SAF's history: FileExistsError.*resume=True"):
+        SAF(N, C, storage=directory, device="cpu")
+    again = SAF(N, C, storage=directory, device="cpu", resume=True)
+    again.set_epoch(1)
+
+
+@case()
+def directories_that_are_not_shared_fail_everywhere():
+    mine = Path(tempfile.mkdtemp(prefix="own-")) / "history"
+    with pytest.raises(RuntimeError, match="ranks 1 do not see rank 0's"):
+        SAF(N, C, storage=mine, device="cpu")
+
+
+@case()
+def mesa_averages_alike_on_all_ranks():
+    model = mlp(batchnorm=True)
+    ddp = wrap(model)
+    mesa = MESA(ddp, decay=0.9, start_epoch=0)
+    opt = torch.optim.SGD(ddp.parameters(), lr=0.3)
+    mesa.attach(opt)
+    part = slice(dist.get_rank(), None, dist.get_world_size())
+    for x, y in batches(4):
+        opt.zero_grad()
+        mesa(ddp(x[part]), y[part], x[part]).backward()
+        opt.step()
+    assert type(mesa.teacher) is type(model)
+    assert_equal_on_ranks(model.parameters())
+    assert_equal_on_ranks(mesa.teacher.parameters())
