@@ -190,6 +190,12 @@ def _hyperparameter_rows(sets: tuple[tuple[float, ...], ...], device: torch.devi
     return _upload("hyperparameters", torch.tensor(sets, dtype=torch.float64), device)
 
 
+def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return these numbers as a float64 tensor on the device, uploaded when they are new."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _hyperparameter_rows((values,), device, stream)[0]
+
+
 @lru_cache(_REMEMBERED)
 def _chunk_map(lengths: tuple[int, ...], size: int, device: torch.device, stream: int) -> Tensor:
     return _upload("chunks", torch.from_numpy(chunks_of(lengths, size)), device)
@@ -255,16 +261,19 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def launch(kernel: Any, n_programs: int, *args: Any, enable_fp_fusion: bool = True, **constants: Any) -> None:
+def launch(
+    kernel: Any, n_programs: int, *args: Any, threads: int = THREADS, enable_fp_fusion: bool = True, **constants: Any
+) -> None:
     """Run `n_programs` programs of a kernel on the current device; none where there is nothing to do.
 
     Args:
         kernel: a jit function.
         n_programs: size of the grid.
         args: the kernel's arguments.
+        threads: of a program.
         enable_fp_fusion: whether a product and a sum may become one operation with one rounding.
         constants: what the kernel is compiled for.
     """
     if n_programs:
-        num_warps = THREADS // (64 if torch.version.hip else 32)
+        num_warps = max(1, threads // (64 if torch.version.hip else 32))
         kernel[(n_programs,)](*args, num_warps=num_warps, enable_fp_fusion=enable_fp_fusion, **constants)

@@ -345,7 +345,8 @@ def _encode(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if dtype == torch.int8:
         z = logits.float()
         scales = z.abs().amax(1).mul_(1 / 127).clamp_(min=SMALLEST_SCALE)
-        # the scale of a row with NaN or inf says so
+        # a scale of inf says that there was NaN or inf
+        scales = scales.nan_to_num_(torch.inf, torch.inf)
         return z.div(scales.unsqueeze(1)).round_().nan_to_num_(0.0).to(dtype), scales
     if dtype == torch.float16 and logits.dtype != dtype and not _fits_half(logits):
         logits = torch.where(logits.isinf(), logits, logits.clamp(-LARGEST_HALF, LARGEST_HALF))

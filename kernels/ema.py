@@ -1,0 +1,68 @@
+"""Exponential moving averages of a list of tensors, in one pass over memory."""
+# mypy: disable-error-code="no-untyped-def"
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsam.kernels import reference_loss
+from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
+from fastsam.kernels.chunks import ELEMENTS, block_size, launch, on_device, split, wide, widest
+
+
+@triton.jit
+def _ema_stretch(
+    v_base, w_base, start, length, weight,
+    AVERAGE: tl.constexpr, VALUE: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.arange(0, LANES)
+    mask = offsets < length
+    v_ptr = element_ptr(v_base, start, AVERAGE, WIDEST, ALIGNED) + offsets
+    v = widen(tl.load(v_ptr, mask=mask), COMPUTE)
+    w = widen(tl.load(element_ptr(w_base, start, VALUE, WIDEST, ALIGNED) + offsets, mask=mask), COMPUTE)
+    # from the nearer side, so that v = w stays as it is, and weights 0 and 1 give v and w
+    average = tl.where(weight < 0.5, v + weight * (w - v), w - (1 - weight) * (w - v))
+    tl.store(v_ptr, narrow(average, AVERAGE), mask=mask)
+
+
+@triton.jit
+def _ema_kernel(
+    rows_ptr, chunks_ptr, hyperparameters_ptr,
+    AVERAGE: tl.constexpr, VALUE: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """v = v + weight (w - v), weight = 1 - decay. Reads v, w; writes v: 12 B per float32 element. Overwrites v."""
+    row_ptr, start, length = find_chunk(rows_ptr, chunks_ptr, COLUMNS + 2, BLOCK_SIZE)
+    v_base = tl.load(row_ptr + COLUMNS)
+    w_base = tl.load(row_ptr + COLUMNS + 1)
+    weight = tl.load(hyperparameters_ptr).to(COMPUTE)
+    done = aligned_length(length, v_base | w_base)
+    _ema_stretch(v_base, w_base, start, done, weight, AVERAGE, VALUE, WIDEST, COMPUTE, True, BLOCK_SIZE)
+    while done < length:
+        _ema_stretch(
+            v_base, w_base, start + done, length - done, weight,
+            AVERAGE, VALUE, WIDEST, COMPUTE, False, BLOCK_SIZE // 4,
+        )  # fmt: skip
+        done += BLOCK_SIZE // 4
+
+
+@torch.no_grad()
+def ema_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
+    """Set each average v to decay v + (1 - decay) w; see `reference_loss.ema_`. One launch for each dtype pair."""
+    reference_loss.check_decay(decay)
+    launches, rest = split(averages, values)
+    if rest:
+        reference_loss.ema_([averages[i] for i in rest], [values[i] for i in rest], decay)
+    for each in launches:
+        size = block_size(*each.dtypes)
+        work = each.table(size, None, ((1 - decay,),))
+        average, value = each.dtypes
+        with on_device(each.device):
+            launch(
+                _ema_kernel, work.n_programs, *work, AVERAGE=ELEMENTS[average], VALUE=ELEMENTS[value],
+                WIDEST=widest(each.dtypes), COMPUTE=wide(torch.promote_types(average, value)), BLOCK_SIZE=size,
+            )  # fmt: skip
+    torch.autograd.graph.increment_version(averages)

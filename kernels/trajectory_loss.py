@@ -1,0 +1,492 @@
+"""The loss of trajectory methods in one launch: cross-entropy, the KL to the past, the gradient and the record.
+
+A program takes one row of the batch. It first sums exp(z), exp(z / tau) and exp(past / tau) relative to the largest
+logits, then goes over the row again for the loss and the gradient, and puts the logits where the past lay. A row of up
+to 4096 classes stays in registers between the two; a longer one is read twice, the second time from a cache. The last
+program to finish adds up the losses of all rows in their order, so that runs repeat bit for bit.
+
+A history whose width is a multiple of 16 is read and written in 128-bit accesses whatever the number of classes, with
+its padding, which is never taken for data; so are logits and gradient where every row starts at such an address. Where
+rows do not, as with 50,257 classes, they take as many elements at a time as the number of classes is a multiple of;
+caches make up for that.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsam.kernels import reference_loss
+from fastsam.kernels.addressing import narrow, widen
+from fastsam.kernels.chunks import INTERPRETED, THREADS, counters, launch, numbers, on_device, wide
+from fastsam.kernels.reference_loss import Past
+
+_BYTES_IN_REGISTERS = 16384  # of a row, in the dtype of arithmetic: 16 float32 a thread
+_ELEMENTS_PER_THREAD = 8
+_PADDING = 16
+_LARGEST_HALF = tl.constexpr(reference_loss.LARGEST_HALF)
+_SMALLEST_SCALE = tl.constexpr(reference_loss.SMALLEST_SCALE)
+
+
+@triton.jit
+def _find_sample(ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, target_stride, ignore_index,
+                 HAS_CLASSES: tl.constexpr, SCAN_SIZE: tl.constexpr):  # fmt: skip
+    """The row of the history for this row of the batch, 0 if there is none, and whether it takes part."""
+    sample = tl.load(ids_ptr + row)
+    inside = (sample >= 0) & (sample < n_samples)
+    if errors_ptr is not None:
+        is_error = counted & (inside == 0)
+        tl.atomic_add(errors_ptr, is_error.to(tl.int64), mask=is_error)
+        tl.store(errors_ptr + 1, sample, mask=is_error)
+    takes_part = counted & inside
+    again = tl.zeros((SCAN_SIZE,), tl.int32)
+    first = tl.zeros((), tl.int64)
+    while (first < row) & takes_part:
+        others = first + tl.arange(0, SCAN_SIZE)
+        same = (others < row) & (tl.load(ids_ptr + others, mask=others < row, other=-1) == sample)
+        if HAS_CLASSES:
+            # read only where the ids are the same, so hardly ever
+            target = tl.load(targets_ptr + others * target_stride, mask=same, other=0)
+            same = same & (target != ignore_index)
+        again |= same.to(tl.int32)
+        first += SCAN_SIZE
+    takes_part = takes_part & (tl.max(again) == 0)
+    return tl.where(takes_part, sample, 0), takes_part
+
+
+@triton.jit
+def _load_block(row_ptr, start, length, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr):
+    """Elements from `start` of a row of this length, -inf past its end."""
+    ptr = tl.multiple_of(row_ptr + start, VECTOR * row_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    offsets = tl.arange(0, LANES)
+    mask = offsets < tl.multiple_of(length - start, VECTOR)
+    if row_ptr.dtype.element_ty.is_int():
+        x = tl.load(ptr + offsets, mask=mask, other=0).to(COMPUTE)
+    else:
+        x = widen(tl.load(ptr + offsets, mask=mask, other=0), COMPUTE)
+    return tl.where(mask, x, float("-inf"))
+
+
+@triton.jit
+def _store_block(row_ptr, start, length, x, VECTOR: tl.constexpr, LANES: tl.constexpr):
+    """Store x at `start` of a row of this length."""
+    ptr = tl.multiple_of(row_ptr + start, VECTOR * row_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    offsets = tl.arange(0, LANES)
+    mask = offsets < tl.multiple_of(length - start, VECTOR)
+    tl.store(ptr + offsets, x, mask=mask)
+
+
+@triton.jit
+def _load_past(
+    row_ptr, start, n_classes, length, unit, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr
+):
+    """Past logits from `start`, -inf past the last class; a history's padding is read but not used."""
+    t = _load_block(row_ptr, start, length, COMPUTE, VECTOR, LANES)
+    if row_ptr.dtype.element_ty.is_int():
+        t *= unit
+    return tl.where(tl.arange(0, LANES) < n_classes - start, t, float("-inf"))
+
+
+@triton.jit
+def _load_targets(
+    targets_ptr, target, start, n_classes, smoothing,
+    COMPUTE: tl.constexpr, HAS_CLASSES: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Target probabilities from `start`, after smoothing; 0 past the last class."""
+    offsets = tl.arange(0, LANES)
+    if HAS_CLASSES:
+        share = tl.where(start + offsets == target, 1.0, 0.0).to(COMPUTE)
+    else:
+        share = _load_block(targets_ptr, start, n_classes, COMPUTE, VECTOR, LANES)
+    share = share * (1 - smoothing) + smoothing / n_classes.to(COMPUTE)
+    return tl.where(offsets < n_classes - start, share, 0.0)
+
+
+@triton.jit
+def _add_exponentials(z, largest, total, total_soft, rate):
+    """Add exp(z) and exp(rate z) to sums that are relative to the largest z so far."""
+    new = tl.maximum(largest, tl.max(z))
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift))
+    total_soft = total_soft * tl.exp((largest - shift) * rate) + tl.sum(tl.exp((z - shift) * rate))
+    return new, total, total_soft
+
+
+@triton.jit
+def _largest_magnitude(z, n):
+    """Largest |z| of the first n; inf if there is a NaN, which a maximum would pass over."""
+    magnitude = tl.abs(z.to(tl.float32))
+    magnitude = tl.where(magnitude < float("inf"), magnitude, float("inf"))
+    return tl.max(tl.where(tl.arange(0, z.shape[0]) < n, magnitude, 0.0))
+
+
+@triton.jit
+def _unit_of(magnitude):
+    """What one step of int8 stands for in a row of this largest magnitude."""
+    return tl.maximum(magnitude * 0.007874015718698502, _SMALLEST_SCALE)  # 1 / 127
+
+
+@triton.jit
+def _record_block(row_ptr, start, n_classes, length, z, unit, VECTOR: tl.constexpr, LANES: tl.constexpr):
+    """Write logits from `start` into the history, as `reference_loss._encode` does, and 0 into its padding."""
+    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
+    z = tl.where(tl.arange(0, LANES) < n_classes - start, z, 0.0)
+    if DTYPE.is_int():
+        steps = tl.div_rn(z.to(tl.float32), tl.zeros_like(z).to(tl.float32) + unit)
+        steps = tl.where(steps == steps, steps, 0.0)
+        steps = (steps + 12582912.0) - 12582912.0  # 1.5 2^23: rounds half to even
+        _store_block(row_ptr, start, length, steps.to(DTYPE), VECTOR, LANES)
+    else:
+        if DTYPE.is_fp16():
+            clamped = tl.minimum(tl.maximum(z, -_LARGEST_HALF), _LARGEST_HALF)
+            z = tl.where(tl.abs(z) < float("inf"), clamped, z)
+        _store_block(row_ptr, start, length, narrow(z, DTYPE), VECTOR, LANES)
+
+
+@triton.jit
+def _load_all(
+    z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
+    COMPUTE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_CLASSES: tl.constexpr,
+    VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, PAST_VECTOR: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Logits, past logits and target probabilities from `start`."""
+    z = _load_block(z_ptr, start, z_length, COMPUTE, VECTOR, LANES)
+    t = z
+    if HAS_PAST:
+        t = _load_past(past_ptr, start, n_classes, past_length, unit, COMPUTE, PAST_VECTOR, LANES)
+    share = _load_targets(soft_ptr, target, start, n_classes, smoothing, COMPUTE, HAS_CLASSES, TARGET_VECTOR, LANES)
+    return z, t, share
+
+
+@triton.jit
+def _add_all(
+    z, t, share, n_left, z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude, rate,
+    HAS_PAST: tl.constexpr, HAS_CLASSES: tl.constexpr, QUANTISES: tl.constexpr,
+):  # fmt: skip
+    """Add a block to what has to be known of the whole row."""
+    z_largest, z_sum, q_sum = _add_exponentials(z, z_largest, z_sum, q_sum, rate)
+    if HAS_PAST:
+        t_largest, _, p_sum = _add_exponentials(t, t_largest, p_sum, p_sum, rate)
+    if QUANTISES:
+        magnitude = tl.maximum(magnitude, _largest_magnitude(z, n_left))
+    if not HAS_CLASSES:
+        share_sum += tl.sum(share)
+    return z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude
+
+
+@triton.jit
+def _finish_block(
+    z, t, share, gradient_ptr, past_ptr, start, n_classes, record_length, counted, has_past, new_unit,
+    z_largest, z_log_sum, q_log_sum, t_largest, p_log_sum, share_sum, rate, weight,
+    HAS_PAST: tl.constexpr, RECORDS: tl.constexpr, VECTOR: tl.constexpr, PAST_VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient and the record; return this block's part of the cross-entropy and of the KL."""
+    shifted = z - z_largest
+    log_probability = shifted - z_log_sum
+    gradient = tl.exp(log_probability) * share_sum - share
+    cross_entropy = -tl.sum(tl.where(share != 0, share * log_probability, 0.0))
+    divergence = tl.zeros_like(cross_entropy)
+    if HAS_PAST:
+        log_q = shifted * rate - q_log_sum
+        log_p = (t - t_largest) * rate - p_log_sum
+        p = tl.exp(log_p)
+        divergence = tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0))
+        gradient += tl.where(has_past, weight * rate * (tl.exp(log_q) - p), 0.0)
+    gradient = narrow(tl.where(counted, gradient, 0.0), gradient_ptr.dtype.element_ty)
+    _store_block(gradient_ptr, start, n_classes, gradient, VECTOR, LANES)
+    if RECORDS:
+        # every thread has read the past before any overwrites it, whatever share of the row each one holds
+        tl.debug_barrier()
+        _record_block(past_ptr, start, n_classes, record_length, z, new_unit, PAST_VECTOR, LANES)
+    return cross_entropy, divergence
+
+
+@triton.jit
+def _reduce(losses_ptr, loss_ptr, scale_ptr, n_rows, count, COMPUTE: tl.constexpr, MEAN: tl.constexpr,
+            LANES: tl.constexpr):  # fmt: skip
+    """Add up all losses in a fixed order."""
+    offsets = tl.arange(0, LANES)
+    sums = tl.zeros((LANES,), dtype=tl.float64)
+    first = 0
+    while first < n_rows:
+        sums += tl.load(losses_ptr + first + offsets, mask=offsets < n_rows - first, other=0).to(tl.float64)
+        first += LANES
+    loss = tl.sum(sums)
+    scale = tl.full((), 1.0, tl.float64)
+    if MEAN:
+        loss = loss / count.to(tl.float64)
+        scale = tl.where(count > 0, 1.0 / count.to(tl.float64), 0.0)
+    tl.store(loss_ptr, loss.to(COMPUTE))
+    tl.store(scale_ptr, scale.to(COMPUTE))
+
+
+_POINTERS = [
+    "logits_ptr", "targets_ptr", "rows_ptr", "scales_ptr", "tags_ptr", "ids_ptr", "errors_ptr", "numbers_ptr",
+    "losses_ptr", "gradient_ptr", "loss_ptr", "scale_ptr", "counter_ptr",
+]  # fmt: skip
+_SIZES = [
+    "logits_stride", "target_stride", "past_stride", "n_rows", "n_classes", "width", "n_samples", "epoch", "wanted",
+    "ignore_index",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
+def _record_kernel(
+    logits_ptr, targets_ptr, rows_ptr, scales_ptr, tags_ptr, ids_ptr, errors_ptr,
+    logits_stride, target_stride, past_stride, width, n_samples, epoch, wanted, n_classes, ignore_index,
+    COMPUTE: tl.constexpr, HAS_CLASSES: tl.constexpr, VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr,
+    PAST_VECTOR: tl.constexpr, WHOLE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCAN_SIZE: tl.constexpr,
+):  # fmt: skip
+    """history[ids[row]] = logits[row]. Reads logits; writes the history: 6 B per class from float32 to float16."""
+    row = tl.program_id(0).to(tl.int64)
+    counted = row >= 0
+    if HAS_CLASSES:
+        counted = tl.load(targets_ptr + row * target_stride) != ignore_index
+    past_row, takes_part = _find_sample(
+        ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, target_stride, ignore_index, HAS_CLASSES, SCAN_SIZE
+    )
+    z_ptr, past_ptr = logits_ptr + row * logits_stride, rows_ptr + past_row * past_stride
+    # of who takes no part nothing is read or written
+    z_length, past_length = n_classes * takes_part.to(tl.int32), width * takes_part.to(tl.int32)
+    magnitude = tl.zeros((), tl.float32)
+    if scales_ptr is not None:
+        start = tl.zeros((), tl.int32)
+        while start < n_classes:
+            z = _load_block(z_ptr, start, z_length, COMPUTE, VECTOR, BLOCK_SIZE)
+            magnitude = tl.maximum(magnitude, _largest_magnitude(z, n_classes - start))
+            start += BLOCK_SIZE
+        tl.store(scales_ptr + past_row, _unit_of(magnitude), mask=takes_part)
+    tl.store(tags_ptr + past_row, epoch, mask=takes_part)
+    start = tl.zeros((), tl.int32)
+    while start < n_classes:
+        z = _load_block(z_ptr, start, z_length, COMPUTE, VECTOR, BLOCK_SIZE)
+        _record_block(past_ptr, start, n_classes, past_length, z, _unit_of(magnitude), PAST_VECTOR, BLOCK_SIZE)
+        start += BLOCK_SIZE
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
+def _trajectory_loss_kernel(
+    logits_ptr, targets_ptr, rows_ptr, scales_ptr, tags_ptr, ids_ptr, errors_ptr,
+    logits_stride, target_stride, past_stride, width, n_samples, epoch, wanted, n_classes, ignore_index,
+    numbers_ptr, losses_ptr, gradient_ptr, loss_ptr, scale_ptr, counter_ptr, n_rows,
+    RECORDS: tl.constexpr, REDUCTION: tl.constexpr, COMPUTE: tl.constexpr, HAS_CLASSES: tl.constexpr,
+    VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, PAST_VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SCAN_SIZE: tl.constexpr,
+):  # fmt: skip
+    """losses[row], gradient[row] = cross-entropy + weight KL(past || current); history[ids[row]] = logits[row].
+
+    Reads logits, past; writes gradient, history: 12 B per class with float32 logits and a float16 history.
+    """
+    HAS_PAST: tl.constexpr = rows_ptr is not None
+    HAS_HISTORY: tl.constexpr = ids_ptr is not None
+    QUANTISES: tl.constexpr = RECORDS and scales_ptr is not None
+    row = tl.program_id(0).to(tl.int64)
+    rate = tl.load(numbers_ptr).to(COMPUTE)
+    weight = tl.load(numbers_ptr + 1).to(COMPUTE)
+    smoothing = tl.load(numbers_ptr + 2).to(COMPUTE)
+    z_ptr = logits_ptr + row * logits_stride
+    gradient_ptr += row * n_classes
+    target = row * 0
+    counted = row >= 0
+    share_sum = tl.zeros((), COMPUTE)
+    if HAS_CLASSES:
+        target = tl.load(targets_ptr + row * target_stride)
+        counted = target != ignore_index
+        share_sum = tl.where((target >= 0) & (target < n_classes), share_sum + 1, float("nan"))
+    soft_ptr = targets_ptr + row * target_stride
+    past_row, takes_part, has_past = row, counted, counted
+    unit = tl.full((), 1.0, COMPUTE)
+    if HAS_HISTORY:
+        past_row, takes_part = _find_sample(
+            ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, target_stride, ignore_index,
+            HAS_CLASSES, SCAN_SIZE,
+        )  # fmt: skip
+        has_past = takes_part & (tl.load(tags_ptr + past_row) == wanted)
+        if scales_ptr is not None:
+            unit = tl.load(scales_ptr + past_row).to(COMPUTE)
+    # of who has no past, or is not recorded, nothing is read or written
+    z_length, past_length = n_classes * counted.to(tl.int32), width * has_past.to(tl.int32)
+    record_length = width * takes_part.to(tl.int32)
+    past_ptr = z_ptr
+    if HAS_PAST:
+        past_ptr = rows_ptr + past_row * past_stride
+
+    z_largest = tl.full((), float("-inf"), COMPUTE)
+    z_sum = tl.zeros((), COMPUTE)
+    q_sum, t_largest, p_sum, magnitude = z_sum, z_largest, z_sum, tl.zeros((), tl.float32)
+    start = tl.zeros((), tl.int32)
+    if WHOLE:
+        z, t, share = _load_all(
+            z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
+            COMPUTE, HAS_PAST, HAS_CLASSES, VECTOR, TARGET_VECTOR, PAST_VECTOR, BLOCK_SIZE,
+        )  # fmt: skip
+        z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude = _add_all(
+            z, t, share, n_classes, z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude, rate,
+            HAS_PAST, HAS_CLASSES, QUANTISES,
+        )  # fmt: skip
+    else:
+        while start < n_classes:
+            z, t, share = _load_all(
+                z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
+                COMPUTE, HAS_PAST, HAS_CLASSES, VECTOR, TARGET_VECTOR, PAST_VECTOR, BLOCK_SIZE,
+            )  # fmt: skip
+            z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude = _add_all(
+                z, t, share, n_classes - start, z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude, rate,
+                HAS_PAST, HAS_CLASSES, QUANTISES,
+            )  # fmt: skip
+            start += BLOCK_SIZE
+
+    # 0 without a finite logit, NaN with one that is NaN or inf
+    has_past = has_past & (p_sum > 0)
+    z_log_sum, q_log_sum, p_log_sum, new_unit = tl.log(z_sum), tl.log(q_sum), tl.log(p_sum), _unit_of(magnitude)
+    start = tl.zeros((), tl.int32)
+    if WHOLE:
+        loss, divergence = _finish_block(
+            z, t, share, gradient_ptr, past_ptr, start, n_classes, record_length, counted, has_past, new_unit,
+            z_largest, z_log_sum, q_log_sum, t_largest, p_log_sum, share_sum, rate, weight,
+            HAS_PAST, RECORDS, VECTOR, PAST_VECTOR, BLOCK_SIZE,
+        )  # fmt: skip
+    else:
+        loss, divergence = tl.zeros((), COMPUTE), tl.zeros((), COMPUTE)
+        while start < n_classes:
+            z, t, share = _load_all(
+                z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
+                COMPUTE, HAS_PAST, HAS_CLASSES, VECTOR, TARGET_VECTOR, PAST_VECTOR, BLOCK_SIZE,
+            )  # fmt: skip
+            some_loss, some_divergence = _finish_block(
+                z, t, share, gradient_ptr, past_ptr, start, n_classes, record_length, counted, has_past, new_unit,
+                z_largest, z_log_sum, q_log_sum, t_largest, p_log_sum, share_sum, rate, weight,
+                HAS_PAST, RECORDS, VECTOR, PAST_VECTOR, BLOCK_SIZE,
+            )  # fmt: skip
+            loss += some_loss
+            divergence += some_divergence
+            start += BLOCK_SIZE
+
+    if HAS_CLASSES:
+        loss *= share_sum
+    if HAS_PAST:
+        loss += tl.where(has_past, weight * divergence, 0.0)
+    if RECORDS:
+        tl.store(tags_ptr + past_row, epoch, mask=takes_part)
+        if QUANTISES:
+            tl.store(scales_ptr + past_row, new_unit, mask=takes_part)
+    tl.store(losses_ptr + row, tl.where(counted, loss, 0.0))
+    if REDUCTION == "none":
+        tl.store(scale_ptr, tl.full((), 1.0, COMPUTE), mask=row == 0)
+    else:
+        arrival = (counted.to(tl.int64) << 32) + 1
+        count = tl.atomic_add(counter_ptr, arrival) + arrival
+        if (count & 0xFFFFFFFF) == n_rows:
+            _reduce(losses_ptr, loss_ptr, scale_ptr, n_rows, count >> 32, COMPUTE, REDUCTION == "mean", SCAN_SIZE)
+            tl.store(counter_ptr, tl.zeros((), tl.int64))
+
+
+@torch.no_grad()
+def trajectory_loss(
+    logits: Tensor,
+    targets: Tensor,
+    past: Past | None,
+    *,
+    tau: float,
+    weight: float,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, each row's gradient and the gradient's scale; see `reference_loss.trajectory_loss`.
+
+    One launch. A row whose target is no class gets NaN, since a device cannot raise.
+    """
+    reference_loss.check_loss(logits, targets, past, tau, reduction)
+    n, n_classes = logits.shape
+    if not n or logits.device.type != ("cpu" if INTERPRETED else "cuda"):
+        return reference_loss.trajectory_loss(
+            logits, targets, past, tau=tau, weight=weight,
+            label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
+        )  # fmt: skip
+    logits, targets = _with_unit_stride(logits), _with_unit_stride(targets)
+    if past is not None and past.ids is None:
+        past = Past(_with_unit_stride(past.rows))
+    device, dtype = logits.device, torch.float64 if logits.dtype == torch.float64 else torch.float32
+    losses, gradient = torch.empty(n, dtype=dtype, device=device), logits.new_empty(n, n_classes)
+    loss, scale = torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
+    with on_device(device), counters(1, device) as counter:
+        launch(
+            _trajectory_loss_kernel, n, *_arguments(logits, targets, past, ignore_index),
+            numbers((1 / tau, weight, label_smoothing), device), losses, gradient, loss, scale, counter, n,
+            RECORDS=past is not None and past.record, REDUCTION=reduction,
+            **_constants(logits, targets, past),
+        )  # fmt: skip
+    return losses if reduction == "none" else loss, gradient, scale
+
+
+@torch.no_grad()
+def record_(logits: Tensor, past: Past, targets: Tensor | None = None, ignore_index: int = -100) -> None:
+    """Record the logits in the history; see `reference_loss.record_`. One launch."""
+    reference_loss.check_record(logits, past, targets)
+    if not len(logits) or logits.device.type != ("cpu" if INTERPRETED else "cuda"):
+        reference_loss.record_(logits, past, targets, ignore_index)
+        return
+    logits = _with_unit_stride(logits)
+    classes = None if targets is None or targets.is_floating_point() else targets
+    with on_device(logits.device):
+        launch(
+            _record_kernel, len(logits), *_arguments(logits, classes, past, ignore_index),
+            **_constants(logits, classes, past),
+        )  # fmt: skip
+
+
+def _with_unit_stride(tensor: Tensor) -> Tensor:
+    """The same, with the elements of a row side by side."""
+    return tensor if tensor.dim() < 2 or tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def _arguments(logits: Tensor, targets: Tensor | None, past: Past | None, ignore_index: int) -> tuple[Any, ...]:
+    """What both kernels are told first."""
+    n_classes, target_stride = logits.shape[1], 0 if targets is None else targets.stride(0)
+    if past is None:
+        return logits, targets, *(None,) * 5, logits.stride(0), target_stride, 0, 0, 0, 0, 0, n_classes, ignore_index
+    rows = past.rows
+    return (
+        logits, targets, rows, past.scales, past.tags, past.ids, past.errors,
+        logits.stride(0), target_stride, rows.stride(0), _width(rows, n_classes), len(rows), past.epoch, past.wanted,
+        n_classes, ignore_index,
+    )  # fmt: skip
+
+
+def _constants(logits: Tensor, targets: Tensor | None, past: Past | None) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    n_classes, compute = logits.shape[1], wide(logits.dtype)
+    probabilities = targets if targets is not None and targets.dim() == 2 else None
+    matrices = [logits, probabilities, None if past is None else past.rows]
+    # as many elements of each at a time as make 16 bytes of the widest, so that threads agree on who holds what
+    vector = 16 // max(t.element_size() for t in matrices if t is not None)
+    most = _BYTES_IN_REGISTERS * 8 // compute.primitive_bitwidth
+    size = min(max(triton.next_power_of_2(n_classes), _PADDING), most)
+    threads = min(max(size // _ELEMENTS_PER_THREAD, 32), THREADS)
+    return {
+        "COMPUTE": compute,
+        "HAS_CLASSES": targets is not None and targets.dim() == 1,
+        "VECTOR": _vector(logits, n_classes, vector),
+        "TARGET_VECTOR": 1 if probabilities is None else _vector(probabilities, n_classes, vector),
+        "PAST_VECTOR": 1 if past is None else _vector(past.rows, _width(past.rows, n_classes), vector),
+        "WHOLE": size >= n_classes,
+        "BLOCK_SIZE": size,
+        "SCAN_SIZE": 4 * threads,
+        "threads": threads,
+    }
+
+
+def _width(rows: Tensor, n_classes: int) -> int:
+    """Columns of the past that are read: with a history's padding, up to a multiple of 16."""
+    return min(rows.shape[1], -(-n_classes // _PADDING) * _PADDING)
+
+
+def _vector(matrix: Tensor, width: int, most: int) -> int:
+    """How many elements one access can take, at most, in every row."""
+    return gcd(width, matrix.stride(0), matrix.data_ptr() // matrix.element_size(), most)
