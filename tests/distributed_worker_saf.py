@@ -122,7 +122,9 @@ def every_row_finds_its_past_where_a_history_per_process_finds_a_part():
 
 @case()
 def neither_is_an_error_that_explains_itself():
-    with pytest.raises(RuntimeError, match=r"2 processes: .*SampleToRankSampler .*sampler=.*storage=.*DistributedSampler"):
+    with pytest.raises(
+        RuntimeError, match=r"2 processes: .*SampleToRankSampler .*sampler=.*storage=.*DistributedSampler"
+    ):
         SAF(N, C)
 
 
