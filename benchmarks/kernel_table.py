@@ -23,6 +23,7 @@ RHO = 1.0  # moves a small list by about its own length, so that a wrong baselin
 SGD = SGDOptions(lr=0.1, momentum=0.9, weight_decay=5e-4)
 ADAM = AdamOptions(lr=0.1, beta2=0.9, weight_decay=0.1, decoupled=True)
 STEPS_TAKEN = 10.0
+DECAY = 0.9
 
 Call = Callable[[], Sequence[Sequence[Tensor]]]
 """One call of what is timed; returns lists of tensors, which hold its results."""
@@ -78,6 +79,11 @@ class Lists:
     def norm(self) -> Tensor:
         return reference.norm(self.grads)
 
+    @property
+    def elements(self) -> int:
+        """All parameters."""
+        return sum(map(math.prod, self.shapes))
+
     def every(self, value: Any) -> list[Any]:
         """The value once for each parameter."""
         return [value] * len(self.shapes)
@@ -113,6 +119,11 @@ class Losses:
         generator = torch.Generator(device).manual_seed(seed)
         kwargs: Any = {"generator": generator, "device": device}
         self.before, self.after = (torch.rand(n_rows, **kwargs).to(dtype) for _ in range(2))
+
+    @property
+    def elements(self) -> int:
+        """Rows."""
+        return len(self.after)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.before, self.after)
@@ -194,6 +205,16 @@ def _adam(k: ModuleType, x: Lists) -> Call:
     return call
 
 
+def _ema(k: ModuleType, x: Lists) -> Call:
+    averages, values = x.backup.tensors, x.weights
+
+    def call() -> list[list[Tensor]]:
+        k.ema_(averages, values, DECAY)
+        return [averages]
+
+    return call
+
+
 def _select(k: ModuleType, x: Losses) -> Call:
     return lambda: [[k.select_largest_increase(x.after, x.before, len(x.after) // 2)]]
 
@@ -252,6 +273,27 @@ def _foreach_restore(x: Lists) -> Call:
     def call() -> list[list[Tensor]]:
         torch._foreach_copy_(x.weights, x.backup.tensors)
         return [x.weights]
+
+    return call
+
+
+def _foreach_ema(x: Lists) -> Call:
+    averages, values = x.backup.tensors, x.weights
+
+    def call() -> list[list[Tensor]]:
+        torch._foreach_lerp_(averages, values, 1 - DECAY)
+        return [averages]
+
+    return call
+
+
+def _eager_ema(x: Lists) -> Call:
+    averages, values = x.backup.tensors, x.weights
+
+    def call() -> list[list[Tensor]]:
+        for v, w in zip(averages, values, strict=True):
+            v.copy_(v * DECAY + (1 - DECAY) * w)
+        return [averages]
 
     return call
 
@@ -369,6 +411,8 @@ class Kernel(NamedTuple):
     workloads: Mapping[str, Callable[[], Any]] = LISTS
     small: Any = ((33, 65), (129,), (2, 3, 5, 7), (1,))
     """The workload on which every call is verified."""
+    cut: Callable[[Any], Any] = lambda shapes: [(min(math.prod(shape), 1000),) for shape in shapes]
+    """What a dry run makes of a workload."""
     plant: Callable[[Any], None] | None = None
     """Changes inputs so that the answer is another; verified too."""
 
@@ -417,16 +461,16 @@ KERNELS: dict[str, Kernel] = {
     ),
     "restore_sgd_step_": Kernel(_sgd, _STEP["sgd"], 5, _BOTH, "restore_sgd_step momentum"),
     "restore_adam_step_": Kernel(_adam, _STEP["adamw"], 7, _BOTH, "restore_adam_step"),
+    "ema_": Kernel(_ema, {"torch foreach": _foreach_ema, "timm eager": _eager_ema}, 3, _BOTH, "ema"),
     # both losses, and 8 bytes for each chosen row: half of them
     "select_largest_increase": Kernel(
         _select, {"torch": _torch_select}, 3, _FP32, "select", make=Losses, small=100,
-        workloads={f"{n} rows": partial(int, n) for n in (128, 1024, 4096, 65536)},
+        workloads={f"{n} rows": partial(int, n) for n in (128, 1024, 4096, 65536)}, cut=int,
     ),
 }  # fmt: skip
-"""Every kernel by the name of its launcher."""
+"""The kernels of the optimizers and the teacher, by the name of their launcher."""
 
 
 def bytes_moved(kernel: Kernel, inputs: Any, dtype: torch.dtype) -> int:
     """What one call has to read and write: accesses times the elements' size."""
-    n_elements = len(inputs.after) if isinstance(inputs, Losses) else sum(map(math.prod, inputs.shapes))
-    return round(kernel.accesses * n_elements * dtype.itemsize)
+    return round(kernel.accesses * inputs.elements * dtype.itemsize)

@@ -15,7 +15,6 @@ host's own time is a column of its own. Bytes are the kernel's minimum, whatever
 import argparse
 import itertools
 import json
-import math
 import platform
 import random
 import re
@@ -33,21 +32,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_table import KERNELS, Call, Kernel, UnavailableError, bytes_moved
+from benchmarks import kernel_table
+from benchmarks.kernel_table import Call, Kernel, UnavailableError, bytes_moved
+from benchmarks.loss_table import LOSSES
 from benchmarks.parameter_lists import LISTS
 from fastsam.kernels import dispatch, reference
 
 ROOT = Path(__file__).parents[1]
+KERNELS = {**kernel_table.KERNELS, **LOSSES}
 OURS, AGAIN, TWIN = "ours", "ours again", "torch.compile of the twin"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TESTS = {
-    "cuda": ["test_kernels.py", "test_kernel_steps.py", "test_kernel_launches.py", "test_select.py"],
+    "cuda": [
+        *("test_kernels.py", "test_kernel_steps.py", "test_kernel_launches.py", "test_select.py"),
+        *("test_trajectory_loss.py", "test_ema.py"),
+    ],
     "cpu": ["test_reference.py"],
 }
 """The tests of the kernels, and of the twins."""
 _UNITS = 4  # in the last place of the dtype, root mean square
 _MOST_LEAD = 0.02  # seconds
-_MOST_ELEMENTS = 1000  # of a tensor in a dry run
 
 
 class Plan(NamedTuple):
@@ -202,8 +206,8 @@ def measure(name: str, workload: str, dtype: str, plan: Plan, clock: Clock) -> d
     """Return one result of the record: a kernel on a workload in a dtype, arm by arm."""
     kernel = KERNELS[name]
     size = kernel.workloads[workload]()
-    if plan.device == "cpu" and kernel.workloads is LISTS:
-        size = [(min(math.prod(shape), _MOST_ELEMENTS),) for shape in size]
+    if plan.device == "cpu":
+        size = kernel.cut(size)
     first = kernel.make(size, DTYPES[dtype], plan.device, 0)
     moved = bytes_moved(kernel, first, DTYPES[dtype])
     n_copies = max(2, -(-plan.cache // moved))

@@ -143,7 +143,7 @@ def foreign_samples_are_refused():
 def what_rank_0_cannot_open_fails_everywhere():
     directory = shared_directory()
     SAF(N, C, storage=directory, device="cpu")
-    with pytest.raises(RuntimeError, match="rank 0 could not open SAF's history: FileExistsError.*resume=True"):
+    with pytest.raises(RuntimeError, match=r"rank 0 could not open SAF's history: FileExistsError.*resume=True"):
         SAF(N, C, storage=directory, device="cpu")
     again = SAF(N, C, storage=directory, device="cpu", resume=True)
     again.set_epoch(1)

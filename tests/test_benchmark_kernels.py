@@ -12,8 +12,8 @@ if not (ROOT / "benchmarks" / "kernels.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
-    from benchmarks import kernel_table, kernels
-    from benchmarks.kernel_table import KERNELS
+    from benchmarks import kernel_table, kernels, loss_table
+    from benchmarks.kernels import KERNELS
     from benchmarks.parameter_lists import LISTS
 
 PLAN = kernels.plan_for("cpu", 2)
@@ -42,6 +42,15 @@ def test_bytes_are_those_of_the_compiled_kernel(name, dtype):
     kernel = KERNELS[name]
     if kernel.gate == "select":
         assert kernel_table.bytes_moved(kernel, kernel_table.Losses(50, dtype, "cpu", 0), dtype) == 50 * 8 + 25 * 8
+        return
+    if name in loss_table.LOSSES:
+        rows = loss_table.Rows((6, 32), dtype, "cpu", 0)
+        moved = (
+            [rows.logits, rows.logits, *[rows.history[:6]] * 2]
+            if name != "record_"
+            else [rows.logits, rows.history[:6]]
+        )
+        assert kernel_table.bytes_moved(kernel, rows, dtype) == sum(t.nbytes for t in moved)
         return
     stage, *rest = kernel.gate.split()
     found = [GATE[key] for words in (rest, ["found_inf", *rest])
@@ -76,7 +85,7 @@ EXPECTED = {
 def test_every_arm_computes_the_same(name, dtype):
     kernel = KERNELS[name]
     for arm, build in kernels.builders(kernel, PLAN).items():
-        if arm != "apex":
+        if arm not in ("apex", "Liger"):
             assert outcome(kernel, build, dtype) == EXPECTED.get((name, dtype, arm), "right"), arm
 
 
@@ -84,7 +93,10 @@ IDLE = SimpleNamespace(
     norm=lambda grads, *_: torch.zeros(()),
     found_nonfinite=lambda grads: torch.zeros(()),
     select_largest_increase=lambda after, before, k: torch.arange(k),
-    **dict.fromkeys(("perturb_", "restore_", "restore_sgd_step_", "restore_adam_step_"), lambda *_: None),
+    trajectory_loss=lambda logits, *_, **__: (torch.zeros(()), torch.zeros_like(logits), None),
+    **dict.fromkeys(
+        ("perturb_", "restore_", "restore_sgd_step_", "restore_adam_step_", "record_", "ema_"), lambda *_: None
+    ),
 )
 
 
