@@ -47,6 +47,7 @@ class Replicas:
     """
 
     def __init__(self, model: nn.Module | None, params: Sequence[Tensor], perturb_sync: PerturbSync) -> None:
+        _refuse_partial(params)
         modules = list(model.modules()) if model is not None else []
         self._ddp = [m for m in modules if isinstance(m, DistributedDataParallel)]
         self._fsdp = [m for m in modules if isinstance(m, _loaded("torch.distributed.fsdp", "FSDPModule"))]
@@ -210,10 +211,10 @@ def _dtensors() -> Any:
     return _loaded("torch.distributed.tensor", "DTensor")
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """This rank's own entries of a DTensor, in its memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, _dtensors()) else tensor  # type: ignore[attr-defined]
+    # to_local() of a parameter is another tensor in every call, but a backup knows its weights by identity
+    return tensor._local_tensor if isinstance(tensor, _dtensors()) else tensor  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -230,6 +231,15 @@ def laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
     return grad
 
 
+def _refuse_partial(params: Sequence[Tensor]) -> None:
+    for p in params:
+        if isinstance(p, _dtensors()) and any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is a sum over ranks (Partial), of which nobody holds a weight to "
+                "perturb; redistribute it"
+            )
+
+
 class Spread(NamedTuple):
     """How a tensor lies on several ranks: split along these dimensions of the mesh, copied along the others."""
 
@@ -242,7 +252,8 @@ def spread(tensor: Tensor) -> Spread | None:
     if not isinstance(tensor, _dtensors()):
         return None
     placements = tensor.placements  # type: ignore[attr-defined]
-    return Spread(tensor.device_mesh, tuple(d for d, p in enumerate(placements) if p.is_shard()))  # type: ignore[attr-defined]
+    # the strided shards of two-dimensional meshes do not call themselves shards
+    return Spread(tensor.device_mesh, tuple(d for d, p in enumerate(placements) if not p.is_replicate()))  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

@@ -13,8 +13,7 @@ from pathlib import Path
 import distributed_worker
 import pytest
 import torch
-import distributed_worker_ddp  # isort: skip  # noqa: F401
-import distributed_worker_fsdp  # isort: skip
+from distributed_worker_fsdp import load_into_one_process, save_from_one_process, whole_run
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -45,7 +44,7 @@ def outcomes(tmp_path_factory):
     def outcome(world, case):
         if world not in printed:
             if world == 2:
-                distributed_worker_fsdp.save_from_one_process(folder)
+                save_from_one_process(folder)
             printed[world] = launch(world, folder)
         files = [folder / f"{case}.{rank}" for rank in range(world)]
         texts = [f.read_text() if f.exists() else f"not run:\n{out}" for f, out in zip(files, printed[world], strict=True)]
@@ -58,8 +57,21 @@ def parameters(world):
     return [pytest.param(world, case, id=f"{world} ranks {case}") for case in distributed_worker.CASES[world]]
 
 
-# one test would do, but a report by case says more
 @pytest.mark.parametrize(("world", "case"), parameters(2) + parameters(4))
 def test_on_all_ranks(outcomes, world, case):
     _, texts = outcomes(world, case)
     assert texts == ["passed"] * world, "\n".join(texts)
+
+
+def test_checkpoint_of_two_processes_continues_on_one(outcomes):
+    folder, texts = outcomes(2, "checkpoint_from_two_processes")
+    assert texts == ["passed"] * 2
+    model, expected = load_into_one_process(folder), whole_run()
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("stopping", ["dies", "lags"])
+def test_a_rank_that_stops_is_reported_by_the_others(tmp_path, stopping):
+    printed = launch(2, tmp_path, f"a_rank_{stopping}")
+    assert "fastsam could not reduce the ascent gradient on rank 0: another rank has stopped" in printed[0]
