@@ -6,12 +6,14 @@ Under DistributedDataParallel (DDP), with W ranks of which groups of g share a p
     eps    = the method's perturbation for the mean of g_r over r's group      (g = W: "global", g = 1: "replica")
     d      = mean over all W ranks of grad at w + eps                          (g < W is mSAM with W / g shards)
 
-With g = W the ascent's backward reduces as every backward of DDP does. With g < W it runs under no_sync(), and for g > 1
-one flat all-reduce within the group follows it; only the descent's gradients travel between all ranks, in DDP's buckets,
-while its backward still runs. DDP weighs ranks equally whatever their batch sizes are, and so does this.
+With g = W the ascent's backward reduces as every backward of DDP does. With g < W it runs under no_sync(), and for
+g > 1 one flat all-reduce within the group follows it; only the descent's gradients travel between all ranks, in DDP's
+buckets, while its backward still runs. p.grad is None in the ascent, so that DDP's buckets keep out of it even in the
+forward that makes them anew. DDP weighs ranks equally whatever their batch sizes are, and so does this.
 
 Under fully_shard (FSDP2) and tensor parallelism weights are DTensors. Their gradients are complete, so the perturbation
-is global; kernels are given each rank's own entries, and norms and flags are reduced over the ranks that share a tensor.
+is global; kernels are given each rank's own entries, and norms and flags are reduced over the ranks that share a
+tensor.
 
 A rank that stops makes the others' next collective fail, at once or after the process group's timeout.
 """
@@ -56,30 +58,16 @@ class Replicas:
         sharing = _ranks_sharing(perturb_sync, size)
         self.is_local = sharing < size
         if size > 1:
-            self._check_model(model, params, perturb_sync, modules)
+            self._check(model, params, perturb_sync)
         self._sharing = sharing
         self._group = _own_group(self._world, sharing) if 1 < sharing < size else self._world
 
-    def _check_model(
-        self, model: nn.Module | None, params: Sequence[Tensor], perturb_sync: PerturbSync, modules: list[nn.Module]
-    ) -> None:
+    def _check(self, model: nn.Module | None, params: Sequence[Tensor], perturb_sync: PerturbSync) -> None:
+        """Raise or warn where several ranks would not train as they were asked to."""
         is_sharded = bool(self._fsdp) or any(isinstance(p, _dtensors()) for p in params)
-        if self.is_local and is_sharded:
-            raise ValueError(
-                f"perturb_sync={perturb_sync!r} needs weights of its own on every rank, but these are sharded; use "
-                "perturb_sync='global', or DistributedDataParallel"
-            )
-        if self.is_local and not self._ddp:
-            raise ValueError(
-                f"perturb_sync={perturb_sync!r} needs model=, the DistributedDataParallel module that the loss uses, to "
-                f"keep its ranks' gradients apart; got {type(model).__name__}"
-            )
-        if self.is_local and not self.may_skip_gradients:
-            raise ValueError(
-                f"perturb_sync={perturb_sync!r} cannot be had with DistributedDataParallel(static_graph=True), whose "
-                "first pass has to be reduced; drop static_graph, or use perturb_sync='global'"
-            )
-        if self.is_local and any(isinstance(m, nn.SyncBatchNorm) for m in modules):
+        if self.is_local and (reason := self._reason_against_local_ascents(model, is_sharded)):
+            raise ValueError(f"perturb_sync={perturb_sync!r} {reason}, or use perturb_sync='global'")
+        if self.is_local and model is not None and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             warnings.warn(
                 f"SyncBatchNorm mixes the statistics of ranks whose weights differ under perturb_sync={perturb_sync!r}",
                 stacklevel=6,
@@ -87,9 +75,25 @@ class Replicas:
         if model is not None and not self._ddp and not is_sharded:
             warnings.warn(
                 f"{dist.get_world_size()} processes run, but model is a plain {type(model).__name__}: unless something "
-                "else reduces gradients, ranks drift apart. Pass the DistributedDataParallel module that the loss uses.",
+                "else reduces gradients, ranks drift apart. Pass the DistributedDataParallel module that the loss "
+                "uses.",
                 stacklevel=6,
             )
+
+    def _reason_against_local_ascents(self, model: nn.Module | None, is_sharded: bool) -> str | None:
+        if is_sharded:
+            return "needs all weights on every rank, but these are sharded; use DistributedDataParallel"
+        if not self._ddp:
+            return (
+                "needs model=, the DistributedDataParallel module that the loss uses, to keep its ranks' gradients "
+                f"apart, but got {type(model).__name__}; pass it"
+            )
+        if not self.may_skip_gradients:
+            return (
+                "cannot be had with DistributedDataParallel(static_graph=True), which reduces its first pass in any "
+                "case; drop static_graph"
+            )
+        return None
 
     @property
     def reduce_in_backward(self) -> bool:
@@ -116,7 +120,8 @@ class Replicas:
         """
         if not self.may_skip_gradients:
             raise RuntimeError(
-                "DistributedDataParallel(static_graph=True) has to reduce in every pass; drop static_graph, or sync=False"
+                "DistributedDataParallel(static_graph=True) has to reduce in every pass; drop static_graph, or "
+                "sync=False"
             )
         contexts = ExitStack()
         for ddp in self._ddp:
@@ -203,7 +208,7 @@ def _all_reduce(tensor: Tensor, group: Any, op: Any, what: str) -> None:
 
 
 def _loaded(module: str, name: str) -> Any:
-    """A class for isinstance if somebody has imported its module: importing DTensor takes longer than all of fastsam."""
+    """A class for isinstance, if its module is loaded: importing DTensor takes longer than all of fastsam."""
     return getattr(sys.modules.get(module), name, ())
 
 
@@ -214,29 +219,29 @@ def _dtensors() -> Any:
 def local(tensor: Tensor) -> Tensor:
     """This rank's own entries of a DTensor, in its memory; any other tensor as it is."""
     # to_local() of a parameter is another tensor in every call, but a backup knows its weights by identity
-    return tensor._local_tensor if isinstance(tensor, _dtensors()) else tensor  # type: ignore[attr-defined]
+    return tensor._local_tensor if isinstance(tensor, _dtensors()) else tensor
 
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """All entries of a DTensor, on every rank; any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, _dtensors()) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if isinstance(tensor, _dtensors()) else tensor
 
 
 @torch.no_grad()
-def laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
+def laid_out_as(param: Any, grad: Any) -> Tensor:
     """A DTensor gradient spread as its parameter is, its parts summed; any other gradient as it is."""
-    if isinstance(grad, _dtensors()) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    if isinstance(grad, _dtensors()) and grad.placements != param.placements:
+        return grad.redistribute(placements=param.placements)
     return grad
 
 
-def _refuse_partial(params: Sequence[Tensor]) -> None:
+def _refuse_partial(params: Sequence[Any]) -> None:
     for p in params:
-        if isinstance(p, _dtensors()) and any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
+        if isinstance(p, _dtensors()) and any(placement.is_partial() for placement in p.placements):
             raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} is a sum over ranks (Partial), of which nobody holds a weight to "
-                "perturb; redistribute it"
+                f"a parameter of shape {tuple(p.shape)} is a sum over ranks (Partial), of which nobody holds a weight "
+                "to perturb; redistribute it"
             )
 
 
@@ -251,9 +256,16 @@ def spread(tensor: Tensor) -> Spread | None:
     """How a DTensor is spread; None for any other tensor."""
     if not isinstance(tensor, _dtensors()):
         return None
-    placements = tensor.placements  # type: ignore[attr-defined]
     # the strided shards of two-dimensional meshes do not call themselves shards
-    return Spread(tensor.device_mesh, tuple(d for d, p in enumerate(placements) if not p.is_replicate()))  # type: ignore[attr-defined]
+    return Spread(tensor.device_mesh, tuple(d for d, p in enumerate(tensor.placements) if not p.is_replicate()))
+
+
+def shard_number(spread: Spread | None) -> int:
+    """Which of a tensor's shards this rank holds, counted along the mesh; 0 for a whole one."""
+    number = 0
+    for d in spread.dims if spread else ():
+        number = number * spread.mesh.size(d) + spread.mesh.get_local_rank(d)  # type: ignore[union-attr]
+    return number
 
 
 @torch.no_grad()
@@ -267,13 +279,13 @@ def norm_over_ranks(norm_of: Callable[[list[int]], Tensor], spreads: Sequence[Sp
     if not any(spreads):
         return norm_of(list(range(len(spreads))))
     alike = {spreads[rows[0]]: norm_of(rows).square() for rows in buckets(spreads)}
-    total = alike.pop(None, 0.0)
+    total = alike.pop(None, torch.zeros((), dtype=torch.float64))
     for mesh, dims in _split_dims(spreads).items():
         copies = {s: prod(mesh.size(d) for d in dims if d not in s.dims) for s in alike if s and s.mesh == mesh}
         squares = torch.stack([alike[s] / n for s, n in copies.items()]).sum()
         for d in dims:
             _all_reduce(squares, mesh.get_group(d), dist.ReduceOp.SUM, "the gradient norm")
-        total = total + squares
+        total = squares + total.to(squares.device)
     return total.sqrt()
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastsam.distributed import PerturbSync, norm_over_ranks
+from fastsam.distributed import PerturbSync, norm_over_ranks, shard_number
 from fastsam.kernels import dispatch
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import E0
@@ -152,7 +152,13 @@ class SAM(TwoPassOptimizer):
         return [-r if group.get("maximize") else r for r, group in zip(radii, ascended.groups, strict=True)]
 
     def _draw(self, ascended: Ascended) -> Draw | None:
-        return Draw(ascended.seed, ascended.step, ascended.indices) if self.stochastic_rounding else None
+        return Draw(ascended.seed, ascended.step, self._draw_indices(ascended)) if self.stochastic_rounding else None
+
+    def _draw_indices(self, ascended: Ascended) -> tuple[int, ...]:
+        """Where each tensor's random numbers start: every shard has its own, copies have the same."""
+        n_tensors = len(self._params())
+        numbers = map(shard_number, ascended.spreads)
+        return tuple(i + n_tensors * number for i, number in zip(ascended.indices, numbers, strict=True))
 
     def _is_official(self) -> bool:
         return any(self.knob(group, "adaptive") == "official" for group in self.param_groups)

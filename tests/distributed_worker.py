@@ -1,4 +1,4 @@
-"""One rank's side of test_distributed.py: `python distributed_worker.py RANK WORLD PORT FOLDER` runs every case.
+"""One rank's side of test_distributed.py: `python distributed_worker.py RANK WORLD PORT FOLDER [STOP]`.
 
 A case is a function that all ranks run together, with asserts; its outcome goes to FOLDER/<case>.<rank>.
 """
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 CASES = {2: {}, 4: {}}
+STOPS = {}
 FOLDER = Path()
 
 
@@ -28,6 +29,12 @@ def case(*arguments, world=2):
         return function
 
     return register
+
+
+def stop(function):
+    """Register a case that ends its launch, so it needs one of its own."""
+    STOPS[function.__name__] = function
+    return function
 
 
 def rows_of_rank(tensors, shards=1):
@@ -67,8 +74,9 @@ def run_cases(rank, world):
     import distributed_worker_ddp  # noqa: F401
     import distributed_worker_fsdp  # noqa: F401
 
-    chosen = sys.argv[5:] or CASES[world]
-    for name in chosen:
+    if sys.argv[5:]:
+        STOPS[sys.argv[5]]()
+    for name in CASES[world]:
         torch.manual_seed(0)
         try:
             CASES[world][name]()
@@ -89,6 +97,7 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # tensor parallel layers do
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=20))
+    patience = timedelta(seconds=3 if sys.argv[5:] else 60)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=patience)
     run_cases(rank, world)
     dist.destroy_process_group()

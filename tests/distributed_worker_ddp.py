@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 import warnings
 from functools import partial
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed_worker import assert_equal_on_ranks, case, count_buckets, rows_of_rank, wrap
+from distributed_worker import assert_equal_on_ranks, case, count_buckets, rows_of_rank, stop, wrap
 from oracle import sam_step_on_ranks
 from problems import batches, largest_difference, losses_of, mlp
 from torch import nn
@@ -168,7 +169,11 @@ def each_parameter_is_reduced_once_a_pass(sync, passes):
     seen = count_buckets(ddp)
     size = sum(p.numel() for p in model.parameters())
     for x, y in batches(3):
-        for way, expected in ((with_loss_function, passes), (with_contexts, passes), (with_pairs, 3 * (passes - 1) + 1)):
+        for way, expected in (
+            (with_loss_function, passes),
+            (with_contexts, passes),
+            (with_pairs, 3 * (passes - 1) + 1),
+        ):
             seen.clear()
             way(opt, ddp, *rows_of_rank((x, y)))
             assert sum(seen) == expected * size, (way.__name__, seen)
@@ -329,9 +334,7 @@ def a_replica_with_a_bad_ascent(method):
     model, expected = mlp(), mlp()
     ddp = wrap(model)
     keywords = {"gamma": 1.0, "beta": 1.0} if method is ESAM else {}
-    opt = method(
-        model.parameters(), torch.optim.SGD, 0.1, model=ddp, perturb_sync="replica", **keywords, **SGD
-    )
+    opt = method(model.parameters(), torch.optim.SGD, 0.1, model=ddp, perturb_sync="replica", **keywords, **SGD)
     x, y = batches(1)[0]
     mine = rows_of_rank((x, y))
     with opt.ascent():
@@ -346,7 +349,9 @@ def a_replica_with_a_bad_ascent(method):
         halves = list(zip(x.chunk(2), y.chunk(2), strict=True))
         base = torch.optim.SGD(expected.parameters(), **SGD)
         alone = mlp()
-        sam_step_on_ranks(alone, [[partial(mean_loss, alone, *halves[0])]], torch.optim.SGD(alone.parameters(), lr=1.0), 0.1)
+        sam_step_on_ranks(
+            alone, [[partial(mean_loss, alone, *halves[0])]], torch.optim.SGD(alone.parameters(), lr=1.0), 0.1
+        )
         d0 = [p - q for p, q in zip(mlp().parameters(), alone.parameters(), strict=True)]
         d1 = torch.autograd.grad(mean_loss(expected, *halves[1]), list(expected.parameters()))
         for p, a, b in zip(expected.parameters(), d0, d1, strict=True):
@@ -388,8 +393,10 @@ def resumed_training_is_the_same_bit_for_bit(sync):
     def build():
         model = mlp(batchnorm=True, dropout=0.2)
         ddp = wrap(model)
-        return model, ddp, ESAM(
-            model.parameters(), torch.optim.AdamW, 0.1, gamma=0.5, model=ddp, perturb_sync=sync, lr=0.01
+        return (
+            model,
+            ddp,
+            ESAM(model.parameters(), torch.optim.AdamW, 0.1, gamma=0.5, model=ddp, perturb_sync=sync, lr=0.01),
         )
 
     data = [rows_of_rank(batch) for batch in batches(6)]
@@ -475,7 +482,9 @@ def esam_element_mask_is_the_same_on_all_ranks():
 @case()
 def esam_with_static_graph_and_ragged_batches():
     model = mlp(batchnorm=True)
-    opt = ESAM(model.parameters(), torch.optim.SGD, 0.1, model=(ddp := wrap(model, static_graph=True)), gamma=1.0, **SGD)
+    opt = ESAM(
+        model.parameters(), torch.optim.SGD, 0.1, model=(ddp := wrap(model, static_graph=True)), gamma=1.0, **SGD
+    )
     for x, y in batches(4):
         opt.step(losses_of(ddp), *rows_of_rank((x, y)))
     assert_equal_on_ranks(model.parameters())
@@ -531,6 +540,38 @@ def an_interrupted_pass_leaves_ddp_reducing():
         opt.zero_grad()
     with_contexts(opt, ddp, x, y)
     assert_equal_on_ranks(model.parameters())
+
+
+def step_in_which_rank_1(does):
+    """ESAM's ascent leaves gradients out, and reduces the others in a call of its own."""
+    model = mlp()
+    ddp = wrap(model)
+    opt = ESAM(model.parameters(), torch.optim.SGD, 0.1, gamma=1.0, model=ddp, **SGD)
+
+    def losses(x, y):
+        if dist.get_rank() == 1:
+            does()
+        return losses_of(ddp)(x, y)
+
+    x, y = rows_of_rank(batches(1)[0])
+    before = [p.clone() for p in model.parameters()]
+    try:
+        opt.step(losses, x, y)
+    finally:
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@stop
+def a_rank_dies():
+    def fail():
+        raise ZeroDivisionError("rank 1's own mistake")
+
+    step_in_which_rank_1(does=fail)
+
+
+@stop
+def a_rank_lags():
+    step_in_which_rank_1(does=partial(time.sleep, 6))
 
 
 @case(*[(way, sharing) for way in (with_loss_function, with_contexts) for sharing in (1, 2, 4)], world=4)

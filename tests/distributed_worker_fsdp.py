@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from distributed_worker import assert_equal_on_ranks, case, rows_of_rank
 from distributed_worker_ddp import (
     EXACT,
@@ -77,7 +76,7 @@ def train_and_compare(way, base="sgd", adaptive=False, mesh=None, prepare=shard,
     error = error_of(model, expected)
     assert error < EXACT, error
     assert error_of(model, mlp()) > 1e-2, "nothing was trained"
-    return model, opt
+    return model
 
 
 WAYS = [with_loss_function, with_closure, with_contexts, with_two_steps, with_accumulation_synced]
@@ -113,7 +112,9 @@ def sharded_pairs():
     opt = SAM(model.parameters(), torch.optim.SGD, 0.1, model=model, **SGD)
     for x, y in batches(4):
         with_synced_pairs(opt, model, *rows_of_rank((x, y)))
-        parts = [list(zip(xr.chunk(3), yr.chunk(3), strict=True)) for xr, yr in zip(x.chunk(2), y.chunk(2), strict=True)]
+        parts = [
+            list(zip(xr.chunk(3), yr.chunk(3), strict=True)) for xr, yr in zip(x.chunk(2), y.chunk(2), strict=True)
+        ]
         pairs = [[torch.cat(t) for t in zip(*(of_rank[i] for of_rank in parts), strict=True)] for i in range(3)]
         sam_step_on_ranks(expected, [[partial(mean_loss, expected, *pair)] for pair in pairs], base, 0.1)
     assert error_of(model, expected) < EXACT
@@ -278,6 +279,22 @@ def sharded_rounding_is_stochastic_and_comes_back():
     assert all(torch.equal(p.detach().double(), b) for p, b in zip(gathered(model), before, strict=True))
 
 
+@case()
+def shards_round_by_numbers_of_their_own():
+    """All entries and gradients are alike, so that the roundings tell the numbers."""
+    model = nn.Sequential(nn.Linear(64, 32, bias=False)).bfloat16()
+    nn.init.ones_(model[0].weight)
+    shard(model)
+    opt = SAM(model.parameters(), torch.optim.SGD, 0.05, model=model, lr=0.1)
+    model(torch.ones(4, 64).bfloat16()).float().sum().backward()
+    opt.first_step()
+    upper, lower = (model[0].weight.full_tensor() != 1).chunk(2)
+    assert upper.any()
+    assert lower.any()
+    assert not torch.equal(upper, lower)
+    opt.restore()
+
+
 # checkpoints across numbers of processes
 
 
@@ -370,7 +387,7 @@ def tensor_parallel(model, mesh):
 @case(world=2)
 def tensor_parallel_weights():
     """Split and copied tensors in one norm: the last layer's bias lies whole on both ranks."""
-    model, opt = train_and_compare(with_contexts, mesh=mesh_of(), prepare=tensor_parallel)
+    model = train_and_compare(with_contexts, mesh=mesh_of(), prepare=tensor_parallel)
     train_and_compare(with_loss_function, "adamw", mesh=mesh_of(), prepare=tensor_parallel)
     placements = {p.placements[0].is_shard() for p in model.parameters()}
     assert placements == {True, False}
