@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from fastsam.distributed import any_over_ranks, laid_out_as, local, spread, whole
 from fastsam.kernels import dispatch
 from fastsam.kernels.reference import AdamOptions, SGDOptions
 from fastsam.kernels.tensor_list import Backup
@@ -33,9 +34,12 @@ def update(
     Returns:
         0-dim tensor that is not 0 if the step was skipped; None if nobody has looked.
     """
-    grads = [p.grad for group in base.param_groups for p in group["params"] if p.grad is not None]
-    if found_inf is None and check_finite and grads:
-        found_inf = dispatch.pick(grads).found_nonfinite([_entries(g) for g in grads])
+    grads = _final_gradients(base)
+    if isinstance(found_inf, Tensor):
+        found_inf = any_over_ranks(whole(found_inf), grads)
+    elif check_finite and grads:
+        entries = [_entries(g) for g in grads]
+        found_inf = any_over_ranks(dispatch.pick(entries).found_nonfinite(entries), grads)
     if skip is not None and grads:
         also = skip.to(grads[0].device, torch.float32)
         found_inf = also if found_inf is None else found_inf + also.to(found_inf.device)
@@ -44,7 +48,8 @@ def update(
         return found_inf
     dispatch.pick(backup.weights).restore_(backup)
     base._opt_called = True  # type: ignore[attr-defined]
-    if found_inf is not None and base.state and getattr(base, "_step_supports_amp_scaling", False):
+    skips_on_device = getattr(base, "_step_supports_amp_scaling", False) and not any(map(spread, grads))
+    if found_inf is not None and base.state and skips_on_device:
         vars(base).update(grad_scale=grad_scale, found_inf=found_inf)
         try:
             run_own_step(base)
@@ -59,9 +64,17 @@ def update(
     return found_inf
 
 
+def _final_gradients(base: Optimizer) -> list[Tensor]:
+    """All gradients that there are, spread over ranks as their parameters are."""
+    stepped = [p for group in base.param_groups for p in group["params"] if p.grad is not None]
+    for p in stepped:
+        p.grad = laid_out_as(p, p.grad)
+    return [p.grad for p in stepped]
+
+
 def _entries(grad: Tensor) -> Tensor:
-    """The numbers of a gradient as a strided real tensor that shares its memory."""
-    grad = grad._values() if grad.is_sparse else grad
+    """This rank's numbers of a gradient as a strided real tensor that shares its memory."""
+    grad = grad._values() if grad.is_sparse else local(grad)
     return torch.view_as_real(grad) if grad.is_complex() else grad
 
 
@@ -124,11 +137,11 @@ def restore_and_step(base: Optimizer, backup: Backup, grad_scale: Tensor | None,
         found_inf: 0-dim tensor; where it is not 0, weights are restored and nothing is stepped.
     """
     stepped = [(group, p) for group in base.param_groups for p in group["params"] if p.grad is not None]
-    kernels = dispatch.pick([p for _, p in stepped])
+    weights = [local(p) for _, p in stepped]
+    kernels = dispatch.pick(weights)
     if stepped and not _skips_first_damped_step(base, stepped, found_inf):
-        weights = [p for _, p in stepped]
-        sources = [backup.of(p) for p in weights]
-        grads = [p.grad for p in weights]
+        sources = [backup.of(w) for w in weights]
+        grads = [local(p.grad) for _, p in stepped]
         if type(base) is SGD:
             kernels.restore_sgd_step_(
                 weights, sources, grads, *_sgd_lists(base, stepped), grad_scale=grad_scale, found_inf=found_inf
@@ -163,7 +176,7 @@ def _sgd_lists(base: Optimizer, stepped: Stepped) -> tuple[list[Tensor | None], 
         if o.momentum != 0 and base.state[p].get("momentum_buffer") is None:
             base.state[p]["momentum_buffer"] = torch.zeros_like(p)
             o = o._replace(dampening=0.0)  # torch does not damp the first gradient
-        buffers.append(base.state[p]["momentum_buffer"] if o.momentum != 0 else None)
+        buffers.append(local(base.state[p]["momentum_buffer"]) if o.momentum != 0 else None)
         options.append(o)
     return buffers, options
 
@@ -195,9 +208,9 @@ def _adam_lists(
         state["step"] = state["step"].to(p.device, torch.float32)
         states.append(state)
     return (
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [state.get("max_exp_avg_sq") for state in states],
+        [local(state["exp_avg"]) for state in states],
+        [local(state["exp_avg_sq"]) for state in states],
+        [local(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None for state in states],
         [state["step"] for state in states],
         [per_group[id(group)] for group, _ in stepped],
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.batch import check_losses, take_rows
+from fastsam.distributed import spread
 from fastsam.kernels import dispatch, philox
 from fastsam.kernels.philox import Draw
 from fastsam.sam import SAM
@@ -75,6 +76,8 @@ class ESAM(SAM):
         self._last_mask: tuple[Any, list[bool]] = (None, [])
         self._own_knobs = {"beta": beta, "gamma": gamma}
         super().__init__(params, base_optimizer, rho, adaptive, **keywords)
+        if mask == "element" and any(map(spread, self._params())):
+            raise ValueError("mask='element' cannot be had with sharded weights; use mask='tensor'")
 
     def _check_knobs(self, knobs: dict[str, Any]) -> None:
         super()._check_knobs(knobs)
@@ -123,8 +126,17 @@ class ESAM(SAM):
 
     def _enter_ascent(self) -> None:
         super()._enter_ascent()
-        if self.norm != "full" and not self._perturbs_nothing():
-            self._run.freeze([p for p, wanted in zip(self._params(), self._chosen(), strict=True) if not wanted])
+        self._run.freeze(self._left_out())
+
+    def _ascends_locally(self) -> bool:
+        leaves_gaps = self._run.replicas.reduce_in_backward and bool(self._left_out())
+        return not self._perturbs_nothing() and (super()._ascends_locally() or leaves_gaps)
+
+    def _left_out(self) -> list[Tensor]:
+        """Parameters whose ascent gradient nobody needs."""
+        if self.norm == "full" or self._perturbs_nothing() or not self._run.replicas.may_skip_gradients:
+            return []
+        return [p for p, wanted in zip(self._params(), self._chosen(), strict=True) if not wanted and p.requires_grad]
 
     def _perturb(self, ascended: Ascended) -> Tensor:
         norm = self._norm(ascended)
@@ -137,8 +149,7 @@ class ESAM(SAM):
         if self.norm == "full" or draw is None or draw.keep is None:
             norm = super()._norm(ascended)
         else:
-            kernels = dispatch.pick(ascended.weights)
-            norm = kernels.norm(ascended.grads, ascended.weights, self._adaptive(ascended), draw)
+            norm = self._norm_over_ranks(ascended, draw)
         return norm / math.sqrt(self.knob(self.param_groups[0], "beta")) if self.norm == "estimated" else norm
 
     def _radii(self, ascended: Ascended) -> list[float]:
@@ -153,7 +164,8 @@ class ESAM(SAM):
 
     def _skip_for(self) -> Tensor | None:
         # without a direction there are no sharpness-sensitive rows either
-        return None if self.last_grad_norm is None else ~torch.isfinite(self.last_grad_norm)
+        norm = self.last_grad_norm
+        return self._run.replicas.any(None if norm is None else ~torch.isfinite(norm))
 
     # sharpness-sensitive data selection
 

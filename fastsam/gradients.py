@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastsam.distributed import local
+
 
 def flat(groups: Sequence[dict]) -> list[Tensor]:
     """All parameters in group order."""
@@ -22,6 +24,11 @@ def put(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         p.grad = grad
 
 
+def copies(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Copies of the parameters' gradients."""
+    return [None if p.grad is None else p.grad.clone() for p in params]
+
+
 def clear(params: Sequence[Tensor]) -> None:
     """Drop the parameters' gradients."""
     for p in params:
@@ -32,25 +39,26 @@ class ConsumedMark:
     """Remembers the gradients that the last step consumed, so that leftovers are not mistaken for new ones.
 
     A gradient is consumed while it is the same tensor at the same version. One tensor per group is watched: a backward
-    writes all of them or none.
+    writes all of them or none. FSDP2 adds to a DTensor's own entries behind its back, so their version is what counts.
     """
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[weakref.ref, int]] = {}
+        self.zeroed = False
 
-    def set(self, groups: Sequence[dict]) -> None:
-        """Declare whatever is in p.grad now consumed."""
-        self._seen = {}
+    def set(self, groups: Sequence[dict], zeroed: bool = False) -> None:
+        """Declare whatever is in p.grad now consumed, and whether it is zeros, ready to be added to."""
+        self._seen, self.zeroed = {}, zeroed
         for group in groups:
             for p, grad in _first_with_grad(group):
-                self._seen[id(p)] = weakref.ref(grad), grad._version
+                self._seen[id(p)] = weakref.ref(grad), local(grad)._version
 
     def covers(self, groups: Sequence[dict]) -> bool:
         """Whether nothing in p.grad is newer than the last step."""
         for group in groups:
             for p, grad in _first_with_grad(group):
                 reference, version = self._seen.get(id(p), (None, -1))
-                if reference is None or reference() is not grad or grad._version != version:
+                if reference is None or reference() is not grad or local(grad)._version != version:
                     return False
         return True
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsam.batchnorm import RunningStatistics
-from fastsam.gradients import ConsumedMark, clear, flat, put, take
+from fastsam.distributed import Replicas
+from fastsam.gradients import ConsumedMark, clear, copies, flat, put, take
 from fastsam.kernels import dispatch
 from fastsam.kernels.tensor_list import Backup
 from fastsam.random_state import RandomState
@@ -41,7 +42,7 @@ class Run:
     One object, because frameworks make proxies of an optimizer that share its attributes but not later assignments.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], model: nn.Module | None) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], model: nn.Module | None, replicas: Replicas) -> None:
         self.stage = Stage.IDLE
         self.failed = False
         self.pairs = 0
@@ -52,6 +53,9 @@ class Run:
         self.ascent_grads: list[Tensor | None] = []
         self.frozen: list[Tensor] = []
         self.backup = Backup([])
+        self.replicas = replicas
+        self.ascent_is_local = False
+        self.unreduced = ExitStack()
         self.statistics = RunningStatistics(model)
         self.first_draws: RandomState | None = None
         self.later_draws: RandomState | None = None
@@ -82,15 +86,25 @@ class Run:
             way_out = _WAYS_IN[stage] if self.stage is Stage.IDLE else _WAYS_OUT[self.stage]
             raise RuntimeError(f"{call} cannot be called {self.stage.value}; {way_out}")
 
-    def enter_ascent(self, groups: Sequence[dict[str, Any]], same_rng: bool) -> None:
-        """Set p.grad aside, so that the backward that follows leaves the ascent gradient alone in it."""
+    def enter_ascent(self, groups: Sequence[dict[str, Any]], same_rng: bool, is_local: bool = False) -> None:
+        """Set p.grad aside, so that the backward that follows leaves the ascent gradient alone in it.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            same_rng: keep the state of the random number generators for the second pass.
+            is_local: keep this rank's gradient unreduced; `Replicas.average` is left to do.
+        """
         self.params = flat(groups)
-        if not self.pairs and self.consumed.covers(groups):
+        overwrites = self.replicas.overwrites_gradients and not is_local
+        if not self.pairs and self.consumed.covers(groups) and (overwrites or not self.consumed.zeroed):
             clear(self.params)  # leftovers of the last step
         self.first_draws = RandomState({p.device for p in self.params}) if same_rng else None
-        self.aside = take(self.params)
+        self.aside = copies(self.params) if overwrites else take(self.params)
         self.stage = Stage.ASCENT
         clear(self.params)
+        self.ascent_is_local = is_local
+        if is_local:
+            self.unreduced.enter_context(self.replicas.no_sync())
 
     def freeze(self, params: Sequence[Tensor]) -> None:
         """Switch off requires_grad until the ascent is left, so that no work goes into these gradients."""
@@ -106,17 +120,26 @@ class Run:
 
     def leave_ascent(self) -> None:
         """Keep the ascent gradient and put p.grad back."""
+        self.unreduced.close()
         self.unfreeze()
         self.ascent_grads = take(self.params)
         put(self.params, self.aside or [])
         self.aside = None
         self.stage = Stage.ASCENDED
 
-    def enter_descent(self, perturb: Callable[[list[Tensor], list[Tensor | None]], None]) -> None:
-        """Perturb the weights and rewind the random draws, for a second pass whose traces are wiped afterwards."""
+    def enter_descent(self, perturb: Callable[[list[Tensor], list[Tensor | None]], None], sync: bool = True) -> None:
+        """Perturb the weights and rewind the random draws, for a second pass whose traces are wiped afterwards.
+
+        Args:
+            perturb: perturbs weights along gradients.
+            sync: reduce the pass's gradients between DDP's ranks; without, a later pass does it for both.
+        """
         self.statistics.save()
         self.stage = Stage.DESCENT
         perturb(self.params, self.ascent_grads)
+        self.replicas.reshard()
+        if not sync:
+            self.unreduced.enter_context(self.replicas.no_sync())
         if self.first_draws is not None:
             self.later_draws = RandomState({p.device for p in self.params})
             self.first_draws.set()
@@ -133,6 +156,7 @@ class Run:
 
     def leave_descent(self) -> None:
         """Wipe the second pass's traces; the weights stay perturbed until they are restored."""
+        self.unreduced.close()
         self.statistics.put_back()
         if self.later_draws is not None:
             self.later_draws.set()
@@ -157,6 +181,7 @@ class Run:
         """Bring the weights back, bit for bit. Idempotent."""
         if self.backup.valid:
             dispatch.pick(self.backup.weights).restore_(self.backup)
+            self.replicas.reshard()
 
     def finish_pair(self) -> None:
         """Count a completed pair."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastsam.distributed import PerturbSync, Replicas
 from fastsam.gradients import flat, take
 from fastsam.passes import Pass, Run, ScalerTarget, Stage
 from fastsam.wrapping import WrappedOptimizer
@@ -23,6 +24,7 @@ class PassOptimizer(WrappedOptimizer):
 
     model: nn.Module | None
     same_rng: bool
+    perturb_sync: PerturbSync
 
     def __getstate__(self) -> dict[str, Any]:
         self._run.refuse("copying or pickling the optimizer", Stage.DESCENT, Stage.FIRST)
@@ -33,7 +35,8 @@ class PassOptimizer(WrappedOptimizer):
         self._start()
 
     def _start(self) -> None:
-        self._run = Run(self.param_groups, self.model)
+        replicas = Replicas(self.model, self._params(), self.perturb_sync)
+        self._run = Run(self.param_groups, self.model, replicas)
         self._scaler_target = ScalerTarget(self)
 
     # what users read
@@ -45,7 +48,10 @@ class PassOptimizer(WrappedOptimizer):
 
     @property
     def last_grad_norm(self) -> Tensor | None:
-        """Norm of the last ascent gradient: a 0-dim tensor on its device; None if nothing was perturbed."""
+        """Norm of the ascent gradient that this rank last used: a 0-dim tensor on its device.
+
+        None if nothing was perturbed.
+        """
         return self._run.last_grad_norm
 
     def _params(self) -> list[Tensor]:
@@ -68,23 +74,31 @@ class PassOptimizer(WrappedOptimizer):
         return Pass(self._run, check, self._enter_ascent, self._run.leave_ascent)
 
     def _enter_ascent(self) -> None:
-        self._run.enter_ascent(self.param_groups, self.same_rng)
+        self._run.enter_ascent(self.param_groups, self.same_rng, self._ascends_locally())
+
+    def _ascends_locally(self) -> bool:
+        """Whether DDP is to leave the ascent's gradients as they are on each rank."""
+        return self._run.replicas.is_local
 
     def _check_form(self, call: str) -> None:
         """Raise RuntimeError if the method cannot take its step in this form. Methods override it."""
 
-    def descent(self) -> Pass:
+    def descent(self, sync: bool = True) -> Pass:
         """Context for the second pass, at perturbed weights: its backward passes add to p.grad.
 
         Weights are restored when it is left, whatever happens in it. After one pair or several, call `step()` or
         `scaler.step(opt)`. Several backwards in one pair make one large batch; with several pairs, each with its own
         perturbation, weighting the shards' losses is yours.
 
+        Args:
+            sync: reduce gradients between DDP's ranks. Where several pairs come before one step, pass False to all but
+                the last descent, which then reduces their sum, once. FSDP2 reduces in any case.
+
         Raises:
             RuntimeError: no ascent came before, or inside another pass.
         """
         check = partial(self._run.require, "descent()", Stage.ASCENDED)
-        enter = partial(self._run.enter_descent, self._perturb_params)
+        enter = partial(self._run.enter_descent, self._perturb_params, sync)
         return Pass(self._run, check, enter, self._leave_descent)
 
     def _leave_descent(self) -> None:
@@ -110,8 +124,13 @@ class PassOptimizer(WrappedOptimizer):
         run.require("first_step()", Stage.IDLE)
         if run.consumed.covers(self.param_groups):
             raise RuntimeError("first_step() needs fresh gradients; call backward() first")
+        if run.replicas.is_local:
+            raise RuntimeError(
+                f"first_step() finds gradients that are reduced already, but perturb_sync={self.perturb_sync!r} needs "
+                "this rank's own; use opt.step(loss_fn, *batch), or opt.ascent() and opt.descent()"
+            )
         try:
-            run.params = self._params()
+            run.params, run.ascent_is_local = self._params(), False
             run.ascent_grads = take(run.params)
             run.enter_descent(self._perturb_params)
             run.stage, run.ascent_grads = Stage.FIRST, []
@@ -159,7 +178,7 @@ class PassOptimizer(WrappedOptimizer):
         if run.stage is Stage.ASCENT and not run.pairs:
             run.clear_aside(set_to_none)
         super().zero_grad(set_to_none)
-        run.consumed.set(self.param_groups)
+        run.consumed.set(self.param_groups, zeroed=not set_to_none)
         if run.stage is Stage.IDLE:
             run.failed, run.pairs, run.at_end = False, 0, []
 

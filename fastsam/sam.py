@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastsam.distributed import PerturbSync, norm_over_ranks, shard_number
 from fastsam.kernels import dispatch
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import E0
@@ -42,6 +43,11 @@ class SAM(TwoPassOptimizer):
             named parameters. ASAM wants a rho about ten times as large.
         model: the module that is trained, or its wrapper. With it the running statistics of batch norm are those of
             the first pass alone; without it they are yours to handle. It is held, not registered.
+        perturb_sync: which ranks of a DistributedDataParallel model share a perturbation: "global" perturbs all alike,
+            along the gradient of the whole batch; "replica" perturbs each along its own, unreduced, which is mSAM
+            with one shard per rank and saves a reduction; a number g makes groups of g neighbouring ranks. Pass DDP's
+            module as `model`, and build the optimizer on all ranks. DDP weighs ranks equally, whatever their batch
+            sizes are. With fully_shard only "global" works.
         same_rng: draw the same random numbers (dropout) in both passes. `first_step`/`second_step` cannot.
         stochastic_rounding: "auto" or True round the perturbation of float16 and bfloat16 weights stochastically,
             since rounding to nearest drops most of it; False rounds to nearest.
@@ -52,8 +58,8 @@ class SAM(TwoPassOptimizer):
 
     Raises:
         TypeError: base_optimizer is no optimizer class, does not know a keyword, or an argument has the wrong type.
-        ValueError: a negative or non-finite rho, no parameters, the same parameter twice in a group, or a base that
-            cannot work (LBFGS, SparseAdam, differentiable=True).
+        ValueError: a negative or non-finite rho, no parameters, the same parameter twice in a group, a base that
+            cannot work (LBFGS, SparseAdam, differentiable=True), or a perturb_sync that the model cannot have.
 
     Example::
 
@@ -77,6 +83,7 @@ class SAM(TwoPassOptimizer):
         adaptive: bool | Literal["official"] = False,
         *,
         model: nn.Module | None = None,
+        perturb_sync: PerturbSync = "global",
         same_rng: bool = True,
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
@@ -88,6 +95,7 @@ class SAM(TwoPassOptimizer):
             base_optimizer,
             {"rho": rho, "adaptive": adaptive, "perturb": True, **self._own_knobs},
             model=model,
+            perturb_sync=perturb_sync,
             same_rng=same_rng,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
@@ -119,8 +127,17 @@ class SAM(TwoPassOptimizer):
         return norm
 
     def _norm(self, ascended: Ascended) -> Tensor:
-        kernels = dispatch.pick(ascended.weights)
-        return kernels.norm(ascended.grads, ascended.weights, self._adaptive(ascended))
+        return self._norm_over_ranks(ascended, None)
+
+    def _norm_over_ranks(self, ascended: Ascended, draw: Draw | None) -> Tensor:
+        adaptive = self._adaptive(ascended)
+
+        def norm_of(rows: list[int]) -> Tensor:
+            part, kernels = ascended.take(rows), dispatch.pick(ascended.weights)
+            etas = None if adaptive is None else [adaptive[i] for i in rows]
+            return kernels.norm(part.grads, part.weights, etas, draw and draw.take(rows))
+
+        return norm_over_ranks(norm_of, ascended.spreads)
 
     def _move(self, ascended: Ascended, norm: Tensor) -> None:
         backup = self._run.backup_of(ascended.weights)
@@ -135,7 +152,13 @@ class SAM(TwoPassOptimizer):
         return [-r if group.get("maximize") else r for r, group in zip(radii, ascended.groups, strict=True)]
 
     def _draw(self, ascended: Ascended) -> Draw | None:
-        return Draw(ascended.seed, ascended.step, ascended.indices) if self.stochastic_rounding else None
+        return Draw(ascended.seed, ascended.step, self._draw_indices(ascended)) if self.stochastic_rounding else None
+
+    def _draw_indices(self, ascended: Ascended) -> tuple[int, ...]:
+        """Where each tensor's random numbers start: every shard has its own, copies have the same."""
+        n_tensors = len(self._params())
+        numbers = map(shard_number, ascended.spreads)
+        return tuple(i + n_tensors * number for i, number in zip(ascended.indices, numbers, strict=True))
 
     def _is_official(self) -> bool:
         return any(self.knob(group, "adaptive") == "official" for group in self.param_groups)

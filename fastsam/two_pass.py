@@ -7,7 +7,7 @@ w, bit for bit                base step with d
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from fastsam.base_step import update
 from fastsam.batch import batch_size, check_losses
+from fastsam.distributed import PerturbSync, Spread, check_perturb_sync, laid_out_as, local, spread
 from fastsam.gradients import clear, refuse_fresh
 from fastsam.passes import Stage
 from fastsam.protocols import PassOptimizer
@@ -27,13 +28,15 @@ from fastsam.wrapping import SEED, STEP
 class Ascended:
     """The tensors to perturb, those of groups with perturb=True that got an ascent gradient, in parallel lists.
 
-    `indices` count all tensors in group order; `step` and `seed` address random numbers.
+    `indices` count all tensors in group order; `step` and `seed` address random numbers. Of a DTensor the lists hold
+    this rank's entries, and `spreads` how they lie on the ranks.
     """
 
     weights: list[Tensor]
     grads: list[Tensor]
     groups: list[dict[str, Any]]
     indices: tuple[int, ...]
+    spreads: list[Spread | None]
     step: int
     seed: int
 
@@ -44,6 +47,7 @@ class Ascended:
             [self.grads[i] for i in rows],
             [self.groups[i] for i in rows],
             tuple(self.indices[i] for i in rows),
+            [self.spreads[i] for i in rows],
             self.step,
             self.seed,
         )
@@ -62,6 +66,7 @@ class TwoPassOptimizer(PassOptimizer):
         knobs: dict[str, Any],
         *,
         model: nn.Module | None,
+        perturb_sync: PerturbSync,
         same_rng: bool,
         stochastic_rounding: Any,
         check_finite: bool,
@@ -70,12 +75,14 @@ class TwoPassOptimizer(PassOptimizer):
     ) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_perturb_sync(perturb_sync)
         if stochastic_rounding not in ("auto", True, False):
             raise ValueError(f"stochastic_rounding must be 'auto', True or False, got {stochastic_rounding!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer, got {seed!r}")
         super().__init__(params, base_optimizer, knobs, seed, base_kwargs)
         self.model = model
+        self.perturb_sync = perturb_sync
         self.same_rng = same_rng
         self.stochastic_rounding = bool(stochastic_rounding)
         self.check_finite = check_finite
@@ -253,22 +260,32 @@ class TwoPassOptimizer(PassOptimizer):
     def _perturb_params(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         run = self._run
         groups = [group for group in self.param_groups for _ in group["params"]]
-        chosen = [i for i, wanted in enumerate(self._chosen()) if wanted and grads[i] is not None]
+        found = self._ascent_gradients(params, grads)
+        chosen = list(found)
         if not chosen:
             run.last_grad_norm = None
             self._count_step()
             return
         run.last_grad_norm = self._perturb(
             Ascended(
-                [_as_real(params[i]) for i in chosen],
-                [_as_real(_as_dense(g)) for i in chosen if (g := grads[i]) is not None],
+                [_as_real(local(params[i])) for i in chosen],
+                [_as_real(local(laid_out_as(params[i], g))) for i, g in found.items()],
                 [groups[i] for i in chosen],
                 tuple(chosen),
+                [spread(params[i]) for i in chosen],
                 step=self.param_groups[0][STEP],
                 seed=self.param_groups[0][SEED],
             )
         )
         self._count_step()
+
+    def _ascent_gradients(self, params: list[Tensor], grads: list[Tensor | None]) -> dict[int, Tensor]:
+        """The gradients to perturb along, dense, by position in group order; averaged over ranks if nobody has yet."""
+        rows = [i for i, wanted in enumerate(self._chosen()) if wanted and params[i].requires_grad]
+        found: Sequence[Tensor | None] = [None if (g := grads[i]) is None else _as_dense(g) for i in rows]
+        if self._run.ascent_is_local:
+            found = self._run.replicas.average([params[i] for i in rows], found)
+        return {i: g for i, g in zip(rows, found, strict=True) if g is not None}
 
     def _count_step(self) -> None:
         """Move on to the next step's random numbers."""
@@ -280,6 +297,7 @@ class TwoPassOptimizer(PassOptimizer):
         """Restore the weights and take the base optimizer's step, unless the final gradient is not finite."""
         run = self._run
         found_inf = update(self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite, self._skip_for())
+        run.replicas.reshard()
         if found_inf is not None:
             run.skipped += (found_inf != 0).to(run.skipped.device)
         run.consumed.set(self.param_groups)

@@ -26,6 +26,46 @@ def sam_step(model, loss, base, rho=0.05, adaptive=False):
     base.zero_grad()
 
 
+def sam_step_on_ranks(model, losses, base, rho=0.05, sharing=1, adaptive=False):
+    """One step over ranks in plain torch and one process (SPEC R-10).
+
+    Groups of `sharing` neighbouring ranks share the perturbation of their mean gradient; gradients at the perturbed
+    weights are averaged over all. `losses` holds for each rank a list of functions that return a mean loss, one for
+    each shard of its batch; each shard makes a pair of passes of its own.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    w = [p.detach().clone() for p in params]
+    total = [torch.zeros_like(p) for p in params]
+    shards = len(losses[0])
+    for first in range(0, len(losses), sharing):
+        group = losses[first : first + sharing]
+        for shard in range(shards):
+            g = _mean_gradient(params, [of_rank[shard] for of_rank in group])
+            t = [p.abs() if adaptive else torch.ones_like(p) for p in w]
+            norm = torch.sqrt(sum(((ti * gi) ** 2).sum() for ti, gi in zip(t, g, strict=True)))
+            with torch.no_grad():
+                for p, wi, ti, gi in zip(params, w, t, g, strict=True):
+                    p.copy_(wi + rho * ti**2 * gi / (norm + 1e-12))
+            d = _mean_gradient(params, [of_rank[shard] for of_rank in group])
+            with torch.no_grad():
+                for p, wi in zip(params, w, strict=True):
+                    p.copy_(wi)
+            for sum_, di in zip(total, d, strict=True):
+                sum_ += di * sharing / (len(losses) * shards)
+    for p, di in zip(params, total, strict=True):
+        p.grad = di
+    base.step()
+    base.zero_grad()
+
+
+def _mean_gradient(params, losses):
+    grads = [torch.autograd.grad(loss(), params, allow_unused=True) for loss in losses]
+    return [
+        sum(torch.zeros_like(p) if g is None else g for g in of_param) / len(losses)
+        for p, of_param in zip(params, zip(*grads, strict=True), strict=True)
+    ]
+
+
 class Davda54SAM(torch.optim.Optimizer):
     """The two-step interface of github.com/davda54/sam (MIT, David Samuel), rewritten from its description.
 
