@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastsam.esam import ESAM
 from fastsam.kernels.dispatch import set_backend
+from fastsam.msam import MSAM
 from fastsam.sam import SAM
 
 try:
@@ -14,4 +15,4 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["ESAM", "SAM", "set_backend"]
+__all__ = ["ESAM", "MSAM", "SAM", "set_backend"]

@@ -96,7 +96,7 @@ def shared_options(command: Callable) -> Callable:
         click.option(
             option(knob),
             type=_type(knob),
-            metavar=None if knob in CHOICES else "X",
+            metavar={click.Choice: None, click.IntRange: "N"}.get(type(_type(knob)), "X"),
             help=f"Default: {_defaults(knob)}.",
         )
         for knob in KNOBS
@@ -124,7 +124,10 @@ def _option(name: str, **keywords: Any) -> Callable:
 
 
 def _type(knob: str) -> click.ParamType:
-    return click.Choice(CHOICES[knob]) if knob in CHOICES else Number(min=0)
+    if knob in CHOICES:
+        return click.Choice(CHOICES[knob])
+    counts = any(isinstance(method.knobs.get(knob), int) for method in METHODS.values())
+    return click.IntRange(min=1) if counts else Number(min=0)
 
 
 def _defaults(knob: str) -> str:

@@ -3,6 +3,7 @@
 Its name appears in `--help`, its knobs become options, and `fastsam compare` tunes and times it as the entry says.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsam.esam import ESAM
+from fastsam.msam import MSAM
 from fastsam.sam import SAM
 
 Knobs = Mapping[str, Any]
@@ -58,6 +60,17 @@ def plain_step(
 def own_step(optimizer: Any, losses: Losses, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
     """Take a step of a fastsam optimizer, which runs its passes itself. Arguments and result as in `plain_step`."""
     return optimizer.step(losses, x, y, scaler=scaler)
+
+
+def shard_step(optimizer: MSAM, losses: Any, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+    """Take a step of mSAM, and let `BatchLosses` count every shard's first pass. Otherwise as `own_step`."""
+    is_first = itertools.cycle((True, False))
+
+    def counted(x: Tensor, y: Tensor) -> Tensor:
+        losses.counting = next(is_first)
+        return losses(x, y)
+
+    return optimizer.step(counted, x, y, scaler=scaler)
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,16 @@ METHODS: dict[str, Method] = {
         tuned="rho",
         grid=(0.05, 0.1, 0.2, 0.5),
         note=lambda optimizer: f"rows {optimizer.last_selected_fraction:.0%}",
+    ),
+    "msam": Method(
+        summary="mSAM around SGD: SAM on each of the --num-shards parts of the batch by itself",
+        build=lambda model, knobs: MSAM(model.parameters(), torch.optim.SGD, model=model, **knobs),
+        # 16 rows in each shard of the default batch, as the paper's on CIFAR
+        knobs={**_SGD_KNOBS, "rho": 0.05, "num_shards": 4},
+        step=shard_step,
+        base="sgd",
+        tuned="rho",
+        grid=(0.05, 0.1, 0.2, 0.5),
     ),
 }
 CHOICES = {"mask": ("tensor", "element")}

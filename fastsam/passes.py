@@ -99,6 +99,7 @@ class Run:
         self.statistics.save()
         self.stage = Stage.DESCENT
         perturb(self.params, self.ascent_grads)
+        self.ascent_grads = []
         if self.first_draws is not None:
             self.later_draws = RandomState({p.device for p in self.params})
             self.first_draws.set()

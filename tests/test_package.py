@@ -42,7 +42,7 @@ def test_import_loads_no_optional_package(tmp_path):
 def test_public_names():
     import fastsam
 
-    assert sorted(fastsam.__all__) == ["ESAM", "SAM", "set_backend"]
+    assert sorted(fastsam.__all__) == ["ESAM", "MSAM", "SAM", "set_backend"]
     assert all(hasattr(fastsam, name) and getattr(fastsam, name).__doc__ for name in fastsam.__all__)
 
 
