@@ -140,13 +140,12 @@ class Run:
         sizes = [size] * (n // size) + ([n % size] if n % size else [])
         shards = self.config.knobs.get("num_shards", 1)
         # the statistics of one picture would go into the running ones with the weight of a full batch
-        smallest, who = (2, "batch norm") if has_batch_norm(self.model) else (1, "training")
+        has_norm = has_batch_norm(self.model)
+        smallest, need = (2, "batch norm needs at least 2 samples") if has_norm else (1, "training needs a sample")
         sizes = [s for s in sizes if s >= smallest * shards]
         if not sizes:
             where = f" in each of {shards} shards" if shards > 1 else ""
-            raise InputError(
-                f"batch size {size} cannot train {self.config.model}: {who} needs at least {smallest} samples{where}"
-            )
+            raise InputError(f"batch size {size} cannot train {self.config.model}: {need}{where}")
         return sizes
 
     def train_epoch(self, watcher: Watcher) -> None:

@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from problems import assert_same, batches, cnn, largest_difference, losses_of, mlp, snapshot
 from test_esam import LABELS, POINTS, Logistic
 from test_exactness import BASES
+from test_restore import Interrupt
+from test_side_effects import SCHEDULERS, NoHostReads
 from torch import nn
 
 from fastsam import MSAM, SAM
+from fastsam.kernels import reference
 
 SGD = torch.optim.SGD
 X, Y = batches(1, rows=13)[0]
@@ -421,7 +424,86 @@ def test_an_ascent_gradient_is_gone_when_the_second_pass_runs(backend):
     assert alive == [False] * 6
 
 
+def test_a_step_reads_nothing_on_the_host(backend, monkeypatch):
+    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    model = mlp(batchnorm=True)
+    opt = msam(model)
+    with NoHostReads():
+        for x, y in batches(2, rows=13):
+            opt.step(losses_of(model), x, y)
+    assert largest_difference(model, mlp(batchnorm=True)) > 1e-2
+
+
+@pytest.mark.parametrize("bn_update", ["mean", "sequential"])
+def test_compiled_models_run_without_recompiling(backend, bn_update):
+    torch._dynamo.reset()
+    model, eager = cnn(), cnn()
+    compiled = torch.compile(model, backend="aot_eager")
+    opts = [
+        MSAM(m.parameters(), SGD, rho=0.05, lr=0.05, num_shards=3, model=w, bn_update=bn_update)
+        for m, w in ((model, compiled), (eager, eager))
+    ]
+    x, y = torch.randn(9, 1, 8, 8), torch.arange(9)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            opts[0].step(losses_of(compiled), x, y)
+            opts[1].step(losses_of(eager), x, y)
+    assert largest_difference(model, eager) < 1e-5
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor|To get the last learning rate|.*epoch parameter")
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_schedulers_see_one_step(kind):
+    model, plain = mlp(), mlp()
+    opt, base = msam(model), SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    schedulers = [SCHEDULERS[kind](opt), SCHEDULERS[kind](base)]
+    for x, y in batches(5):
+        opt.step(losses_of(model), x, y)
+        losses_of(plain)(x, y).mean().backward()
+        base.step()
+        for s in schedulers:
+            s.step(1.0) if kind == "plateau" else s.step()
+        assert opt.param_groups[0]["lr"] == base.param_groups[0]["lr"]
+
+
 # what goes wrong
+
+
+@pytest.mark.parametrize("cls", [SGD, torch.optim.RMSprop])
+def test_an_interrupt_at_any_call_boundary_leaves_the_weights_of_before_or_after(backend, cls):
+    model = mlp(torch.float32, batchnorm=True, dropout=0.3)
+    opt = MSAM(model.parameters(), cls, rho=0.5, num_shards=2, model=model, lr=0.01)
+    x, y = batches(1, rows=8, dtype=torch.float32)[0]
+    opt.step(losses_of(model), x, y)
+    start, state, saved = snapshot(model), torch.get_rng_state(), copy.deepcopy(opt.state_dict())
+
+    def rewind():
+        model.load_state_dict(start)
+        opt.load_state_dict(copy.deepcopy(saved))
+        torch.set_rng_state(state)
+
+    def weights():
+        return [p.detach().clone() for p in model.parameters()]
+
+    rewind()
+    before = weights()
+    with Interrupt() as count:
+        opt.step(losses_of(model), x, y)
+    after, outcomes = weights(), []
+    assert not torch.equal(before[0], after[0])
+    for n in range(1, count.seen, 3 if backend == "torch" and cls is SGD else max(3, count.seen // 40)):
+        rewind()
+        try:
+            with Interrupt(n):
+                opt.step(losses_of(model), x, y)
+        except KeyboardInterrupt:
+            now = weights()
+            outcomes.append("before" if all(map(torch.equal, now, before)) else "after")
+            assert outcomes[-1] == "before" or all(map(torch.equal, now, after)), f"lost weights at {n}"
+            assert not opt._run.backup.valid
+    assert outcomes.count("before") > outcomes.count("after")
+    opt.step(losses_of(model), x, y)
 
 
 class Failing:
@@ -493,6 +575,23 @@ def test_a_non_finite_descent_skips_the_whole_step(backend, call, scaled, factor
     if scaled:
         scaler.update()
         assert scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_under_autocast(backend, dtype):
+    model = mlp(torch.float32)
+    opt = msam(model, rho=0.05)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+
+    def losses(x, y):
+        with torch.autocast("cpu", dtype=dtype):
+            return losses_of(model)(x, y)
+
+    history = []
+    for x, _ in batches(12, dtype=torch.float32) * 2:
+        history.append(opt.step(losses, x, (x[:, 0] > 0).long(), scaler=scaler).item())
+        scaler.update()
+    assert sum(history[-6:]) < 0.8 * sum(history[:6])
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
