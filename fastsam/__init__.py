@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastsam.esam import ESAM
 from fastsam.kernels.dispatch import set_backend
 from fastsam.mesa import MESA
+from fastsam.msam import MSAM
 from fastsam.saf import SAF
 from fastsam.sam import SAM
 from fastsam.samples import IndexedDataset, SampleToRankSampler
@@ -18,4 +19,4 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["ESAM", "MESA", "SAF", "SAM", "IndexedDataset", "SampleToRankSampler", "set_backend"]
+__all__ = ["ESAM", "MESA", "MSAM", "SAF", "SAM", "IndexedDataset", "SampleToRankSampler", "set_backend"]

@@ -1,6 +1,8 @@
 """Batches: tensors, or nested dicts, lists and tuples of them, with one leading size."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,14 +47,30 @@ def take_rows(batch: Any, rows: Tensor) -> Any:
         batch: tensors, or nested dicts, lists and tuples of them, of one leading size.
         rows: int64 indices of shape [k], on any device.
     """
+    return _on_tensors(batch, lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+
+def split_rows(batch: Any, sizes: Sequence[int]) -> list[Any]:
+    """Return nested batches of the same structure with `sizes[i]` rows each, views in order; all else passes through.
+
+    Args:
+        batch: tensors, or nested dicts, lists and tuples of them, of one leading size, the sum of `sizes`.
+        sizes: the numbers of rows.
+    """
+    ends = zip(accumulate(sizes), sizes, strict=True)
+    return [_on_tensors(batch, partial(Tensor.narrow, dim=0, start=end - n, length=n)) for end, n in ends]
+
+
+def _on_tensors(batch: Any, cut: Callable[[Tensor], Tensor]) -> Any:
+    """Return a nested batch of the same structure, with `cut` applied to the tensors of `tensors_of`."""
     if isinstance(batch, Tensor):
-        return batch.index_select(0, rows.to(batch.device)) if batch.dim() > 0 else batch
+        return cut(batch) if batch.dim() > 0 else batch
     if isinstance(batch, Mapping):
-        return type(batch)({key: take_rows(value, rows) for key, value in batch.items()})  # type: ignore[call-arg]
+        return type(batch)({key: _on_tensors(value, cut) for key, value in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(take_rows(value, rows) for value in batch))
+        return type(batch)(*(_on_tensors(value, cut) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(take_rows(value, rows) for value in batch)
+        return type(batch)(_on_tensors(value, cut) for value in batch)
     return batch
 
 

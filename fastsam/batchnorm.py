@@ -1,8 +1,10 @@
 """Running statistics that only the first pass of a step may move (SPEC: pass 1 updates, later passes do not)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
 class RunningStatistics:
@@ -14,27 +16,71 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module | None) -> None:
         self.layers = [m for m in model.modules() if isinstance(m, _NormBase)] if model is not None else []
-        self._saved: list[tuple[Tensor, Tensor]] = []
+        self._saved: tuple[list[Tensor], list[Tensor]] = [], []
 
     def any_training(self) -> bool:
         """Whether a layer normalises by the statistics of its batch, which takes two rows."""
-        return any(layer.training or layer.running_mean is None for layer in self.layers)
+        batch_norms = (layer for layer in self.layers if isinstance(layer, _BatchNorm))
+        return any(layer.training or layer.running_mean is None for layer in batch_norms)
 
-    @torch.no_grad()
-    def save(self) -> None:
-        """Copy the statistics of every layer that would update them now."""
-        buffers = [
+    def moving(self) -> list[Tensor]:
+        """The statistics, and their counters, of every layer that would update them now."""
+        return [
             buffer
             for layer in self.layers
             if layer.training and layer.track_running_stats
             for buffer in (layer.running_mean, layer.running_var, layer.num_batches_tracked)
             if buffer is not None
         ]
-        self._saved = [(buffer, buffer.clone()) for buffer in buffers]
 
-    @torch.no_grad()
+    def save(self) -> None:
+        """Copy the statistics of every layer that would update them now."""
+        buffers = self.moving()
+        self._saved = buffers, [buffer.clone() for buffer in buffers]  # at once, for an interrupt finds all or nothing
+
     def put_back(self) -> None:
         """Undo what happened to the statistics since `save`. Idempotent."""
-        for buffer, saved in self._saved:
-            buffer.copy_(saved)
-        self._saved = []
+        _copy_all(*self._saved)
+        self._saved = [], []
+
+
+class MeanUpdate:
+    """Makes one update of running statistics out of several forward passes, all of which start from the same ones.
+
+    A running statistic is linear in that of the batch, r <- (1 - mu) r + mu s. So the mean of what the passes leave is
+    one update with the mean of their s, whatever mu is (momentum=None too), and no layer has to be asked for its s.
+
+    Args:
+        buffers: statistics, and integer counters, which count the one update.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        self._statistics = [b for b in buffers if b.is_floating_point()]
+        self._counters = [b for b in buffers if not b.is_floating_point()]
+        self._buffers = self._statistics + self._counters
+        self._start = [b.clone() for b in self._buffers]
+        # 16 bits are too few for a sum
+        self._means = [torch.zeros_like(b, dtype=torch.promote_types(b.dtype, torch.float32)) for b in self._statistics]
+        self._counts = [b.clone() for b in self._counters]
+
+    def add(self, weight: float) -> None:
+        """Take in what a pass has left, and rewind for the next one. The weights of all passes add up to 1."""
+        for mean, left in zip(self._means, self._statistics, strict=True):
+            mean.add_(left, alpha=weight)
+        for count, left in zip(self._counts, self._counters, strict=True):
+            torch.maximum(count, left, out=count)  # not every pass runs every layer
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Go back to the statistics of the start."""
+        _copy_all(self._buffers, self._start)
+
+    def finish(self) -> None:
+        """Leave the mean in the buffers."""
+        _copy_all(self._buffers, self._means + self._counts)
+
+
+@torch.no_grad()
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)

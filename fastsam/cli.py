@@ -96,7 +96,7 @@ def shared_options(command: Callable) -> Callable:
         click.option(
             option(knob),
             type=_type(knob),
-            metavar=None if knob in CHOICES else "X",
+            metavar={click.Choice: None, click.IntRange: "N"}.get(type(_type(knob)), "X"),
             help=f"Default: {_defaults(knob)}.",
         )
         for knob in KNOBS

@@ -24,7 +24,7 @@ from fastsam.batch import check_losses, take_rows
 from fastsam.distributed import spread
 from fastsam.kernels import dispatch, philox
 from fastsam.kernels.philox import Draw
-from fastsam.sam import SAM
+from fastsam.sam import SAM, check_choice
 from fastsam.two_pass import Ascended
 from fastsam.wrapping import SEED, STEP
 
@@ -68,9 +68,9 @@ class ESAM(SAM):
         strict: bool = False,
         **keywords: Any,
     ) -> None:
-        _check_choice("mask", mask, ("tensor", "element"))
-        _check_choice("norm", norm, ("masked", "full", "estimated"))
-        _check_choice("selection", selection, ("reforward", "reuse"))
+        check_choice("mask", mask, ("tensor", "element"))
+        check_choice("norm", norm, ("masked", "full", "estimated"))
+        check_choice("selection", selection, ("reforward", "reuse"))
         self.mask, self.norm, self.selection, self.strict = mask, norm, selection, strict
         self.last_selected_fraction = 1.0
         self._last_mask: tuple[Any, list[bool]] = (None, [])
@@ -203,8 +203,3 @@ class ESAM(SAM):
             )
         self.last_selected_fraction = len(above) / len(before)
         return above
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -3,6 +3,7 @@
 Its name appears in `--help`, its knobs become options, and `fastsam compare` tunes and times it as the entry says.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from fastsam.esam import ESAM
 from fastsam.mesa import MESA
+from fastsam.msam import MSAM
 from fastsam.saf import SAF
 from fastsam.sam import SAM
 
@@ -122,6 +124,17 @@ class Task:
     num_samples: int
     num_classes: int
     label_smoothing: float
+
+
+def shard_step(optimizer: MSAM, losses: Any, batch: Batch, scaler: torch.amp.GradScaler | None) -> Tensor:
+    """Take a step of mSAM, and let `BatchLosses` count every shard's first pass. Otherwise as `own_step`."""
+    is_first = itertools.cycle((True, False))
+
+    def counted(*shard: Tensor) -> Tensor:
+        losses.counting = next(is_first)
+        return losses(*shard)
+
+    return optimizer.step(counted, *batch, scaler=scaler)
 
 
 @dataclass(frozen=True)
@@ -230,6 +243,16 @@ METHODS: dict[str, Method] = {
         base="sgd",
         tuned="lam",
         grid=(0.1, 0.3, 0.8, 3.0),
+    ),
+    "msam": Method(
+        summary="mSAM around SGD: SAM on each of the --num-shards parts of the batch by itself",
+        build=lambda model, knobs: MSAM(model.parameters(), torch.optim.SGD, model=model, **knobs),
+        # 16 rows in each shard of the default batch, as the paper's on CIFAR
+        knobs={**_SGD_KNOBS, "rho": 0.05, "num_shards": 4},
+        step=shard_step,
+        base="sgd",
+        tuned="rho",
+        grid=(0.05, 0.1, 0.2, 0.5),
     ),
 }
 CHOICES = {"mask": ("tensor", "element")}

@@ -137,6 +137,7 @@ class Run:
         self.statistics.save()
         self.stage = Stage.DESCENT
         perturb(self.params, self.ascent_grads)
+        self.ascent_grads = []
         self.replicas.reshard()
         if not sync:
             self.unreduced.enter_context(self.replicas.no_sync())

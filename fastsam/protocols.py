@@ -133,7 +133,7 @@ class PassOptimizer(WrappedOptimizer):
             run.params, run.ascent_is_local = self._params(), False
             run.ascent_grads = take(run.params)
             run.enter_descent(self._perturb_params)
-            run.stage, run.ascent_grads = Stage.FIRST, []
+            run.stage = Stage.FIRST
             if zero_grad:
                 self.zero_grad()
         except BaseException:

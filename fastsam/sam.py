@@ -176,3 +176,9 @@ class SAM(TwoPassOptimizer):
             return 0.0 if kind else None
 
         return [eta(kind, index) for kind, index in zip(kinds, ascended.indices, strict=True)]
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless an argument is one of these words."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

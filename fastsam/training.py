@@ -141,11 +141,14 @@ class Run:
     def _batch_sizes(self) -> list[int]:
         n, size = len(self.data.x), self.config.batch_size
         sizes = [size] * (n // size) + ([n % size] if n % size else [])
-        if has_batch_norm(self.model):
-            if size == 1:
-                raise InputError(f"batch size 1 cannot train {self.config.model}: batch norm needs at least 2 samples")
-            # the statistics of one picture would go into the running ones with the weight of a full batch
-            sizes = [s for s in sizes if s > 1]
+        shards = self.config.knobs.get("num_shards", 1)
+        # the statistics of one picture would go into the running ones with the weight of a full batch
+        has_norm = has_batch_norm(self.model)
+        smallest, need = (2, "batch norm needs at least 2 samples") if has_norm else (1, "training needs a sample")
+        sizes = [s for s in sizes if s >= smallest * shards]
+        if not sizes:
+            where = f" in each of {shards} shards" if shards > 1 else ""
+            raise InputError(f"batch size {size} cannot train {self.config.model}: {need}{where}")
         return sizes
 
     def train_epoch(self, watcher: Watcher) -> None:

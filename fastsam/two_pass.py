@@ -9,6 +9,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ class TwoPassOptimizer(PassOptimizer):
             elif not batch:
                 loss = self._two_passes(closure, closure)
             else:
-                loss = self._two_passes_on_batch(closure, batch, scaler)
+                loss = self._passes_on_batch(closure, batch, scaler)
                 if scaler is not None or clip_grad_norm is not None:
                     return self._unscale_and_update(loss, scaler, clip_grad_norm)
             self._update(None, None)
@@ -198,9 +199,17 @@ class TwoPassOptimizer(PassOptimizer):
 
     def _two_passes(self, first_pass: Callable[[], Any], second_pass: Callable[[], Any]) -> Any:
         """Run both passes from a clean p.grad; the weights stay perturbed for the update to restore."""
-        run = self._run
-        run.pairs, run.failed = 0, False
+        self._start_afresh()
+        return self._pair(first_pass, second_pass)
+
+    def _start_afresh(self) -> None:
+        """Drop whatever earlier passes left in p.grad."""
+        self._run.pairs, self._run.failed = 0, False
         clear(self._params())
+
+    def _pair(self, first_pass: Callable[[], Any], second_pass: Callable[[], Any]) -> Any:
+        """Run both passes, of which the second adds to p.grad, and return what the first returned."""
+        run = self._run
         self._enter_ascent()
         with torch.enable_grad():
             first = first_pass()
@@ -218,21 +227,27 @@ class TwoPassOptimizer(PassOptimizer):
         run.leave_descent()
         return first
 
-    def _two_passes_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any) -> Tensor:
+    def _passes_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any) -> Tensor:
+        """Run all passes of a step and return the first one's mean loss. Methods override it."""
+        self._start_afresh()
+        return self._pair_on_batch(loss_fn, batch, scaler).mean()
+
+    def _pair_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any, weight: float = 1.0) -> Tensor:
+        """Run both passes on a batch, the mean loss of the second times `weight`; return the first one's losses."""
         n = batch_size(batch)
         kept: list[Tensor] = []
 
-        def backward(losses: Tensor) -> None:
-            loss = losses.mean()
+        def backward(losses: Tensor, weight: float = 1.0) -> None:
+            loss = losses.mean() if weight == 1 else losses.mean() * weight
             (loss if scaler is None else scaler.scale(loss)).backward()
 
-        def first_pass() -> Tensor:
+        def first_pass() -> None:
             losses = check_losses(loss_fn(*batch), n)
             backward(losses)
             kept.append(losses.detach())
-            return kept[0].mean()
 
-        return self._two_passes(first_pass, lambda: self._second_pass(loss_fn, batch, kept[0], backward))
+        self._pair(first_pass, lambda: self._second_pass(loss_fn, batch, kept[0], partial(backward, weight=weight)))
+        return kept[0]
 
     def _second_pass(self, loss_fn: Callable, batch: tuple, first: Tensor, backward: Callable[[Tensor], None]) -> None:
         """Run the second pass: by default on the whole batch. Methods override it.

@@ -42,7 +42,7 @@ def test_import_loads_no_optional_package(tmp_path):
 def test_public_names():
     import fastsam
 
-    names = {"ESAM", "IndexedDataset", "MESA", "SAF", "SAM", "SampleToRankSampler", "set_backend"}
+    names = {"ESAM", "IndexedDataset", "MESA", "MSAM", "SAF", "SAM", "SampleToRankSampler", "set_backend"}
     assert set(fastsam.__all__) == names
     assert all(hasattr(fastsam, name) and getattr(fastsam, name).__doc__ for name in fastsam.__all__)
 

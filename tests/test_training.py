@@ -82,6 +82,8 @@ def test_repeats_bit_for_bit(method, make):
         ("adamw", "mlp", "off"),
         ("saf", "cnn", "off"),
         ("mesa", "cnn", "bf16"),
+        ("msam", "cnn", "off"),
+        ("msam", "mlp", "fp16"),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(method, model, amp, make):
@@ -221,12 +223,23 @@ def test_digits_split_is_stratified_and_fixed_by_its_seed():
     assert (torch.bincount(one.test_y) - 0.3 * counts).abs().max() <= 1
 
 
-@pytest.mark.parametrize(("model", "steps", "rows"), [("mlp", 2, 65), ("cnn", 1, 64)])
-def test_a_last_batch_of_one_is_dropped_with_batch_norm_alone(model, steps, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "model", "n", "steps"),
+    [
+        ("sam", "mlp", 65, 2),
+        ("sam", "cnn", 65, 1),
+        ("sam", "cnn", 66, 2),
+        ("msam", "mlp", 67, 1),
+        ("msam", "mlp", 68, 2),
+        ("msam", "cnn", 71, 1),
+        ("msam", "cnn", 72, 2),
+    ],
+)
+def test_a_last_batch_that_cannot_be_trained_on_is_dropped(method, model, n, steps, monkeypatch):
     full = digits(0)
-    few = full._replace(train_x=full.train_x[:65], train_y=full.train_y[:65])
+    few = full._replace(train_x=full.train_x[:n], train_y=full.train_y[:n])
     monkeypatch.setitem(DATA_SETS, "few", DataSet("", lambda split_seed: few))
-    run = Run(config(data="few", model=model))
+    run = Run(config(method, data="few", model=model))
     step, seen = run.method.step, []
 
     def spy(optimizer, losses, batch, scaler):
@@ -235,7 +248,7 @@ def test_a_last_batch_of_one_is_dropped_with_batch_norm_alone(model, steps, rows
 
     run.method = replace(run.method, step=spy)
     run.train_epoch(Watcher())
-    assert (len(seen), sum(seen)) == (steps, rows)
+    assert (len(seen), sum(seen)) == (steps, n if steps == 2 else 64)
     assert run.steps_per_epoch == steps
 
 
@@ -252,6 +265,17 @@ def test_hits_are_counted_in_the_first_forward_pass_alone():
     losses(x, y, None)
     losses(x, 1 - y, None)
     assert (losses.hits.item(), losses.rows) == (8, 8)
+
+
+def test_hits_of_msam_are_counted_in_every_shards_first_pass():
+    model = torch.nn.Linear(2, 2)
+    losses = BatchLosses(model, 0.0, None, torch.device("cpu"))
+    x = torch.randn(9, 2)
+    y = model(x).argmax(dim=1)
+    y[4] = 1 - y[4]
+    method, knobs = METHODS["msam"], knobs_for("msam", {"rho": 100.0})
+    method.step(method.build(model, knobs), losses, x, y, None)
+    assert (losses.hits.item(), losses.rows) == (8, 9)
 
 
 # comparisons

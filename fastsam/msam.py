@@ -1,0 +1,143 @@
+"""mSAM: m-Sharpness-Aware Minimization (Behdin et al. 2022, https://arxiv.org/abs/2212.04343).
+
+    S_1 ... S_m  = the batch B, cut into shards of n_i rows
+    g_i          = grad L_Si(w)
+    eps_i        = rho g_i / ||g_i||_2                   (each shard by its own norm)
+    d            = sum_i n_i/n grad L_Si(w + eps_i)      (Eq. 7, which has 1/m for n_i/n)
+    w           <- base step from w with d
+
+One perturbation is alive at a time, and autograd adds each shard's gradient to the sum in p.grad: scratch is SAM's
+backup and that sum, whatever m is. A shard after the first costs what SAM's norm and perturbation move and one plain
+restore: 4 + 16 + 8 bytes per float32 parameter. That restore can be fused with nothing, for the next shard's first pass
+needs w itself; the last shard's is part of the base step, as in SAM.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastsam.batch import batch_size, split_rows
+from fastsam.batchnorm import MeanUpdate
+from fastsam.sam import SAM, check_choice
+
+
+class MSAM(SAM):
+    """SAM on each shard of the batch by itself; the base optimizer steps with the mean of the shards' gradients.
+
+    Takes the arguments of `SAM`, and exactly one of `num_shards` and `shard_size`. Steps are taken with
+    `step(loss_fn, *batch)`, which cuts the batch; or with one `ascent()`/`descent()` pair for each shard and `step()`
+    after the last, where cutting and weighting are yours. After a step the random number generators are where m first
+    passes leave them, and `last_grad_norm` is a tensor of shape [m].
+
+    Args:
+        num_shards: the paper's m, at most the number of rows: the first n mod m shards have one row more. A knob of
+            each group, of which the first group's counts.
+        shard_size: rows of a shard, SAM's m; the last shard has what is left. A knob like num_shards.
+        weighting: of the shards' gradients, where sizes differ. "sample": n_i/n, so that every row counts the same.
+            "uniform": 1/m, as printed in the paper.
+        bn_update: with `model`, how batch norm's running statistics move in a step. "mean": once, by the mean of the
+            shards' statistics, each weighted by n_i/n. "sequential": m times, as if each shard were a batch.
+
+    Raises:
+        TypeError: num_shards or shard_size is no integer; and what `SAM` raises.
+        ValueError: num_shards or shard_size is not positive, both or neither are given, or an unknown weighting or
+            bn_update; and what `SAM` raises. In a step: fewer rows than shards, or one row in a shard where `model` has
+            batch norm in training mode.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        base_optimizer: type[Optimizer] | str,
+        rho: float = 0.05,
+        adaptive: Any = False,
+        *,
+        num_shards: int | None = None,
+        shard_size: int | None = None,
+        weighting: Literal["sample", "uniform"] = "sample",
+        bn_update: Literal["mean", "sequential"] = "mean",
+        **keywords: Any,
+    ) -> None:
+        check_choice("weighting", weighting, ("sample", "uniform"))
+        check_choice("bn_update", bn_update, ("mean", "sequential"))
+        self.weighting, self.bn_update = weighting, bn_update
+        self._own_knobs = {"num_shards": num_shards, "shard_size": shard_size}
+        super().__init__(params, base_optimizer, rho, adaptive, **keywords)
+
+    def _check_knobs(self, knobs: dict[str, Any]) -> None:
+        super()._check_knobs(knobs)
+        given = {name: knobs[name] for name in ("num_shards", "shard_size") if knobs.get(name) is not None}
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if len(given) != 1 and {"num_shards", "shard_size"} <= knobs.keys():
+            what = f"both num_shards={knobs['num_shards']} and shard_size={knobs['shard_size']}" if given else "neither"
+            raise ValueError(
+                f"pass num_shards (the paper's m: how many shards) or shard_size (rows in each), got {what}"
+            )
+
+    def _check_form(self, call: str) -> None:
+        if call == "first_step()" or (call == "step(closure)" and not self._run.pairs):
+            raise RuntimeError(
+                f"{call} cannot cut the batch into shards; use opt.step(loss_fn, *batch), or for each shard "
+                "`with opt.ascent(): ...` and `with opt.descent(): ...`, then opt.step()"
+            )
+
+    def _check_step(self, closure: Any, batch: tuple, scaler: Any, clip_grad_norm: float | None) -> None:
+        super()._check_step(closure, batch, scaler, clip_grad_norm)
+        if batch:
+            self._check_sizes(batch_size(batch))
+
+    def _check_sizes(self, n: int) -> None:
+        sizes = self._sizes(n)
+        if 0 in sizes:
+            raise ValueError(
+                f"num_shards={len(sizes)} is more than the {n} rows of the batch; pass fewer shards, or leave out a "
+                "last batch that is too small (drop_last=True)"
+            )
+        if 1 in sizes and self._run.statistics.any_training():
+            raise ValueError(
+                f"a batch of {n} rows in {len(sizes)} shards leaves 1 row in a shard, and batch norm in training mode "
+                "needs 2; pass larger shards, or leave out a last batch that is too small (drop_last=True)"
+            )
+
+    def _sizes(self, n: int) -> list[int]:
+        """Rows of each shard of a batch of n."""
+        m, size = (self.knob(self.param_groups[0], name) for name in ("num_shards", "shard_size"))
+        if m is None:
+            return [min(size, n - start) for start in range(0, n, size)]
+        return [n // m + (i < n % m) for i in range(m)]
+
+    def _passes_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any) -> Tensor:
+        run, n = self._run, batch_size(batch)
+        sizes = self._sizes(n)
+        first: list[Tensor] = []
+        norms: list[Tensor | None] = []
+        self._start_afresh()
+        statistics = MeanUpdate(run.statistics.moving() if self.bn_update == "mean" else [])
+        try:
+            for shard, size in zip(split_rows(batch, sizes), sizes, strict=True):
+                run.restore()  # from the shard before
+                share = size / n
+                weight = share if self.weighting == "sample" else 1 / len(sizes)
+                first.append(self._pair_on_batch(loss_fn, shard, scaler, weight))
+                norms.append(run.last_grad_norm)
+                statistics.add(share)
+        except BaseException:
+            run.abort()  # puts a second pass's statistics back, and must not come later
+            statistics.rewind()
+            raise
+        statistics.finish()
+        run.last_grad_norm = _stack(norms)
+        return torch.cat(first).mean()
+
+
+def _stack(norms: list[Tensor | None]) -> Tensor | None:
+    """Return the norms as one tensor, 0 for a shard without gradients; None if no shard has any."""
+    known = [norm for norm in norms if norm is not None]
+    return torch.stack([known[0].new_zeros(()) if n is None else n for n in norms]) if known else None

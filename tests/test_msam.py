@@ -1,0 +1,781 @@
+"""mSAM: each shard of the batch perturbed by itself, their gradients summed."""
+
+import copy
+import gc
+import weakref
+from collections import namedtuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import assert_same, batches, cnn, largest_difference, losses_of, mlp, snapshot
+from test_esam import LABELS, POINTS, Logistic
+from test_exactness import BASES
+from test_restore import Interrupt
+from test_side_effects import SCHEDULERS, NoHostReads
+from torch import nn
+
+from fastsam import MSAM, SAM
+from fastsam.kernels import reference
+
+SGD = torch.optim.SGD
+X, Y = batches(1, rows=13)[0]
+OddBatch = namedtuple("OddBatch", "x y")
+
+
+def msam(model, **keywords):
+    sizes = {} if "shard_size" in keywords else {"num_shards": 3}
+    return MSAM(
+        model.parameters(), SGD, **{"rho": 0.1, "lr": 0.1, "momentum": 0.9, "model": model, **sizes, **keywords}
+    )
+
+
+def shares_of(sizes, weighting="sample"):
+    return [1 / len(sizes) if weighting == "uniform" else size / sum(sizes) for size in sizes]
+
+
+def oracle_gradient(model, x, y, sizes, rho=0.1, weighting="sample"):
+    """SPEC 1.2 in plain torch: d over shards of these sizes; batch norm's running statistics are left as they were."""
+    params = list(model.parameters())
+    start = [b.clone() for b in model.buffers()]
+    d = [torch.zeros_like(p) for p in params]
+    for xs, ys, share in zip(x.split(sizes), y.split(sizes), shares_of(sizes, weighting), strict=True):
+        w = [p.detach().clone() for p in params]
+        g = torch.autograd.grad(F.cross_entropy(model(xs), ys), params)
+        norm = torch.sqrt(sum((gi**2).sum() for gi in g)) + 1e-12
+        with torch.no_grad():
+            for p, gi in zip(params, g, strict=True):
+                p.add_(rho * gi / norm)
+        v = torch.autograd.grad(F.cross_entropy(model(xs), ys), params)
+        with torch.no_grad():
+            for p, wi, di, vi in zip(params, w, d, v, strict=True):
+                p.copy_(wi)
+                di.add_(share * vi)
+    with torch.no_grad():
+        for b, s in zip(model.buffers(), start, strict=True):
+            b.copy_(s)
+    return d
+
+
+def oracle_statistics(model, x, sizes, bn_update):
+    """Batch norm's running statistics after a step, from one forward of each shard at w."""
+    start = {name: b.clone() for name, b in model.named_buffers()}
+    after = []
+    twin = copy.deepcopy(model)
+    for xs in x.split(sizes):
+        if bn_update == "mean":
+            twin.load_state_dict(start, strict=False)
+        twin(xs)
+        after.append({name: b.clone() for name, b in twin.named_buffers()})
+    if bn_update == "sequential":
+        return after[-1]
+    shares = shares_of(sizes)
+    return {
+        name: sum(share * a[name] for share, a in zip(shares, after, strict=True)) if b.is_floating_point() else b + 1
+        for name, b in start.items()
+    }
+
+
+def with_pairs(opt, losses, x, y, sizes):
+    for xs, ys, share in zip(x.split(sizes), y.split(sizes), shares_of(sizes), strict=True):
+        with opt.ascent():
+            losses(xs, ys).mean().backward()
+        with opt.descent():
+            (losses(xs, ys).mean() * share).backward()
+    opt.step()
+    opt.zero_grad()
+
+
+# the gradient
+
+
+CUTS = [
+    ({"num_shards": 1}, [13]),
+    ({"num_shards": 2}, [7, 6]),
+    ({"num_shards": 5}, [3, 3, 3, 2, 2]),
+    ({"shard_size": 4}, [4, 4, 4, 1]),
+    ({"shard_size": 13}, [13]),
+    ({"shard_size": 99}, [13]),
+    ({"num_shards": 13}, [1] * 13),
+]
+
+
+@pytest.mark.parametrize("weighting", ["sample", "uniform"])
+@pytest.mark.parametrize(("cut", "sizes"), CUTS)
+def test_trajectory_equals_the_papers_equations(backend, cut, sizes, weighting):
+    model, expected = mlp(), mlp()
+    opt = msam(model, weighting=weighting, **cut)
+    base = SGD(expected.parameters(), lr=0.1, momentum=0.9)
+    for x, y in batches(3, rows=13):
+        for p, d in zip(expected.parameters(), oracle_gradient(expected, x, y, sizes, 0.1, weighting), strict=True):
+            p.grad = d
+        mean_before = losses_of(expected)(x, y).mean().item()
+        base.step()
+        assert opt.step(losses_of(model), x, y).item() == pytest.approx(mean_before, rel=1e-12)
+    assert largest_difference(model, expected) < 1e-12
+    assert largest_difference(model, mlp()) > 1e-2, "nothing was trained"
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_any_base_takes_the_step(backend, base, adaptive):
+    """One shard is SAM, which equals the equations for every base; several are held against pairs of SAM."""
+    cls, kwargs = BASES[base]
+    model, other = mlp(), mlp()
+    opt = MSAM(model.parameters(), cls, rho=0.1, adaptive=adaptive, num_shards=3, **kwargs)
+    pairs = SAM(other.parameters(), cls, rho=0.1, adaptive=adaptive, **kwargs)
+    for x, y in batches(3, rows=7):
+        opt.step(losses_of(model), x, y)
+        with_pairs(pairs, losses_of(other), x, y, [3, 2, 2])
+    assert_same(model, snapshot(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bn_update", ["mean", "sequential"])
+def test_one_shard_is_sam_bit_for_bit(backend, dtype, bn_update):
+    model, other = (mlp(dtype, batchnorm=True, dropout=0.3) for _ in range(2))
+    opt = msam(model, num_shards=1, bn_update=bn_update)
+    sam = SAM(other.parameters(), SGD, rho=0.1, lr=0.1, momentum=0.9, model=other)
+    for x, y in batches(4, dtype=dtype):
+        losses = []
+        for o, m in ((opt, model), (sam, other)):
+            torch.manual_seed(3)
+            losses.append(o.step(losses_of(m), x, y))
+        assert torch.equal(*losses)
+        assert torch.equal(opt.last_grad_norm, sam.last_grad_norm[None])
+    assert_same(model, snapshot(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cut", [{"num_shards": 3}, {"shard_size": 5}])
+def test_pairs_are_the_same_step(backend, dtype, cut):
+    """Way 2, bit for bit: draws of dropout and of stochastic rounding too."""
+    model, other = (mlp(dtype, dropout=0.3) for _ in range(2))
+    opt, by_pairs = (msam(m, **cut) for m in (model, other))
+    for x, y in batches(3, rows=13, dtype=dtype):
+        torch.manual_seed(3)
+        opt.step(losses_of(model), x, y)
+        torch.manual_seed(3)
+        with_pairs(by_pairs, losses_of(other), x, y, [5, 4, 4] if "num_shards" in cut else [5, 5, 3])
+    assert_same(model, snapshot(other))
+    assert opt.param_groups[0]["fastsam_step"] == 9, "every shard has its own draws"
+
+
+def test_convolutions_in_single_precision(backend):
+    model, expected = cnn(), cnn(torch.float64)
+    opt = msam(model, num_shards=3, momentum=0.0)
+    x, y = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(5)), torch.arange(8)
+    statistics = oracle_statistics(expected, x.double(), [3, 3, 2], "mean")
+    d = oracle_gradient(expected, x.double(), y, [3, 3, 2])
+    opt.step(losses_of(model), x, y)
+    for p, di in zip(model.parameters(), d, strict=True):
+        torch.testing.assert_close(p.grad.double(), di, rtol=1e-4, atol=1e-6)
+    for name, b in model.named_buffers():
+        torch.testing.assert_close(b.double(), statistics[name].double(), rtol=1e-5, atol=1e-6)
+
+
+class Quadratics(nn.Module):
+    """Row i's loss is w'A_i w/2 - b_i'w: the two shards of SPEC 4.2."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        self.a = torch.tensor([[[3.0, 1.0], [1.0, 2.0]], [[1.0, 0.0], [0.0, 4.0]]], dtype=torch.float64)
+        self.b = torch.tensor([[1.0, -1.0], [0.0, 3.0]], dtype=torch.float64)
+
+    def losses(self, which):
+        return torch.einsum("i,nij,j->n", self.w, self.a[which], self.w) / 2 - self.b[which] @ self.w
+
+
+@pytest.mark.parametrize(
+    ("rows", "cut", "weighting", "gradient"),
+    [
+        ([0, 1], {"num_shards": 2}, "sample", (2.6346133509075855, 5.80705617438323)),
+        ([0, 0, 0, 1], {"shard_size": 3}, "uniform", (2.6346133509075855, 5.80705617438323)),
+        ([0, 0, 0, 1], {"shard_size": 3}, "sample", (3.442114219604469, 6.014468126436661)),
+        ([0, 1], {"num_shards": 1}, "sample", (2.6282789127333674, 5.793800090453841)),
+    ],
+)
+def test_worked_numbers(backend, rows, cut, weighting, gradient):
+    q = Quadratics()
+    opt = MSAM(q.parameters(), SGD, rho=0.1, lr=0.1, weighting=weighting, **cut)
+    opt.step(q.losses, torch.tensor(rows))
+    assert q.w.grad.tolist() == pytest.approx(list(gradient), rel=1e-11)
+    if len(set(rows)) == opt.last_grad_norm.numel() == 2:
+        assert opt.last_grad_norm.tolist() == pytest.approx([52**0.5, 26**0.5], rel=1e-15)
+
+
+def test_worked_numbers_of_single_samples(backend):
+    m = Logistic()
+    MSAM(m.parameters(), SGD, rho=0.1, lr=1.0, num_shards=3).step(m.losses, POINTS, LABELS)
+    assert m.w.grad.tolist() == pytest.approx([-0.4074731729430397, -0.10162334304023306], rel=1e-11)
+
+
+def test_without_a_radius_every_split_is_the_base_optimizer(backend):
+    for cut in ({"num_shards": 5}, {"shard_size": 3}):
+        model, plain = mlp(), mlp()
+        opt, base = msam(model, rho=0.0, **cut), SGD(plain.parameters(), lr=0.1, momentum=0.9)
+        for x, y in batches(4, rows=13):
+            opt.step(losses_of(model), x, y)
+            base.zero_grad()
+            losses_of(plain)(x, y).mean().backward()
+            base.step()
+        assert largest_difference(model, plain) < 1e-12
+
+
+def test_copies_of_one_shard_are_sam_on_it(backend):
+    model, other = mlp(), mlp()
+    opt, sam = msam(model, num_shards=4), SAM(other.parameters(), SGD, rho=0.1, lr=0.1, momentum=0.9)
+    for x, y in batches(3, rows=5):
+        opt.step(losses_of(model), x.repeat(4, 1), y.repeat(4))
+        sam.step(losses_of(other), x, y)
+    assert largest_difference(model, other) < 1e-12
+
+
+def test_order_matters_across_shards_alone(backend):
+    def gradient(order):
+        model = mlp()
+        msam(model, num_shards=3).step(losses_of(model), X[:12][order], Y[:12][order])
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    rows = torch.arange(12)
+    expected = gradient(rows)
+    shards = torch.cat([rows[8:], rows[:4], rows[4:8]])
+    within = rows.view(3, 4).flip(1).flatten()
+    across = torch.cat([rows[6:], rows[:6]])
+    for order in (shards, within):
+        torch.testing.assert_close(gradient(order), expected, rtol=1e-12, atol=1e-14)
+    assert (gradient(across) - expected).abs().max() > 1e-4
+
+
+def test_parallel_shard_gradients_are_sams(backend):
+    """A linear model with squared loss: shards that pull along one line are perturbed alike."""
+    x = torch.tensor([[1.0, 2.0], [2.0, 4.0], [0.5, 1.0], [3.0, 6.0]], dtype=torch.float64)
+    weights = []
+    for build in (SAM, lambda *args, **kwargs: MSAM(*args, num_shards=2, **kwargs)):
+        model = nn.Linear(2, 1, bias=False).double()
+        nn.init.constant_(model.weight, 1.0)
+        opt = build(model.parameters(), SGD, rho=0.1, lr=0.01)
+        opt.step(lambda x, model=model: model(x)[:, 0].square(), x)
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-14, atol=0)
+
+
+# batches
+
+
+def test_shards_are_views_of_nested_batches(backend):
+    model, seen = mlp(), []
+    batch = {"xy": OddBatch(X, Y), "list": [X[:, :1]], "name": "passes through", "scale": torch.tensor(2.0)}
+
+    def losses(batch, flag):
+        seen.append((batch, flag))
+        return losses_of(model)(*batch["xy"]) * batch["scale"]
+
+    msam(model, num_shards=3).step(losses, batch, True)
+    assert [len(b["xy"].y) for b, _ in seen] == [5, 5, 4, 4, 4, 4]
+    for (b, flag), start in zip(seen, [0, 0, 5, 5, 9, 9], strict=True):
+        assert isinstance(b["xy"], OddBatch)
+        assert b["xy"].x.data_ptr() == X[start].data_ptr(), "a copy"
+        assert torch.equal(b["list"][0], b["xy"].x[:, :1])
+        assert (flag, b["name"], b["scale"]) == (True, "passes through", batch["scale"])
+
+
+def test_gradients_already_there_are_discarded(backend):
+    model, other = mlp(), mlp()
+    losses_of(model)(X, Y).sum().backward()
+    for m in (model, other):
+        msam(m).step(losses_of(m), X, Y)
+    assert_same(model, snapshot(other))
+
+
+def test_clipping_acts_on_the_sum(backend):
+    model = mlp()
+    msam(model, num_shards=3, lr=0.0).step(losses_of(model), X, Y, clip_grad_norm=0.01)
+    d = oracle_gradient(mlp(), X, Y, [5, 4, 4])
+    norm = torch.sqrt(sum((di**2).sum() for di in d))
+    assert norm > 0.1
+    for p, di in zip(model.parameters(), d, strict=True):
+        torch.testing.assert_close(p.grad, di * 0.01 / (norm + 1e-6), rtol=1e-10, atol=1e-14)
+
+
+# what is left alone
+
+
+@pytest.mark.parametrize("bn_update", ["mean", "sequential"])
+@pytest.mark.parametrize("momentum", [0.1, None, 1.0])
+@pytest.mark.parametrize(
+    ("rows", "cut", "sizes"), [(12, {"num_shards": 3}, [4, 4, 4]), (11, {"shard_size": 4}, [4, 4, 3])]
+)
+def test_running_statistics(backend, bn_update, momentum, rows, cut, sizes):
+    model = mlp(batchnorm=True)
+    model[1].momentum = momentum
+    opt = msam(model, bn_update=bn_update, **cut)
+    for i, (x, y) in enumerate(batches(3, rows=rows)):
+        expected = oracle_statistics(model, x, sizes, bn_update)
+        opt.step(losses_of(model), x, y)
+        for name, b in model.named_buffers():
+            torch.testing.assert_close(b, expected[name], rtol=1e-14, atol=1e-15)
+        assert model[1].num_batches_tracked == (i + 1) * (1 if bn_update == "mean" else 3)
+
+
+def test_frozen_and_16_bit_statistics(backend):
+    frozen, half = mlp(batchnorm=True), mlp(torch.bfloat16, batchnorm=True)
+    frozen[1].eval()
+    before = snapshot(frozen)
+    msam(frozen).step(losses_of(frozen), X, Y)
+    assert torch.equal(frozen[1].running_mean, before["1.running_mean"])
+    assert frozen[1].num_batches_tracked == 0
+    x, y = batches(1, rows=12, dtype=torch.bfloat16)[0]
+    shards = [copy.deepcopy(half) for _ in range(3)]
+    for shard, xs in zip(shards, x.split(4), strict=True):
+        shard(xs)
+    mean = sum(shard[1].running_var.float() / 3 for shard in shards).bfloat16()
+    msam(half).step(losses_of(half), x, y)
+    assert torch.equal(half[1].running_var, mean)
+
+
+def test_a_layer_that_some_shards_leave_out_counts_one_update(backend):
+    model = mlp(batchnorm=True)
+    x, y = batches(1, rows=12)[0]
+
+    def losses(x, y, shard):
+        if shard[0] == 2:
+            return F.cross_entropy(model[3](torch.tanh(model[0](x))), y, reduction="none")
+        return losses_of(model)(x, y)
+
+    msam(model).step(losses, x, y, torch.arange(3).repeat_interleave(4))
+    assert model[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("failing_call", [1, 2, 3, 4])
+def test_statistics_of_a_failed_step_are_those_of_before(backend, failing_call):
+    model, calls = mlp(batchnorm=True), []
+    before = snapshot(model)
+
+    def losses(x, y):
+        calls.append(1)
+        values = losses_of(model)(x, y)
+        if len(calls) == failing_call:
+            raise torch.OutOfMemoryError
+        return values
+
+    with pytest.raises(torch.OutOfMemoryError):
+        msam(model).step(losses, X, Y)
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("same_rng", [True, False])
+def test_a_shards_passes_share_their_draws_and_shards_do_not(backend, same_rng):
+    model, masks = mlp(dropout=0.5), []
+    model[2].register_forward_hook(lambda m, args, out: masks.append(out == 0))
+    opt = msam(model, num_shards=3, same_rng=same_rng)
+    torch.manual_seed(7)
+    opt.step(losses_of(model), X[:12], Y[:12])
+    after = torch.rand(3)
+    for first, second in zip(masks[::2], masks[1::2], strict=True):
+        assert torch.equal(first, second) is same_rng
+    assert not torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[2], masks[4])
+    torch.manual_seed(7)
+    for xs in X[:12].split(4):
+        model(xs)
+    assert torch.equal(after, torch.rand(3)) is same_rng, "the generator must be where the first passes leave it"
+
+
+@pytest.mark.parametrize("num_shards", [2, 7])
+def test_scratch_does_not_grow_with_the_shards(backend, num_shards):
+    torch.manual_seed(0)
+    model = nn.Linear(301, 5, bias=False)
+    x, y = torch.randn(14, 301), torch.arange(14) % 5
+    opt = MSAM(model.parameters(), SGD, rho=0.1, lr=0.1, momentum=0.9, num_shards=num_shards)
+    counts, backups = [], set()
+    gc.collect()  # what other tests left
+
+    def losses(x, y):
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.shape == (5, 301)]
+        counts.append(len({t.data_ptr() for t in tensors}))
+        backups.update(t.data_ptr() for t in opt._run.backup.tensors)
+        return losses_of(model)(x, y)
+
+    for _ in range(2):
+        counts.clear()
+        opt.step(losses, x, y)
+    # weights, momentum, backup; the sum after the first shard; the first pass makes its gradient later
+    assert counts == [3, 3] + [4, 4] * (num_shards - 1)
+    assert len(backups) == 1
+
+
+def test_an_ascent_gradient_is_gone_when_the_second_pass_runs(backend):
+    model, ascent, alive = mlp(), [], []
+    opt = msam(model)
+
+    def losses(x, y):
+        alive.append(any(g() is not None for g in ascent))
+        ascent.clear()
+        return losses_of(model)(x, y)
+
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda p: ascent.append(weakref.ref(p.grad)) if len(alive) % 2 else None)
+        for p in model.parameters()
+    ]
+    opt.step(losses, X, Y)
+    assert len(handles) == 4
+    assert alive == [False] * 6
+
+
+def test_a_step_reads_nothing_on_the_host(backend, monkeypatch):
+    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    model = mlp(batchnorm=True)
+    opt = msam(model)
+    with NoHostReads():
+        for x, y in batches(2, rows=13):
+            opt.step(losses_of(model), x, y)
+    assert largest_difference(model, mlp(batchnorm=True)) > 1e-2
+
+
+@pytest.mark.parametrize("bn_update", ["mean", "sequential"])
+def test_compiled_models_run_without_recompiling(backend, bn_update):
+    torch._dynamo.reset()
+    model, eager = cnn(), cnn()
+    compiled = torch.compile(model, backend="aot_eager")
+    opts = [
+        MSAM(m.parameters(), SGD, rho=0.05, lr=0.05, num_shards=3, model=w, bn_update=bn_update)
+        for m, w in ((model, compiled), (eager, eager))
+    ]
+    x, y = torch.randn(9, 1, 8, 8), torch.arange(9)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            opts[0].step(losses_of(compiled), x, y)
+            opts[1].step(losses_of(eager), x, y)
+    assert largest_difference(model, eager) < 1e-5
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor|To get the last learning rate|.*epoch parameter")
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_schedulers_see_one_step(kind):
+    model, plain = mlp(), mlp()
+    opt, base = msam(model), SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    schedulers = [SCHEDULERS[kind](opt), SCHEDULERS[kind](base)]
+    for x, y in batches(5):
+        opt.step(losses_of(model), x, y)
+        losses_of(plain)(x, y).mean().backward()
+        base.step()
+        for s in schedulers:
+            s.step(1.0) if kind == "plateau" else s.step()
+        assert opt.param_groups[0]["lr"] == base.param_groups[0]["lr"]
+
+
+# what goes wrong
+
+
+@pytest.mark.parametrize("cls", [SGD, torch.optim.RMSprop])
+def test_an_interrupt_at_any_call_boundary_leaves_the_weights_of_before_or_after(backend, cls):
+    model = mlp(torch.float32, batchnorm=True, dropout=0.3)
+    opt = MSAM(model.parameters(), cls, rho=0.5, num_shards=2, model=model, lr=0.01)
+    x, y = batches(1, rows=8, dtype=torch.float32)[0]
+    opt.step(losses_of(model), x, y)
+    start, state, saved = snapshot(model), torch.get_rng_state(), copy.deepcopy(opt.state_dict())
+
+    def rewind():
+        model.load_state_dict(start)
+        opt.load_state_dict(copy.deepcopy(saved))
+        torch.set_rng_state(state)
+
+    def weights():
+        return [p.detach().clone() for p in model.parameters()]
+
+    rewind()
+    before = weights()
+    with Interrupt() as count:
+        opt.step(losses_of(model), x, y)
+    after, outcomes = weights(), []
+    assert not torch.equal(before[0], after[0])
+    for n in range(1, count.seen, 3 if backend == "torch" and cls is SGD else max(3, count.seen // 40)):
+        rewind()
+        try:
+            with Interrupt(n):
+                opt.step(losses_of(model), x, y)
+        except KeyboardInterrupt:
+            now = weights()
+            outcomes.append("before" if all(map(torch.equal, now, before)) else "after")
+            assert outcomes[-1] == "before" or all(map(torch.equal, now, after)), f"lost weights at {n}"
+            assert not opt._run.backup.valid
+    assert outcomes.count("before") > outcomes.count("after")
+    opt.step(losses_of(model), x, y)
+
+
+class Failing:
+    """Losses that are multiplied or raise in one call."""
+
+    def __init__(self, model, call, factor=1.0, error=None):
+        self.model, self.call, self.factor, self.error, self.calls = model, call, factor, error, 0
+
+    def __call__(self, x, y):
+        self.calls += 1
+        values = losses_of(self.model)(x, y)
+        if self.calls != self.call:
+            return values
+        if self.error is not None:
+            raise self.error
+        return values * self.factor
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError()])
+@pytest.mark.parametrize("call", [1, 2, 5, 6])
+def test_an_exception_in_any_pass_of_any_shard(backend, error, call):
+    model = mlp(torch.bfloat16, dropout=0.3)
+    opt = msam(model)
+    x, y = batches(1, rows=13, dtype=torch.bfloat16)[0]
+    opt.step(losses_of(model), x, y)
+    before, momenta = snapshot(model), copy.deepcopy(opt.state_dict()["state"])
+    with pytest.raises(type(error)):
+        opt.step(Failing(model, call, error=error), x, y)
+    assert_same(model, before)
+    assert all(p.grad is None for p in model.parameters())
+    for i, entries in momenta.items():
+        assert torch.equal(entries["momentum_buffer"], opt.state_dict()["state"][i]["momentum_buffer"])
+    opt.step(losses_of(model), x, y)
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+@pytest.mark.parametrize("shard", [0, 1, 2])
+def test_a_non_finite_ascent_leaves_its_shard_unperturbed(backend, factor, shard):
+    model, expected = mlp(), mlp()
+    x, y = X[:12], Y[:12]
+    opt = msam(model, lr=0.0)
+    opt.step(Failing(model, 2 * shard + 1, factor), x, y)
+    for i, (xs, ys) in enumerate(zip(x.split(4), y.split(4), strict=True)):
+        for p, d in zip(expected.parameters(), oracle_gradient(expected, xs, ys, [4], 0.0 if i == shard else 0.1),
+                        strict=True):  # fmt: skip
+            p.grad = d / 3 if p.grad is None else p.grad + d / 3
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-14)
+    assert torch.isfinite(opt.last_grad_norm).tolist() == [i != shard for i in range(3)]
+    assert opt.skipped_steps == 0
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("call", [2, 4, 6])
+def test_a_non_finite_descent_skips_the_whole_step(backend, call, scaled, factor):
+    model = mlp(torch.float32)
+    opt = msam(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    x, y = batches(1, rows=13, dtype=torch.float32)[0]
+    opt.step(losses_of(model), x, y)
+    before, momenta = snapshot(model), copy.deepcopy(opt.state_dict()["state"])
+    opt.step(Failing(model, call, factor), x, y, scaler=scaler)
+    assert_same(model, before)
+    assert opt.skipped_steps == 1
+    for i, entries in momenta.items():
+        assert torch.equal(entries["momentum_buffer"], opt.state_dict()["state"][i]["momentum_buffer"])
+    if scaled:
+        scaler.update()
+        assert scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_under_autocast(backend, dtype):
+    model = mlp(torch.float32)
+    opt = msam(model, rho=0.05)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+
+    def losses(x, y):
+        with torch.autocast("cpu", dtype=dtype):
+            return losses_of(model)(x, y)
+
+    history = []
+    for x, _ in batches(12, dtype=torch.float32) * 2:
+        history.append(opt.step(losses, x, (x[:, 0] > 0).long(), scaler=scaler).item())
+        scaler.update()
+    assert sum(history[-6:]) < 0.8 * sum(history[:6])
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("by_pairs", [False, True])
+def test_a_scaler_changes_nothing_but_the_scale(backend, clip, by_pairs):
+    model, plain = mlp(), mlp()
+    opt, other = msam(model), msam(plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    for x, y in batches(4, rows=13):
+        if by_pairs:
+            for xs, ys in zip(x.split([5, 4, 4]), y.split([5, 4, 4]), strict=True):
+                with opt.ascent():
+                    scaler.scale(losses_of(model)(xs, ys).mean()).backward()
+                with opt.descent():
+                    scaler.scale(losses_of(model)(xs, ys).sum() / 13).backward()
+            if clip is not None:
+                scaler.unscale_(opt)
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(opt)
+            opt.zero_grad()
+        else:
+            opt.step(losses_of(model), x, y, scaler=scaler, clip_grad_norm=clip)
+        scaler.update()
+        other.step(losses_of(plain), x, y, clip_grad_norm=clip)
+    assert largest_difference(model, plain) < 1e-9
+    assert scaler.get_scale() == 1024.0 * 2**2, "the growth tracker must tick once a step"
+
+
+def test_the_norm_of_a_shard_without_perturbed_tensors_is_zero(backend):
+    model = nn.ModuleList([nn.Linear(6, 3).double(), nn.Linear(6, 3).double()])
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[1].parameters()), "perturb": False}]
+    opt = MSAM(groups, SGD, lr=0.1, num_shards=2)
+
+    def losses(x, y, which):
+        return F.cross_entropy(model[int(which[0])](x), y, reduction="none")
+
+    opt.step(losses, X[:4], Y[:4], torch.tensor([0, 0, 1, 1]))
+    assert (opt.last_grad_norm > 0).tolist() == [True, False]
+    opt.step(losses, X[:4], Y[:4], torch.ones(4))
+    assert opt.last_grad_norm is None
+
+
+# checkpoints
+
+
+def test_resume_goes_on_bit_for_bit(backend):
+    data = batches(4, rows=7, dtype=torch.bfloat16)
+    whole, half, resumed = (mlp(torch.bfloat16, seed=s) for s in (1, 1, 9))
+    opt = msam(whole, seed=2)
+    for x, y in data:
+        opt.step(losses_of(whole), x, y)
+    opt = msam(half, seed=2)
+    for x, y in data[:2]:
+        opt.step(losses_of(half), x, y)
+    resumed.load_state_dict(half.state_dict())
+    again = msam(resumed, shard_size=2)  # the checkpoint's knobs count
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for x, y in data[2:]:
+        again.step(losses_of(resumed), x, y)
+    assert_same(resumed, snapshot(whole))
+
+
+def test_checkpoints_pass_to_and_from_the_base_and_sam(backend):
+    model = mlp()
+    opt = msam(model)
+    opt.step(losses_of(model), X, Y)
+    momentum = opt.state_dict()["state"][0]["momentum_buffer"].clone()
+    base = SGD(mlp().parameters(), lr=0.7)
+    base.load_state_dict(opt.state_dict())
+    sam = SAM(mlp().parameters(), SGD, lr=0.7)
+    sam.load_state_dict(opt.state_dict())
+    for other in (base, sam):
+        assert torch.equal(other.state_dict()["state"][0]["momentum_buffer"], momentum)
+    plain = SGD(mlp().parameters(), lr=0.7)
+    plain.load_state_dict(SGD(mlp().parameters(), lr=0.3).state_dict())
+    fresh = msam(mlp(), num_shards=5)
+    for saved in (plain.state_dict(), SAM(mlp().parameters(), SGD, lr=0.3).state_dict()):
+        fresh.load_state_dict(saved)
+        group = fresh.param_groups[0]
+        assert (group["num_shards"], group["shard_size"], group["lr"]) == (5, None, 0.3)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoint_round_trip(tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, resumed = mlp(), mlp(seed=9)
+    opt, again = msam(model, shard_size=5), msam(resumed, shard_size=2)
+    opt.step(losses_of(model), X, Y)
+    opt.zero_grad()
+    dcp.save({"optimizer": get_optimizer_state_dict(model, opt)}, checkpoint_id=tmp_path, no_dist=True)
+    state = {"optimizer": get_optimizer_state_dict(resumed, again)}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(resumed, again, state["optimizer"])
+    resumed.load_state_dict(model.state_dict())
+    for o, m in ((opt, model), (again, resumed)):
+        o.step(losses_of(m), X, Y)
+    assert_same(resumed, snapshot(model))
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("error", "needle", "keywords"),
+    [
+        (ValueError, r"pass num_shards \(the paper's m.*or shard_size \(rows in each\), got neither", {}),
+        (ValueError, "got both num_shards=2 and shard_size=3", {"num_shards": 2, "shard_size": 3}),
+        (ValueError, "num_shards must be at least 1, got 0", {"num_shards": 0}),
+        (ValueError, "shard_size must be at least 1, got -4", {"shard_size": -4}),
+        (TypeError, "num_shards must be an integer, got True of type bool", {"num_shards": True}),
+        (TypeError, "num_shards must be an integer, got 8.0 of type float", {"num_shards": 8.0}),
+        (TypeError, "shard_size must be an integer, got '4' of type str", {"shard_size": "4"}),
+        (
+            ValueError,
+            "weighting must be one of 'sample', 'uniform', got 'mean'",
+            {"num_shards": 2, "weighting": "mean"},
+        ),
+        (ValueError, "bn_update must be one of 'mean', 'sequential', got 1", {"num_shards": 2, "bn_update": 1}),
+        (ValueError, "rho must be finite and >= 0, got -1", {"num_shards": 2, "rho": -1}),
+    ],
+)
+def test_bad_arguments(error, needle, keywords):
+    with pytest.raises(error, match=needle):
+        MSAM(mlp().parameters(), SGD, **{"lr": 0.1, **keywords})
+
+
+def test_a_bad_knob_of_a_group_or_a_checkpoint_is_refused():
+    opt = msam(mlp())
+    with pytest.raises(ValueError, match="got both num_shards=3 and shard_size=2"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(1))], "shard_size": 2})
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["num_shards"] = 0
+    with pytest.raises(ValueError, match="num_shards must be at least 1, got 0"):
+        opt.load_state_dict(saved)
+    assert opt.param_groups[0]["num_shards"] == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "needle", "cut", "rows"),
+    [
+        (ValueError, r"num_shards=14 is more than the 13 rows of the batch; pass fewer shards", {"num_shards": 14}, 13),
+        (ValueError, r"13 rows in 7 shards leaves 1 row in a shard.*drop_last=True", {"num_shards": 7}, 13),
+        (ValueError, r"13 rows in 4 shards leaves 1 row in a shard", {"shard_size": 4}, 13),
+        (ValueError, r"the batch is empty \(leading size 0\)", {"num_shards": 2}, 0),
+    ],
+)
+def test_a_batch_that_cannot_be_cut_changes_nothing(backend, error, needle, cut, rows):
+    model = mlp(batchnorm=True)
+    opt, before = msam(model, **cut), snapshot(model)
+    losses_of(model)(X, Y).sum().backward()
+    gradient = model[0].weight.grad.clone()
+    before = snapshot(model)
+    with pytest.raises(error, match=needle):
+        opt.step(losses_of(model), X[:rows], Y[:rows])
+    assert_same(model, before)
+    assert torch.equal(model[0].weight.grad, gradient)
+
+
+def test_one_row_in_a_shard_is_refused_for_batch_statistics_alone(backend):
+    for norm in (nn.Identity(), nn.InstanceNorm1d(6), nn.BatchNorm1d(6).eval()):
+        model = nn.Sequential(nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 6, 1), nn.Upsample(4), norm, nn.Flatten()).double()
+        model.append(nn.Linear(24, 3).double())
+        msam(model, shard_size=1).step(losses_of(model), X, Y)
+
+
+@pytest.mark.parametrize("call", ["first_step", "closure"])
+def test_what_cannot_cut_the_batch_says_so(backend, call):
+    model = mlp()
+    opt, before = msam(model), snapshot(model)
+    with pytest.raises(RuntimeError, match=r"cannot cut the batch into shards; use opt.step\(loss_fn, \*batch\), or"):
+        {"first_step": opt.first_step, "closure": lambda: opt.step(lambda: None)}[call]()
+    assert_same(model, before)
+
+
+def test_a_frameworks_closure_finishes_pairs(backend):
+    model, other = mlp(), mlp()
+    opt, calls = msam(model), []
+    for xs, ys in zip(X.split([5, 4, 4]), Y.split([5, 4, 4]), strict=True):
+        for context in (opt.ascent(), opt.descent()):
+            with context:
+                (losses_of(model)(xs, ys).mean() * (len(xs) / 13)).backward()
+    opt.step(lambda: calls.append(1))
+    assert calls == [1]
+    msam(other).step(losses_of(other), X, Y)
+    assert largest_difference(model, other) < 1e-14
