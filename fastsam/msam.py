@@ -121,11 +121,12 @@ class MSAM(SAM):
         self._start_afresh()
         statistics = MeanUpdate(run.statistics.moving() if self.bn_update == "mean" else [])
         try:
-            for shard, size in zip(split_rows(batch, sizes), sizes, strict=True):
+            for i, (shard, size) in enumerate(zip(split_rows(batch, sizes), sizes, strict=True)):
                 run.restore()  # from the shard before
+                is_last = i == len(sizes) - 1  # whose backward reduces the sum of all shards between DDP's ranks
                 share = size / n
                 weight = share if self.weighting == "sample" else 1 / len(sizes)
-                first.append(self._pair_on_batch(loss_fn, shard, scaler, weight))
+                first.append(self._pair_on_batch(loss_fn, shard, scaler, weight, is_last))
                 norms.append(run.last_grad_norm)
                 statistics.add(share)
         except BaseException:

@@ -207,8 +207,14 @@ class TwoPassOptimizer(PassOptimizer):
         self._run.pairs, self._run.failed = 0, False
         clear(self._params())
 
-    def _pair(self, first_pass: Callable[[], Any], second_pass: Callable[[], Any]) -> Any:
-        """Run both passes, of which the second adds to p.grad, and return what the first returned."""
+    def _pair(self, first_pass: Callable[[], Any], second_pass: Callable[[], Any], sync: bool = True) -> Any:
+        """Run both passes, of which the second adds to p.grad, and return what the first returned.
+
+        Args:
+            first_pass: runs forward and backward.
+            second_pass: runs forward and backward at perturbed weights.
+            sync: reduce p.grad between DDP's ranks in the second pass; without, that of a later pair does it for both.
+        """
         run = self._run
         self._enter_ascent()
         with torch.enable_grad():
@@ -221,7 +227,7 @@ class TwoPassOptimizer(PassOptimizer):
             run.last_grad_norm = None
             self._count_step()
             return first
-        run.enter_descent(self._perturb_params)
+        run.enter_descent(self._perturb_params, sync)
         with torch.enable_grad():
             second_pass()
         run.leave_descent()
@@ -232,7 +238,9 @@ class TwoPassOptimizer(PassOptimizer):
         self._start_afresh()
         return self._pair_on_batch(loss_fn, batch, scaler).mean()
 
-    def _pair_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any, weight: float = 1.0) -> Tensor:
+    def _pair_on_batch(
+        self, loss_fn: Callable, batch: tuple, scaler: Any, weight: float = 1.0, sync: bool = True
+    ) -> Tensor:
         """Run both passes on a batch, the mean loss of the second times `weight`; return the first one's losses."""
         n = batch_size(batch)
         kept: list[Tensor] = []
@@ -246,7 +254,8 @@ class TwoPassOptimizer(PassOptimizer):
             backward(losses)
             kept.append(losses.detach())
 
-        self._pair(first_pass, lambda: self._second_pass(loss_fn, batch, kept[0], partial(backward, weight=weight)))
+        second_backward = partial(backward, weight=weight)
+        self._pair(first_pass, lambda: self._second_pass(loss_fn, batch, kept[0], second_backward), sync)
         return kept[0]
 
     def _second_pass(self, loss_fn: Callable, batch: tuple, first: Tensor, backward: Callable[[Tensor], None]) -> None:

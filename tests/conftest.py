@@ -19,11 +19,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    import_kernels(config.getoption("device"))
+
+
+def import_kernels(device):
     """Import the kernels: from then on they are interpreted or compiled, for good.
 
     The variable is put back before anything else runs, so that programs which tests start keep the default.
     """
-    device = config.getoption("device")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1" if device == "cpu" else "0")
         kernels = dispatch._triton_backend()

@@ -70,10 +70,13 @@ def count_buckets(ddp):
 
 
 def run_cases(rank, world):
-    import conftest  # noqa: F401  # kernels are interpreted where a case asks for them
+    import conftest
     import distributed_worker_ddp  # noqa: F401
     import distributed_worker_fsdp  # noqa: F401
+    import distributed_worker_msam  # noqa: F401
+    import distributed_worker_saf  # noqa: F401
 
+    conftest.import_kernels("cpu")
     if sys.argv[5:]:
         STOPS[sys.argv[5]]()
     for name in CASES[world]:

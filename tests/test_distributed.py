@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import distributed_worker
+import distributed_worker_msam  # noqa: F401
+import distributed_worker_saf  # noqa: F401
 import pytest
 import torch
 from distributed_worker_fsdp import load_into_one_process, save_from_one_process, whole_run
