@@ -483,7 +483,8 @@ def _constants(logits: Tensor, targets: Tensor | None, past: Past | None) -> dic
     most = _BYTES_IN_REGISTERS * 8 // compute.primitive_bitwidth
     size = min(max(triton.next_power_of_2(n_classes), _PADDING), most)
     whole = size >= n_classes
-    threads = min(max(size // 8, 32), THREADS) if whole else 2 * THREADS  # registers are scarcer in a loop
+    threads = min(max(size // 8, 32), THREADS)
+    size = size if whole else size // 2  # a loop needs more registers
     return {
         "COMPUTE": compute,
         "HAS_CLASSES": targets is not None and targets.dim() == 1,
