@@ -40,9 +40,9 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Return every variant's kernel, its arguments and its constants, by name, as the launchers pass them."""
     import torch
 
-    from fastsam.kernels import chunks, norm, perturb, restore_adam_step, restore_step, select
+    from fastsam.kernels import chunks, ema, norm, perturb, restore_adam_step, restore_step, select, trajectory_loss
     from fastsam.kernels.philox import Draw
-    from fastsam.kernels.reference import AdamOptions, SGDOptions
+    from fastsam.kernels.reference import AdamOptions, Past, SGDOptions
     from fastsam.kernels.tensor_list import Backup
 
     assert not chunks.INTERPRETED, "unset TRITON_INTERPRET: interpreted kernels cannot be compiled"
@@ -54,11 +54,13 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
         found[name] = kernel, dict(zip(kernel.arg_names, args, strict=False)), constants
 
     def variant(label: str, launcher: Callable, *args: Any, **kwargs: Any) -> None:
-        for module in (norm, perturb, restore_adam_step, restore_step):
-            module.launch = partial(record, label)
+        for module in (ema, norm, perturb, restore_adam_step, restore_step, trajectory_loss):
+            module.launch = partial(record, label)  # type: ignore[attr-defined]
         launcher(*args, **kwargs)
 
-    chunks.runs_here = lambda *tensors: True  # tensors on the CPU stand in for a GPU's: nothing is run
+    # tensors on the CPU stand in for a GPU's: nothing is run
+    chunks.runs_here = lambda *tensors: True
+    trajectory_loss.runs_here = lambda logits: True
     f32, f16, bf16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
     one, length = torch.ones(()), torch.ones((), dtype=f64)
 
@@ -98,11 +100,31 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
         shape["threads"] = 32 * shape.pop("num_warps")
         args = losses, losses, chosen, 1, 1, n_rows, 1
         record(f"{_short(dtype)} {n_rows} rows", select._select_kernel, 1, *args, **shape, enable_fp_fusion=False)
+    for average, value in ((f32, f32), (bf16, bf16), (f32, bf16)):
+        name = _short(average) if average == value else f"{_short(average)} of {_short(value)}"
+        variant(name, ema.ema_, ones(average), ones(value), 0.9)
+    for n_classes, dtype, history, records in (
+        (10, f32, f16, True), (1000, f32, f16, True), (1000, f32, f16, False), (1000, f32, torch.int8, True),
+        (1000, bf16, f16, True), (1000, bf16, torch.int8, True), (1008, f32, f32, True), (50257, f32, f16, True),
+        (50257, bf16, torch.int8, True), (1000, f32, None, False), (1000, bf16, None, False),
+        (50257, bf16, None, False),
+    ):  # fmt: skip
+        logits, classes = torch.empty(2, n_classes, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+        past, label = Past(logits), f"{_short(dtype)} {n_classes} classes"
+        if history is not None:
+            rows, tags = torch.empty(2, -(-n_classes // 16) * 16, dtype=history), classes.int()
+            past = Past(rows, torch.ones(2) if history == torch.int8 else None, tags, classes, 1, 0, records, classes)
+        name = f"{label} {'teacher' if history is None else _short(history)} {'record' if records else ''}".strip()
+        variant(name, trajectory_loss.trajectory_loss, logits, classes, past, tau=5.0, weight=1.0)
+        if records and n_classes == 1000:
+            variant(name, trajectory_loss.record_, logits, past)
     return found
 
 
 def _short(dtype: Any) -> str:
-    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}[str(dtype).split(".")[1]]
+    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64", "int8": "int8"}[
+        str(dtype).split(".")[1]
+    ]
 
 
 _launches = cache(launches)
@@ -120,9 +142,11 @@ def measure(name: str, target: str) -> dict[str, Any]:
     kernel, arguments, constants = _launches()[name]
     backend, architecture, warp_size = TARGETS[target]
     constants = dict(constants)
-    warps = max(1, constants.pop("threads", THREADS) // warp_size)
+    threads = constants.pop("threads", THREADS)
+    warps = max(1, threads // warp_size)
     options = {"num_warps": warps, "enable_fp_fusion": constants.pop("enable_fp_fusion", True)}
-    types = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64", torch.float32: "*fp32"}
+    types = {torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.float64: "*fp64",
+             torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}  # fmt: skip
     constants |= {key: None for key, value in arguments.items() if value is None}
     signature = {key: types[v.dtype] if isinstance(v, torch.Tensor) else "i32" for key, v in arguments.items()}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -132,7 +156,7 @@ def measure(name: str, target: str) -> dict[str, Any]:
     accesses, result = read(compiled, constants.get("WIDEST", 0))
     size = sum(n * width // 8 for (is_vector, _, width), n in accesses.items() if is_vector)
     return {
-        "bytes_per_element": size * THREADS / constants["BLOCK_SIZE"],
+        "bytes_per_element": size * threads / constants["BLOCK_SIZE"],
         "vectors": {f"{kind}{width}": n for (is_vector, kind, width), n in sorted(accesses.items()) if is_vector},
         "others": {f"{kind}{width}": n for (is_vector, kind, width), n in sorted(accesses.items()) if not is_vector},
         "shared": compiled.metadata.shared,

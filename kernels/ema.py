@@ -2,6 +2,7 @@
 # mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 import triton
@@ -11,6 +12,8 @@ from torch import Tensor
 from fastsam.kernels import reference_loss
 from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
 from fastsam.kernels.chunks import ELEMENTS, block_size, launch, on_device, split, wide, widest
+
+_itemsize = attrgetter("itemsize")
 
 
 @triton.jit
@@ -63,6 +66,6 @@ def ema_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> 
         with on_device(each.device):
             launch(
                 _ema_kernel, work.n_programs, *work, AVERAGE=ELEMENTS[average], VALUE=ELEMENTS[value],
-                WIDEST=widest(each.dtypes), COMPUTE=wide(torch.promote_types(average, value)), BLOCK_SIZE=size,
+                WIDEST=widest(each.dtypes), COMPUTE=wide(max(average, value, key=_itemsize)), BLOCK_SIZE=size,
             )  # fmt: skip
     torch.autograd.graph.increment_version(averages)

@@ -152,15 +152,16 @@ def trajectory_loss(
     """
     check_loss(logits, targets, past, tau, reduction)
     ignored = _ignored(targets, ignore_index)
-    log_p = logits.log_softmax(1, dtype=reference._wide(logits.dtype))
-    gradient = log_p.exp()
+    shifted, probabilities = _exponentials(logits.to(reference._wide(logits.dtype)))
+    sums = probabilities.sum(1, keepdim=True)
+    gradient = probabilities.div_(sums)
     if targets.is_floating_point():
-        losses = _toward_probabilities(log_p, gradient, targets, label_smoothing)
+        losses = _toward_probabilities(shifted, sums, gradient, targets, label_smoothing)
     else:
-        losses = _toward_classes(log_p, gradient, targets, ignored, ignore_index, label_smoothing)
+        losses = _toward_classes(shifted, sums, gradient, targets, ignored, ignore_index, label_smoothing)
     if past is not None and len(logits):
         rows = _find_rows(past, ignored)
-        _pull(logits, losses, gradient, past, rows, tau, weight)
+        _pull(shifted, losses, gradient, past, rows, tau, weight)
         if past.record:
             _write(logits, past, rows)
     if ignored is not None:
@@ -232,27 +233,40 @@ def _ignored(targets: Tensor | None, ignore_index: int) -> Tensor | None:
     return None if reference._reads_scalars(ignored.device) and not ignored.any() else ignored
 
 
+def _exponentials(x: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return x relative to the largest of its row, and exp(that / tau)."""
+    shifted = x - x.amax(1, keepdim=True)
+    return shifted, (shifted.exp() if tau == 1 else shifted.div(tau).exp_())
+
+
 def _toward_classes(
-    log_p: Tensor, gradient: Tensor, targets: Tensor, ignored: Tensor | None, ignore_index: int, smoothing: float
+    shifted: Tensor,
+    sums: Tensor,
+    gradient: Tensor,
+    targets: Tensor,
+    ignored: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
 ) -> Tensor:
     """Return the cross-entropy of each row, and turn `gradient` from the probabilities into its gradient."""
-    losses = F.nll_loss(log_p, targets, reduction="none", ignore_index=ignore_index)
+    losses = F.nll_loss(shifted, targets, reduction="none", ignore_index=ignore_index)
     index = targets if ignored is None else targets.masked_fill(ignored, 0)
     gradient.scatter_(1, index.unsqueeze(1), smoothing - 1, reduce="add")
     if smoothing:
-        share = smoothing / log_p.shape[1]
-        losses.mul_(1 - smoothing).sub_(log_p.sum(1), alpha=share)
+        share = smoothing / shifted.shape[1]
+        losses.mul_(1 - smoothing).sub_(shifted.sum(1), alpha=share)
         gradient.sub_(share)
-    return losses
+    return losses.add_(sums.log().squeeze(1))
 
 
-def _toward_probabilities(log_p: Tensor, gradient: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+def _toward_probabilities(shifted: Tensor, sums: Tensor, gradient: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """The same for class probabilities, which need not add up to 1."""
-    t = targets.to(log_p.dtype)
+    t = targets.to(shifted.dtype)
     if smoothing:
-        t = t.mul(1 - smoothing).add_(smoothing / log_p.shape[1])
-    gradient.mul_(t.sum(1, keepdim=True)).sub_(t)
-    return torch.where(t == 0, 0, log_p).mul_(t).sum(1).neg_()
+        t = t.mul(1 - smoothing).add_(smoothing / shifted.shape[1])
+    total = t.sum(1, keepdim=True)
+    gradient.mul_(total).sub_(t)
+    return sums.log().mul_(total).squeeze(1).sub_(torch.where(t == 0, 0, shifted).mul_(t).sum(1))
 
 
 def _find_rows(past: Past, ignored: Tensor | None) -> _Rows:
@@ -267,7 +281,8 @@ def _find_rows(past: Past, ignored: Tensor | None) -> _Rows:
     if past.errors is not None:
         outside = counted & ~inside
         past.errors[0] += outside.sum()
-        past.errors[1] = torch.where(outside.any(), ids[outside.int().argmax()], past.errors[1])
+        one = ids.index_select(0, outside.int().argmax(0, keepdim=True))
+        past.errors[1:] = torch.where(outside.any(), one, past.errors[1:])
     # who cannot take part is given a number of its own
     numbers = torch.where(counted & inside, ids, -1 - torch.arange(len(ids), device=ids.device))
     ordered, order = numbers.sort(stable=True)
@@ -282,24 +297,26 @@ def _are_distinct(ids: Tensor, n_samples: int) -> bool:
     return in_range and not (ordered[1:] == ordered[:-1]).any()
 
 
-def _pull(logits: Tensor, losses: Tensor, gradient: Tensor, past: Past, rows: _Rows, tau: float, weight: float) -> None:
+def _pull(
+    shifted: Tensor, losses: Tensor, gradient: Tensor, past: Past, rows: _Rows, tau: float, weight: float
+) -> None:
     """Add weight KL(past || current) to the losses of rows that have a past, and its gradient to theirs."""
-    may_look = reference._reads_scalars(logits.device)
+    may_look = reference._reads_scalars(losses.device)
     valid = rows.taking_part
     if past.tags is not None and rows.ids is not None:
         fresh = past.tags.index_select(0, rows.ids) == past.wanted
         valid = fresh if valid is None else valid & fresh
         if may_look and not valid.any():
             return
-    log_p = _read(past, rows.ids, logits.shape[1], losses.dtype, tau).log_softmax(1)
-    log_q = logits.to(losses.dtype).div(tau).log_softmax(1)
-    p = log_p.exp()
-    # log_softmax of a row without a finite largest logit is NaN throughout
-    sound = ~p[:, 0].isnan()
+    past_shifted, p = _exponentials(_read(past, rows.ids, shifted.shape[1], losses.dtype), tau)
+    q = shifted.div(tau).exp_()
+    p_sums, q_sums = p.sum(1), q.sum(1)
+    sound = p_sums > 0  # not with a NaN, an inf, or without a finite logit
     valid = sound if valid is None else valid & sound
     # NaN is 0 inf here, of a class whose past probability is 0; of current logits it is in the cross-entropy as well
-    divergences = log_p.sub_(log_q).mul_(p).nansum(1)
-    pull = log_q.exp_().sub_(p)
+    spread = past_shifted.sub_(shifted).mul_(p).nansum(1)
+    divergences = spread.div_(p_sums * tau).sub_(p_sums.div(q_sums).log_())
+    pull = q.div_(q_sums.unsqueeze(1)).sub_(p.div_(p_sums.unsqueeze(1)))
     if not (may_look and valid.all()):
         divergences.masked_fill_(~valid, 0)
         pull.masked_fill_(~valid.unsqueeze(1), 0)
@@ -307,11 +324,11 @@ def _pull(logits: Tensor, losses: Tensor, gradient: Tensor, past: Past, rows: _R
     gradient.add_(pull, alpha=weight / tau)
 
 
-def _read(past: Past, ids: Tensor | None, n_classes: int, dtype: torch.dtype, tau: float) -> Tensor:
-    """The past logits of each row, divided by tau."""
+def _read(past: Past, ids: Tensor | None, n_classes: int, dtype: torch.dtype) -> Tensor:
+    """The past logits of each row."""
     if ids is None:
-        return past.rows.to(dtype).div(tau)
-    found = past.rows[:, :n_classes].index_select(0, ids).to(dtype).div_(tau)
+        return past.rows.to(dtype)
+    found = past.rows[:, :n_classes].index_select(0, ids).to(dtype)
     return found if past.scales is None else found.mul_(past.scales.index_select(0, ids).unsqueeze(1))
 
 

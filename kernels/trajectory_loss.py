@@ -2,7 +2,7 @@
 
 A program takes one row of the batch. It first sums exp(z), exp(z / tau) and exp(past / tau) relative to the largest
 logits, then goes over the row again for the loss and the gradient, and puts the logits where the past lay. A row of up
-to 4096 classes stays in registers between the two; a longer one is read twice, the second time from a cache. The last
+to 2048 classes stays in registers between the two; a longer one is read twice, the second time from a cache. The last
 program to finish adds up the losses of all rows in their order, so that runs repeat bit for bit.
 
 A history whose width is a multiple of 16 is read and written in 128-bit accesses whatever the number of classes, with
@@ -22,11 +22,10 @@ from torch import Tensor
 
 from fastsam.kernels import reference_loss
 from fastsam.kernels.addressing import narrow, widen
-from fastsam.kernels.chunks import INTERPRETED, THREADS, counters, launch, numbers, on_device, wide
+from fastsam.kernels.chunks import THREADS, counters, launch, numbers, on_device, runs_here, wide
 from fastsam.kernels.reference_loss import Past
 
-_BYTES_IN_REGISTERS = 16384  # of a row, in the dtype of arithmetic: 16 float32 a thread
-_ELEMENTS_PER_THREAD = 8
+_BYTES_IN_REGISTERS = 8192  # of a row, in the dtype of arithmetic: 8 float32 a thread
 _PADDING = 16
 _LARGEST_HALF = tl.constexpr(reference_loss.LARGEST_HALF)
 _SMALLEST_SCALE = tl.constexpr(reference_loss.SMALLEST_SCALE)
@@ -56,6 +55,12 @@ def _find_sample(ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, targ
         first += SCAN_SIZE
     takes_part = takes_part & (tl.max(again) == 0)
     return tl.where(takes_part, sample, 0), takes_part
+
+
+@triton.jit
+def _row_ptr(ptr, row, stride, VECTOR: tl.constexpr):
+    """Pointer to a row, where accesses of so many elements are aligned."""
+    return tl.multiple_of(ptr + row * stride, VECTOR * ptr.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @triton.jit
@@ -101,7 +106,7 @@ def _load_targets(
     if HAS_CLASSES:
         share = tl.where(start + offsets == target, 1.0, 0.0).to(COMPUTE)
     else:
-        share = _load_block(targets_ptr, start, n_classes, COMPUTE, VECTOR, LANES)
+        share = _load_block(targets_ptr, start, n_classes // VECTOR * VECTOR, COMPUTE, VECTOR, LANES)
     share = share * (1 - smoothing) + smoothing / n_classes.to(COMPUTE)
     return tl.where(offsets < n_classes - start, share, 0.0)
 
@@ -180,30 +185,28 @@ def _add_all(
 
 @triton.jit
 def _finish_block(
-    z, t, share, gradient_ptr, past_ptr, start, n_classes, record_length, counted, has_past, new_unit,
-    z_largest, z_log_sum, q_log_sum, t_largest, p_log_sum, share_sum, rate, weight,
+    z, t, share, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_unit,
+    z_largest, t_largest, z_factor, q_factor, p_factor, rate,
     HAS_PAST: tl.constexpr, RECORDS: tl.constexpr, VECTOR: tl.constexpr, PAST_VECTOR: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient and the record; return this block's part of the cross-entropy and of the KL."""
+    """Store the gradient and the record; return sums of share (z - largest) and exp(t / tau) (t - z), both shifted."""
     shifted = z - z_largest
-    log_probability = shifted - z_log_sum
-    gradient = tl.exp(log_probability) * share_sum - share
-    cross_entropy = -tl.sum(tl.where(share != 0, share * log_probability, 0.0))
-    divergence = tl.zeros_like(cross_entropy)
+    gradient = tl.exp(shifted) * z_factor - share
+    gain = tl.sum(tl.where(share != 0, share * shifted, 0.0))
+    spread = tl.zeros_like(gain)
     if HAS_PAST:
-        log_q = shifted * rate - q_log_sum
-        log_p = (t - t_largest) * rate - p_log_sum
-        p = tl.exp(log_p)
-        divergence = tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0))
-        gradient += tl.where(has_past, weight * rate * (tl.exp(log_q) - p), 0.0)
+        past_shifted = t - t_largest
+        p = tl.exp(past_shifted * rate)
+        spread = tl.sum(tl.where(p > 0, p * (past_shifted - shifted), 0.0))
+        gradient += tl.where(has_past, tl.exp(shifted * rate) * q_factor - p * p_factor, 0.0)
     gradient = narrow(tl.where(counted, gradient, 0.0), gradient_ptr.dtype.element_ty)
-    _store_block(gradient_ptr, start, n_classes, gradient, VECTOR, LANES)
+    _store_block(gradient_ptr, start, length, gradient, VECTOR, LANES)
     if RECORDS:
         # every thread has read the past before any overwrites it, whatever share of the row each one holds
         tl.debug_barrier()
-        _record_block(past_ptr, start, n_classes, record_length, z, new_unit, PAST_VECTOR, LANES)
-    return cross_entropy, divergence
+        _record_block(past_ptr, start, length, record_length, z, new_unit, PAST_VECTOR, LANES)
+    return gain, spread
 
 
 @triton.jit
@@ -250,9 +253,11 @@ def _record_kernel(
     past_row, takes_part = _find_sample(
         ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, target_stride, ignore_index, HAS_CLASSES, SCAN_SIZE
     )
-    z_ptr, past_ptr = logits_ptr + row * logits_stride, rows_ptr + past_row * past_stride
+    z_ptr = _row_ptr(logits_ptr, row, logits_stride, VECTOR)
+    past_ptr = _row_ptr(rows_ptr, past_row, past_stride, PAST_VECTOR)
     # of who takes no part nothing is read or written
-    z_length, past_length = n_classes * takes_part.to(tl.int32), width * takes_part.to(tl.int32)
+    z_length = n_classes // VECTOR * VECTOR * takes_part.to(tl.int32)
+    past_length = width // PAST_VECTOR * PAST_VECTOR * takes_part.to(tl.int32)
     magnitude = tl.zeros((), tl.float32)
     if scales_ptr is not None:
         start = tl.zeros((), tl.int32)
@@ -288,9 +293,11 @@ def _trajectory_loss_kernel(
     row = tl.program_id(0).to(tl.int64)
     rate = tl.load(numbers_ptr).to(COMPUTE)
     weight = tl.load(numbers_ptr + 1).to(COMPUTE)
-    smoothing = tl.load(numbers_ptr + 2).to(COMPUTE)
-    z_ptr = logits_ptr + row * logits_stride
-    gradient_ptr += row * n_classes
+    pull = tl.load(numbers_ptr + 2).to(COMPUTE)
+    tau = tl.load(numbers_ptr + 3).to(COMPUTE)
+    smoothing = tl.load(numbers_ptr + 4).to(COMPUTE)
+    z_ptr = _row_ptr(logits_ptr, row, logits_stride, VECTOR)
+    gradient_ptr = _row_ptr(gradient_ptr, row, n_classes, VECTOR)
     target = row * 0
     counted = row >= 0
     share_sum = tl.zeros((), COMPUTE)
@@ -298,7 +305,7 @@ def _trajectory_loss_kernel(
         target = tl.load(targets_ptr + row * target_stride)
         counted = target != ignore_index
         share_sum = tl.where((target >= 0) & (target < n_classes), share_sum + 1, float("nan"))
-    soft_ptr = targets_ptr + row * target_stride
+    soft_ptr = _row_ptr(targets_ptr, row, target_stride, TARGET_VECTOR)
     past_row, takes_part, has_past = row, counted, counted
     unit = tl.full((), 1.0, COMPUTE)
     if HAS_HISTORY:
@@ -310,11 +317,13 @@ def _trajectory_loss_kernel(
         if scales_ptr is not None:
             unit = tl.load(scales_ptr + past_row).to(COMPUTE)
     # of who has no past, or is not recorded, nothing is read or written
-    z_length, past_length = n_classes * counted.to(tl.int32), width * has_past.to(tl.int32)
+    length = n_classes // VECTOR * VECTOR  # all of them, in words that tell the compiler of their factor
+    width = width // PAST_VECTOR * PAST_VECTOR
+    z_length, past_length = length * counted.to(tl.int32), width * has_past.to(tl.int32)
     record_length = width * takes_part.to(tl.int32)
     past_ptr = z_ptr
     if HAS_PAST:
-        past_ptr = rows_ptr + past_row * past_stride
+        past_ptr = _row_ptr(rows_ptr, past_row, past_stride, PAST_VECTOR)
 
     z_largest = tl.full((), float("-inf"), COMPUTE)
     z_sum = tl.zeros((), COMPUTE)
@@ -343,33 +352,35 @@ def _trajectory_loss_kernel(
 
     # 0 without a finite logit, NaN with one that is NaN or inf
     has_past = has_past & (p_sum > 0)
-    z_log_sum, q_log_sum, p_log_sum, new_unit = tl.log(z_sum), tl.log(q_sum), tl.log(p_sum), _unit_of(magnitude)
+    new_unit = _unit_of(magnitude)
+    z_factor, q_factor, p_factor = share_sum / z_sum, pull / q_sum, pull / p_sum
     start = tl.zeros((), tl.int32)
     if WHOLE:
-        loss, divergence = _finish_block(
-            z, t, share, gradient_ptr, past_ptr, start, n_classes, record_length, counted, has_past, new_unit,
-            z_largest, z_log_sum, q_log_sum, t_largest, p_log_sum, share_sum, rate, weight,
+        gain, spread = _finish_block(
+            z, t, share, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_unit,
+            z_largest, t_largest, z_factor, q_factor, p_factor, rate,
             HAS_PAST, RECORDS, VECTOR, PAST_VECTOR, BLOCK_SIZE,
         )  # fmt: skip
     else:
-        loss, divergence = tl.zeros((), COMPUTE), tl.zeros((), COMPUTE)
+        gain, spread = tl.zeros((), COMPUTE), tl.zeros((), COMPUTE)
         while start < n_classes:
             z, t, share = _load_all(
                 z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
                 COMPUTE, HAS_PAST, HAS_CLASSES, VECTOR, TARGET_VECTOR, PAST_VECTOR, BLOCK_SIZE,
             )  # fmt: skip
-            some_loss, some_divergence = _finish_block(
-                z, t, share, gradient_ptr, past_ptr, start, n_classes, record_length, counted, has_past, new_unit,
-                z_largest, z_log_sum, q_log_sum, t_largest, p_log_sum, share_sum, rate, weight,
+            some_gain, some_spread = _finish_block(
+                z, t, share, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_unit,
+                z_largest, t_largest, z_factor, q_factor, p_factor, rate,
                 HAS_PAST, RECORDS, VECTOR, PAST_VECTOR, BLOCK_SIZE,
             )  # fmt: skip
-            loss += some_loss
-            divergence += some_divergence
+            gain += some_gain
+            spread += some_spread
             start += BLOCK_SIZE
 
-    if HAS_CLASSES:
-        loss *= share_sum
+    loss = tl.log(z_sum) * share_sum - gain
     if HAS_PAST:
+        # the log of a quotient, where a difference of logs would lose digits
+        divergence = spread / (p_sum * tau) - tl.log(p_sum / q_sum)
         loss += tl.where(has_past, weight * divergence, 0.0)
     if RECORDS:
         tl.store(tags_ptr + past_row, epoch, mask=takes_part)
@@ -404,7 +415,7 @@ def trajectory_loss(
     """
     reference_loss.check_loss(logits, targets, past, tau, reduction)
     n, n_classes = logits.shape
-    if not n or logits.device.type != ("cpu" if INTERPRETED else "cuda"):
+    if not n or not runs_here(logits):
         return reference_loss.trajectory_loss(
             logits, targets, past, tau=tau, weight=weight,
             label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
@@ -413,14 +424,17 @@ def trajectory_loss(
     if past is not None and past.ids is None:
         past = Past(_with_unit_stride(past.rows))
     device, dtype = logits.device, torch.float64 if logits.dtype == torch.float64 else torch.float32
-    losses, gradient = torch.empty(n, dtype=dtype, device=device), logits.new_empty(n, n_classes)
+    losses = torch.empty(n, dtype=dtype, device=device)
+    gradient = torch.empty(n, n_classes, dtype=logits.dtype, device=device)
     loss, scale = torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
     with on_device(device), counters(1, device) as counter:
         launch(
             _trajectory_loss_kernel, n, *_arguments(logits, targets, past, ignore_index),
-            numbers((1 / tau, weight, label_smoothing), device), losses, gradient, loss, scale, counter, n,
+            numbers((1 / tau, weight, weight / tau, tau, label_smoothing), device),
+            losses, gradient, loss, scale, counter, n,
             RECORDS=past is not None and past.record, REDUCTION=reduction,
             **_constants(logits, targets, past),
+            enable_fp_fusion=False,  # where past and current are the same, both sides of every difference are
         )  # fmt: skip
     return losses if reduction == "none" else loss, gradient, scale
 
@@ -429,7 +443,7 @@ def trajectory_loss(
 def record_(logits: Tensor, past: Past, targets: Tensor | None = None, ignore_index: int = -100) -> None:
     """Record the logits in the history; see `reference_loss.record_`. One launch."""
     reference_loss.check_record(logits, past, targets)
-    if not len(logits) or logits.device.type != ("cpu" if INTERPRETED else "cuda"):
+    if not len(logits) or not runs_here(logits):
         reference_loss.record_(logits, past, targets, ignore_index)
         return
     logits = _with_unit_stride(logits)
@@ -468,14 +482,16 @@ def _constants(logits: Tensor, targets: Tensor | None, past: Past | None) -> dic
     vector = 16 // max(t.element_size() for t in matrices if t is not None)
     most = _BYTES_IN_REGISTERS * 8 // compute.primitive_bitwidth
     size = min(max(triton.next_power_of_2(n_classes), _PADDING), most)
-    threads = min(max(size // _ELEMENTS_PER_THREAD, 32), THREADS)
+    whole = size >= n_classes
+    threads = min(max(size // 8, 32), THREADS)
+    size = size if whole else size // 2  # a loop needs more registers
     return {
         "COMPUTE": compute,
         "HAS_CLASSES": targets is not None and targets.dim() == 1,
         "VECTOR": _vector(logits, n_classes, vector),
         "TARGET_VECTOR": 1 if probabilities is None else _vector(probabilities, n_classes, vector),
         "PAST_VECTOR": 1 if past is None else _vector(past.rows, _width(past.rows, n_classes), vector),
-        "WHOLE": size >= n_classes,
+        "WHOLE": whole,
         "BLOCK_SIZE": size,
         "SCAN_SIZE": 4 * threads,
         "threads": threads,
