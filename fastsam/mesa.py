@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsam.kernels import dispatch
 from fastsam.kernels.reference_loss import Past
-from fastsam.passes import Stage, under_way
+from fastsam.passes import Stage, found_inf_of, under_way
 from fastsam.trajectory import Trajectory, check_number, uncompiled
 
 
@@ -170,18 +170,18 @@ class MESA(Trajectory):
         averages = [torch.view_as_real(v) if v.is_complex() else v for v, _ in averaged]
         values = [torch.view_as_real(w) if w.is_complex() else w for _, w in averaged]
         if averages:
-            dispatch.pick(averages).ema_(averages, [w.detach() for w in values], self.decay)
+            dispatch.pick(averages).ema_(averages, [w.detach() for w in values], self.decay, found_inf)
         for v, w in pairs:
             if not (v.is_floating_point() or v.is_complex()):
                 v.copy_(w)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Update after every step of this optimizer from now on.
+        """Update after every step of this optimizer from now on; not after a fastsam optimizer's step that was skipped.
 
         Returns:
             A handle whose `remove()` ends it.
         """
-        return optimizer.register_step_post_hook(lambda *_: self.update())
+        return optimizer.register_step_post_hook(lambda stepped, *_: self.update(found_inf_of(stepped)))
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the epoch; the teacher is part of the state dict as a module."""

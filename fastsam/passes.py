@@ -36,6 +36,12 @@ def under_way() -> "Run | None":
     return next((run for run in _runs if run.stage is not Stage.IDLE), None)
 
 
+def found_inf_of(optimizer: Any) -> Tensor | None:
+    """Return a 0-dim tensor that is not 0 if a fastsam optimizer skipped its last step; None if nobody has looked."""
+    run = getattr(optimizer, "_run", None)
+    return run.found_inf if isinstance(run, Run) else None
+
+
 class Run:
     """The state of a step that is under way, and the way into and out of its passes.
 
@@ -63,6 +69,7 @@ class Run:
         self.last_grad_norm: Tensor | None = None
         device = next((p.device for p in flat(groups)), torch.device("cpu"))
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.found_inf: Tensor | None = None
         self.at_end: list[Callable[[], None]] = []
         _runs.add(self)
 

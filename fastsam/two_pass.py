@@ -322,6 +322,7 @@ class TwoPassOptimizer(PassOptimizer):
         run = self._run
         found_inf = update(self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite, self._skip_for())
         run.replicas.reshard()
+        run.found_inf = found_inf
         if found_inf is not None:
             run.skipped += (found_inf != 0).to(run.skipped.device)
         run.consumed.set(self.param_groups)

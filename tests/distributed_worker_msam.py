@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_worker import assert_equal_on_ranks, case, count_buckets, rows_of_rank, wrap
+from distributed_worker_fsdp import error_of, gathered, shard
 from problems import batches, losses_of, mlp
 
 from fastsam import MSAM
@@ -57,3 +58,17 @@ def msam_of_a_static_graph_is_refused_and_changes_nothing():
     with pytest.raises(RuntimeError, match=r"static_graph=True\) has to reduce in every pass"):
         opt.step(losses_of(ddp), *rows_of_rank(batches(1, rows=24)[0]))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@case()
+def msam_of_sharded_weights_is_msam_in_one_process():
+    """Under FSDP2 each shard's perturbation is global: the ranks' i-th parts make up shard i."""
+    model, other = mlp(), mlp()
+    shard(model)
+    opt = MSAM(model.parameters(), torch.optim.SGD, num_shards=3, model=model, **KNOBS)
+    one = MSAM(other.parameters(), torch.optim.SGD, num_shards=3, **KNOBS)
+    for batch in batches(4, rows=24):
+        opt.step(losses_of(model), *rows_of_rank(batch))
+        one.step(losses_of(other), *interleaved(batch, 3))
+        assert_equal_on_ranks(gathered(model))
+    assert error_of(model, other) < 1e-12
