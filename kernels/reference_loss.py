@@ -40,7 +40,7 @@ class Past(NamedTuple):
     scales: Tensor | None = None
     """[num_samples] float32, by which the rows of an int8 history are multiplied."""
     tags: Tensor | None = None
-    """[num_samples] int32: the epoch each row was recorded in."""
+    """[num_samples] int32: the epoch each row was recorded in; before that, a number that is never wanted."""
     ids: Tensor | None = None
     """[n] int64: the sample of each row of the batch."""
     epoch: int = 0

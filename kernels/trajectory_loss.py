@@ -5,10 +5,12 @@ logits, then goes over the row again for the loss and the gradient, and puts the
 to 2048 classes stays in registers between the two; a longer one is read twice, the second time from a cache. The last
 program to finish adds up the losses of all rows in their order, so that runs repeat bit for bit.
 
-A history whose width is a multiple of 16 is read and written in 128-bit accesses whatever the number of classes, with
-its padding, which is never taken for data; so are logits and gradient where every row starts at such an address. Where
-rows do not, as with 50,257 classes, they take as many elements at a time as the number of classes is a multiple of;
-caches make up for that.
+A history whose width is a multiple of 16 is accessed in vectors whatever the number of classes, padding included, which
+is never taken for data; so are logits and gradient where every row is aligned. A vector is 128 bits of the widest of
+the three and as many elements of the others. Unaligned rows, as with 50,257 classes, are accessed in as many elements
+at a time as the number of classes is a multiple of; caches make up for that.
+
+Of rows with one id only the first touches the history: each program scans the ids before its own, so nothing races.
 """
 # mypy: disable-error-code="no-untyped-def"
 
