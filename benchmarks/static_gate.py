@@ -103,6 +103,7 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     for average, value in ((f32, f32), (bf16, bf16), (f32, bf16)):
         name = _short(average) if average == value else f"{_short(average)} of {_short(value)}"
         variant(name, ema.ema_, ones(average), ones(value), 0.9)
+    variant("fp32 found_inf", ema.ema_, ones(f32), ones(f32), 0.9, one)
     for n_classes, dtype, history, records in (
         (10, f32, f16, True), (1000, f32, f16, True), (1000, f32, f16, False), (1000, f32, torch.int8, True),
         (1000, bf16, f16, True), (1000, bf16, torch.int8, True), (1008, f32, f32, True), (50257, f32, f16, True),

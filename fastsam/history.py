@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastsam.kernels import dispatch
-from fastsam.kernels.reference_loss import Past
+from fastsam.kernels.reference import Past
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8)
 _WIDE, _PADDING = 8, 16

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsam.kernels import dispatch
-from fastsam.kernels.reference_loss import Past
+from fastsam.kernels.reference import Past
 from fastsam.passes import Stage, found_inf_of, under_way
 from fastsam.trajectory import Trajectory, check_number, uncompiled
 

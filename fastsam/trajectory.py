@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable would import the compiler, and Triton
 
 from fastsam.kernels import dispatch
-from fastsam.kernels.reference_loss import Past
+from fastsam.kernels.reference import Past
 
 __all__ = ["Trajectory", "check_integer", "check_number", "uncompiled"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsam.kernels import reference_loss
 from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
-from fastsam.kernels.chunks import ELEMENTS, block_size, launch, on_device, split, wide, widest
+from fastsam.kernels.chunks import ELEMENTS, block_size, launch, on_device, split, to_device, wide, widest
 
 _itemsize = attrgetter("itemsize")
 
@@ -34,7 +34,7 @@ def _ema_stretch(
 
 @triton.jit
 def _ema_kernel(
-    rows_ptr, chunks_ptr, hyperparameters_ptr,
+    rows_ptr, chunks_ptr, hyperparameters_ptr, found_inf_ptr,
     AVERAGE: tl.constexpr, VALUE: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """v = v + weight (w - v), weight = 1 - decay. Reads v, w; writes v: 12 B per float32 element. Overwrites v."""
@@ -42,6 +42,10 @@ def _ema_kernel(
     v_base = tl.load(row_ptr + COLUMNS)
     w_base = tl.load(row_ptr + COLUMNS + 1)
     weight = tl.load(hyperparameters_ptr).to(COMPUTE)
+    if found_inf_ptr is not None:
+        skipped = tl.load(found_inf_ptr) != 0
+        # weight 0 would do, but for a weight that is not finite
+        length = tl.where(skipped, 0, length)
     done = aligned_length(length, v_base | w_base)
     _ema_stretch(v_base, w_base, start, done, weight, AVERAGE, VALUE, WIDEST, COMPUTE, True, BLOCK_SIZE)
     while done < length:
@@ -53,19 +57,20 @@ def _ema_kernel(
 
 
 @torch.no_grad()
-def ema_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
+def ema_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float, found_inf: Tensor | None = None) -> None:
     """Set each average v to decay v + (1 - decay) w; see `reference_loss.ema_`. One launch for each dtype pair."""
     reference_loss.check_decay(decay)
     launches, rest = split(averages, values)
     if rest:
-        reference_loss.ema_([averages[i] for i in rest], [values[i] for i in rest], decay)
+        reference_loss.ema_([averages[i] for i in rest], [values[i] for i in rest], decay, found_inf)
     for each in launches:
         size = block_size(*each.dtypes)
         work = each.table(size, None, ((1 - decay,),))
         average, value = each.dtypes
         with on_device(each.device):
             launch(
-                _ema_kernel, work.n_programs, *work, AVERAGE=ELEMENTS[average], VALUE=ELEMENTS[value],
+                _ema_kernel, work.n_programs, *work, to_device(found_inf, each.device),
+                AVERAGE=ELEMENTS[average], VALUE=ELEMENTS[value],
                 WIDEST=widest(each.dtypes), COMPUTE=wide(max(average, value, key=_itemsize)), BLOCK_SIZE=size,
             )  # fmt: skip
     torch.autograd.graph.increment_version(averages)

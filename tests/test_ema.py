@@ -54,6 +54,22 @@ def test_what_is_equal_stays(ema_, dtypes, decay):
 
 
 @pytest.mark.parametrize("dtypes", LISTS, ids=str)
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_a_skipped_step_leaves_averages_alone(ema_, dtypes, reads, found, monkeypatch):
+    monkeypatch.setattr(reference, "READ_SCALARS", reads)
+    averages, values = tensors(dtypes, 0), tensors(dtypes, 1)
+    wanted = copies(averages)
+    if found:
+        for w in values:
+            w.fill_(torch.inf)
+    else:
+        ema_(wanted, values, 0.9)
+    ema_(averages, values, 0.9, torch.tensor(found, device=DEVICE))
+    assert_same_bits(averages, wanted)
+
+
+@pytest.mark.parametrize("dtypes", LISTS, ids=str)
 def test_decay_of_0_and_1(ema_, dtypes):
     averages, values = tensors(dtypes, 0), tensors(dtypes, 1)
     kept = copies(averages)
