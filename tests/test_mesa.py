@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from problems import assert_same, batches, cnn, mlp, snapshot
 from test_saf import divergence
+from test_side_effects import NoHostReads
 from torch import nn
 
 from fastsam import MESA, SAM
+from fastsam.kernels import reference
 
 SGD = torch.optim.SGD
 X, Y = batches(1, rows=24)[0]
@@ -225,6 +227,18 @@ def test_a_skipped_step_leaves_the_teacher(backend):
     assert int(opt.skipped_steps) == 1
     for name, t in mesa.teacher.state_dict().items():
         assert torch.equal(t, before[name])
+
+
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_an_update_is_one_launch_and_reads_nothing_on_the_host(backend, batchnorm, monkeypatch, launches):
+    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    model = mlp(torch.float32, batchnorm=batchnorm)
+    mesa = MESA(model, decay=0.5, start_epoch=0)
+    with NoHostReads():
+        mesa(model(X.float()), Y, X.float()).backward()
+        launches.clear()
+        mesa.update(torch.tensor(0.0))
+    assert launches == ([] if backend == "torch" else ["_ema_kernel"])
 
 
 def test_attach_may_be_undone(backend):

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import assert_same, batches, mlp, snapshot
+from test_side_effects import NoHostReads
 from torch import nn
 
 import fastsam.history
 from fastsam import ESAM, SAF, SAM, IndexedDataset
 from fastsam.history import History, Layout, compress, expand
+from fastsam.kernels import reference
 
 SGD = torch.optim.SGD
 N, C = 24, 3
@@ -638,6 +640,23 @@ def test_ids_that_the_device_found_out_of_range_are_reported_at_the_next_epoch(b
     with pytest.raises(IndexError, match=r"2 sample ids were out of range, one of them row (99|-7)"):
         ours.set_epoch(3)
     ours.set_epoch(3)  # told once
+
+
+def test_a_step_is_one_launch_and_reads_nothing_on_the_host(backend, monkeypatch, launches):
+    """With the record; the ids' check on the host, which a GPU's ids do not have, is left out."""
+    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    monkeypatch.setattr(SAF, "_check_ids", lambda *_: None)
+    ours, model, ids = saf(lag=1, start_epoch=1, device="cpu"), mlp(), torch.arange(N)
+    counts = []
+    for epoch in (1, 2, 3):
+        ours.set_epoch(epoch)
+        launches.clear()
+        with NoHostReads():
+            loss = ours(epoch * model(X), Y, ids)
+            loss.backward()
+        counts.append(len(launches))
+    assert loss > F.cross_entropy(3 * model(X), Y) + 1e-3
+    assert counts == ([0, 0, 0] if backend == "torch" else [1, 1, 1])
 
 
 def test_wrong_shapes_are_refused(backend):
