@@ -105,6 +105,20 @@ def sharded_on_backend(name):
 
 
 @case()
+def sharded_gradients_may_be_kept_and_zeroed():
+    def with_zeroed_gradients(opt, model, x, y, set_to_none=True):
+        mean_loss(model, x, y).backward()
+        opt.first_step()
+        opt.zero_grad(set_to_none=False)
+        mean_loss(model, x, y).backward()
+        opt.second_step()
+        opt.zero_grad(set_to_none=False)
+
+    train_and_compare(with_zeroed_gradients)
+    train_and_compare(partial(with_contexts, set_to_none=False))
+
+
+@case()
 def sharded_pairs():
     expected, model = mlp(), mlp()
     base = torch.optim.SGD(expected.parameters(), **SGD)
@@ -394,6 +408,29 @@ def tensor_parallel_weights():
     train_and_compare(with_loss_function, "adamw", mesh=mesh_of(), prepare=tensor_parallel)
     placements = {p.placements[0].is_shard() for p in model.parameters()}
     assert placements == {True, False}
+
+
+@case()
+def gradients_that_are_sums_over_ranks():
+    """Tensor parallel layers may leave the gradient of a copied weight in parts on the ranks."""
+
+    def in_parts(grad):
+        return DTensor.from_local(grad.to_local() * (dist.get_rank() + 1) / 3, grad.device_mesh, [Partial()])
+
+    expected, model = mlp(), mlp()
+    base = torch.optim.SGD(expected.parameters(), **SGD)
+    tensor_parallel(model, mesh_of())
+    bias = model[2].bias
+    opt = SAM(model.parameters(), torch.optim.SGD, 0.1, model=model, **SGD)
+    for x, y in batches(3):
+        for context in (opt.ascent, opt.descent):
+            with context():
+                mean_loss(model, x, y).backward()
+                bias.grad = in_parts(bias.grad)
+        opt.step()
+        opt.zero_grad()
+        sam_step(expected, partial(mean_loss, expected, x, y), base, 0.1)
+    assert error_of(model, expected) < EXACT
 
 
 def tensor_and_data_parallel(model, mesh):
