@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fastsam.distributed import any_over_ranks, laid_out_as, local, spread, whole
+from fastsam.distributed import any_over_ranks, laid_out_as, local, spread
 from fastsam.kernels import dispatch
 from fastsam.kernels.reference import AdamOptions, SGDOptions
 from fastsam.kernels.tensor_list import Backup
@@ -35,9 +35,7 @@ def update(
         0-dim tensor that is not 0 if the step was skipped; None if nobody has looked.
     """
     grads = _final_gradients(base)
-    if isinstance(found_inf, Tensor):
-        found_inf = any_over_ranks(whole(found_inf), grads)
-    elif check_finite and grads:
+    if found_inf is None and check_finite and grads:
         entries = [_entries(g) for g in grads]
         found_inf = any_over_ranks(dispatch.pick(entries).found_nonfinite(entries), grads)
     if skip is not None and grads:

@@ -223,12 +223,6 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
-    """All entries of a DTensor, on every rank; any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, _dtensors()) else tensor
-
-
-@torch.no_grad()
 def laid_out_as(param: Any, grad: Any) -> Tensor:
     """A DTensor gradient spread as its parameter is, its parts summed; any other gradient as it is."""
     if isinstance(grad, _dtensors()) and grad.placements != param.placements:

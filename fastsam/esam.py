@@ -32,7 +32,8 @@ from fastsam.wrapping import SEED, STEP
 class ESAM(SAM):
     """SAM at a lower price: part of the tensors are perturbed, and part of the rows are used in the second pass.
 
-    Takes the arguments of `SAM`, and:
+    With DistributedDataParallel all ranks draw the same masks, and each chooses among its own rows. Takes the arguments
+    of `SAM`, and:
 
     Args:
         beta: probability that a tensor (or element) is perturbed, in (0, 1]; a knob of each group. 1 perturbs all.
@@ -40,7 +41,8 @@ class ESAM(SAM):
             least where `model` has batch norm in training mode. 1 uses all and skips the selection forward. With less
             than 1 only `step(loss_fn, *batch)` works; the first group's value counts.
         mask: "tensor" draws for whole tensors and does not compute the ascent gradients of the others, which a
-            compiled model answers by recompiling; "element" draws for every element and saves nothing.
+            compiled model answers by recompiling; "element" draws for every element, saves nothing, and cannot be had
+            with sharded weights.
         norm: of the gradient in eps. "masked": of the perturbed part, as the authors' code; then ||eps|| = rho / beta.
             "full": of the whole gradient, which has to be computed; then the mean of eps over masks is SAM's.
             "estimated": of the perturbed part, over sqrt(beta).

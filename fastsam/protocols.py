@@ -66,6 +66,8 @@ class PassOptimizer(WrappedOptimizer):
     def ascent(self) -> Pass:
         """Context for the first pass: its backward passes leave the ascent gradient, and p.grad as it was.
 
+        Run the forward inside as well: DDP decides there whether the backward reduces.
+
         Raises:
             RuntimeError: inside another pass, or the last ascent has not been used by a descent.
         """
