@@ -45,7 +45,7 @@ class MSAM(SAM):
             shards' statistics, each weighted by n_i/n. "sequential": m times, as if each shard were a batch.
         execution: "sequential" runs one shard after the other. "batched" runs them side by side: the same numbers to
             rounding, from one forward and backward where there were m, which pays where shards are too small to keep
-            the machine busy; about 3 m copies of the weights are alive at a time. It needs `model`, equal shards,
+            the machine busy; about 2 m copies of the weights are alive at a time. It needs `model`, equal shards,
             bn_update="mean", and a loss function that torch.func.vmap can run and that uses parameters through the
             model alone; dropout draws other masks than sequentially.
 
@@ -118,7 +118,6 @@ class MSAM(SAM):
                 f"a batch of {n} rows in {len(sizes)} shards leaves 1 row in a shard, and batch norm in training mode "
                 "needs 2; pass larger shards, or leave out a last batch that is too small (drop_last=True)"
             )
-
         if self.execution == "batched" and len(set(sizes)) > 1:
             raise ValueError(
                 f"execution='batched' needs equal shards, and {n} rows make shards of {max(sizes)} and {min(sizes)}; "
@@ -173,10 +172,10 @@ class MSAM(SAM):
         norms: list[Tensor | None] = []
 
         def perturb(params: list[Tensor], _: list[Tensor | None]) -> None:
-            of = {p: (w, g) for p, w, g in zip(trained, weights, gradients, strict=True)}
+            copies, grads = (dict(zip(trained, stacked, strict=True)) for stacked in (weights, gradients))
             for i in range(m):
-                moved = [of[p][0][i] if p in of else p for p in params]
-                self._perturb_params(moved, [of[p][1][i] if p in of else None for p in params])
+                shards_own = [copies[p][i] if p in copies else p for p in params]
+                self._perturb_params(shards_own, [grads[p][i] if p in grads else None for p in params])
                 run.backup = Backup([])  # of weights that nobody restores
                 norms.append(run.last_grad_norm)
             gradients.clear()
