@@ -1,6 +1,6 @@
 """Batches: tensors, or nested dicts, lists and tuples of them, with one leading size."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -59,6 +59,12 @@ def split_rows(batch: Any, sizes: Sequence[int]) -> list[Any]:
     """
     ends = zip(accumulate(sizes), sizes, strict=True)
     return [_on_tensors(batch, partial(Tensor.narrow, dim=0, start=end - n, length=n)) for end, n in ends]
+
+
+def replace_tensors(batch: Any, tensors: Iterable[Tensor]) -> Any:
+    """Return a nested batch of the same structure with these in place of what `tensors_of` yields, in its order."""
+    replacements = iter(tensors)
+    return _on_tensors(batch, lambda _: next(replacements))
 
 
 def _on_tensors(batch: Any, cut: Callable[[Tensor], Tensor]) -> Any:

@@ -23,6 +23,10 @@ class RunningStatistics:
         batch_norms = (layer for layer in self.layers if isinstance(layer, _BatchNorm))
         return any(layer.training or layer.running_mean is None for layer in batch_norms)
 
+    def any_cumulative(self) -> bool:
+        """Whether a layer would move its statistics by how many batches it has seen (momentum=None)."""
+        return any(layer.training and layer.track_running_stats and layer.momentum is None for layer in self.layers)
+
     def moving(self) -> list[Tensor]:
         """The statistics, and their counters, of every layer that would update them now."""
         return [
@@ -78,6 +82,11 @@ class MeanUpdate:
     def finish(self) -> None:
         """Leave the mean in the buffers."""
         _copy_all(self._buffers, self._means + self._counts)
+
+
+def set_to_means(buffers: list[Tensor], stacked: list[Tensor]) -> None:
+    """Set statistics to the means of their stacks over the first dimension, and counters to the largest."""
+    _copy_all(buffers, [s.mean(0) if s.is_floating_point() else s.amax(0) for s in stacked])
 
 
 @torch.no_grad()

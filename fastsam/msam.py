@@ -16,11 +16,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsam.batch import batch_size, split_rows
-from fastsam.batchnorm import MeanUpdate
+from fastsam.batched import WAY_OUT, BatchedShards
+from fastsam.batchnorm import MeanUpdate, set_to_means
+from fastsam.gradients import put
+from fastsam.kernels.tensor_list import Backup
 from fastsam.sam import SAM, check_choice
 
 
@@ -40,12 +43,18 @@ class MSAM(SAM):
             "uniform": 1/m, as printed in the paper.
         bn_update: with `model`, how batch norm's running statistics move in a step. "mean": once, by the mean of the
             shards' statistics, each weighted by n_i/n. "sequential": m times, as if each shard were a batch.
+        execution: "sequential" runs one shard after the other. "batched" runs them side by side: the same numbers to
+            rounding, from one forward and backward where there were m, which pays where shards are too small to keep
+            the machine busy; about 2 m copies of the weights are alive at a time. It needs `model`, equal shards,
+            bn_update="mean", and a loss function that torch.func.vmap can run and that uses parameters through the
+            model alone; dropout draws other masks than sequentially.
 
     Raises:
         TypeError: num_shards or shard_size is no integer; and what `SAM` raises.
-        ValueError: num_shards or shard_size is not positive, both or neither are given, or an unknown weighting or
-            bn_update; and what `SAM` raises. In a step: fewer rows than shards, or one row in a shard where `model` has
-            batch norm in training mode.
+        ValueError: num_shards or shard_size is not positive, both or neither are given, an unknown weighting,
+            bn_update or execution, or a model that cannot be batched; and what `SAM` raises. In a step: fewer rows than
+            shards, or one row in a shard where `model` has batch norm in training mode; if batched, unequal shards or
+            batch norm with momentum=None.
     """
 
     def __init__(
@@ -59,11 +68,15 @@ class MSAM(SAM):
         shard_size: int | None = None,
         weighting: Literal["sample", "uniform"] = "sample",
         bn_update: Literal["mean", "sequential"] = "mean",
+        execution: Literal["sequential", "batched"] = "sequential",
         **keywords: Any,
     ) -> None:
         check_choice("weighting", weighting, ("sample", "uniform"))
         check_choice("bn_update", bn_update, ("mean", "sequential"))
-        self.weighting, self.bn_update = weighting, bn_update
+        check_choice("execution", execution, ("sequential", "batched"))
+        if execution == "batched":
+            _check_batchable(keywords.get("model"), bn_update)
+        self.weighting, self.bn_update, self.execution = weighting, bn_update, execution
         self._own_knobs = {"num_shards": num_shards, "shard_size": shard_size}
         super().__init__(params, base_optimizer, rho, adaptive, **keywords)
 
@@ -105,6 +118,13 @@ class MSAM(SAM):
                 f"a batch of {n} rows in {len(sizes)} shards leaves 1 row in a shard, and batch norm in training mode "
                 "needs 2; pass larger shards, or leave out a last batch that is too small (drop_last=True)"
             )
+        if self.execution == "batched" and len(set(sizes)) > 1:
+            raise ValueError(
+                f"execution='batched' needs equal shards, and {n} rows make shards of {max(sizes)} and {min(sizes)}; "
+                f"pass another size, leave out a last batch of another size (drop_last=True), or {WAY_OUT}"
+            )
+        if self.execution == "batched" and self._run.statistics.any_cumulative():
+            raise ValueError(f"execution='batched' cannot run batch norm with momentum=None; {WAY_OUT}")
 
     def _sizes(self, n: int) -> list[int]:
         """Rows of each shard of a batch of n."""
@@ -116,6 +136,8 @@ class MSAM(SAM):
     def _passes_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any) -> Tensor:
         run, n = self._run, batch_size(batch)
         sizes = self._sizes(n)
+        if self.execution == "batched":
+            return self._batched_passes(loss_fn, batch, scaler, len(sizes))
         first: list[Tensor] = []
         norms: list[Tensor | None] = []
         self._start_afresh()
@@ -137,8 +159,54 @@ class MSAM(SAM):
         run.last_grad_norm = _stack(norms)
         return torch.cat(first).mean()
 
+    def _batched_passes(self, loss_fn: Callable, batch: tuple, scaler: Any, m: int) -> Tensor:
+        run = self._run
+        trained = [p for p in self._params() if p.requires_grad]
+        scale = _unscaled if scaler is None else scaler.scale
+        self._start_afresh()
+        shards = BatchedShards(self.model, trained, loss_fn, batch, m)  # type: ignore[arg-type]
+        self._enter_ascent()
+        statistics = run.statistics.moving()
+        losses, gradients, moved_statistics = shards.first_pass(statistics, scale)
+        run.leave_ascent()
+        weights = [p.detach().expand(m, *p.shape).clone() for p in trained]
+        norms: list[Tensor | None] = []
+
+        def perturb(params: list[Tensor], _: list[Tensor | None]) -> None:
+            copies, grads = (dict(zip(trained, stacked, strict=True)) for stacked in (weights, gradients))
+            for i in range(m):
+                shards_own = [copies[p][i] if p in copies else p for p in params]
+                self._perturb_params(shards_own, [grads[p][i] if p in grads else None for p in params])
+                run.backup = Backup([])  # of weights that nobody restores
+                norms.append(run.last_grad_norm)
+            gradients.clear()
+
+        run.enter_descent(perturb)
+        d = shards.second_pass(weights, scale)
+        run.leave_descent()
+        put(trained, d)
+        set_to_means(statistics, moved_statistics)
+        run.last_grad_norm = _stack(norms)
+        return losses.mean()
+
+
+def _unscaled(loss: Tensor) -> Tensor:
+    return loss
+
 
 def _stack(norms: list[Tensor | None]) -> Tensor | None:
     """Return the norms as one tensor, 0 for a shard without gradients; None if no shard has any."""
     known = [norm for norm in norms if norm is not None]
     return torch.stack([known[0].new_zeros(()) if n is None else n for n in norms]) if known else None
+
+
+def _check_batchable(model: nn.Module | None, bn_update: str) -> None:
+    if model is None:
+        raise ValueError(f"execution='batched' swaps the model's tensors; pass model=, or {WAY_OUT}")
+    if bn_update != "mean":
+        raise ValueError(f"execution='batched' cannot update batch norm one shard after the other; {WAY_OUT}")
+    if hasattr(model, "no_sync") or hasattr(model, "_orig_mod") or hasattr(model, "set_requires_gradient_sync"):
+        raise ValueError(
+            f"execution='batched' cannot swap the tensors below a {type(model).__name__}; pass a model that is neither "
+            f"distributed nor compiled, or {WAY_OUT}"
+        )

@@ -144,6 +144,7 @@ class Run:
         self.statistics.save()
         self.stage = Stage.DESCENT
         perturb(self.params, self.ascent_grads)
+        torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the other weights
         self.ascent_grads = []
         self.replicas.reshard()
         if not sync:
@@ -166,6 +167,7 @@ class Run:
         """Wipe the second pass's traces; the weights stay perturbed until they are restored."""
         self.unreduced.close()
         self.statistics.put_back()
+        torch.clear_autocast_cache()
         if self.later_draws is not None:
             self.later_draws.set()
         self.later_draws = self.first_draws = None

@@ -1,10 +1,12 @@
 """Mixed precision: GradScaler in ways 1 and 2, clipping, and real overflows."""
 
+from functools import partial
+
 import pytest
 import torch
 from problems import batches, largest_difference, losses_of, mlp
 
-from fastsam import SAM
+from fastsam import ESAM, MSAM, SAM
 
 BASES = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
@@ -155,3 +157,30 @@ def test_training_under_autocast(backend, dtype):
         history.append(opt.step(losses, x, y, scaler=scaler).item())
         scaler.update()
     assert sum(history[-20:]) < 0.6 * sum(history[:20])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        SAM,
+        partial(ESAM, beta=1.0),
+        partial(MSAM, num_shards=3),
+        partial(MSAM, num_shards=3, execution="batched"),
+    ],
+)
+def test_autocast_may_be_inside_the_loss_function_or_around_the_steps(backend, build):
+    """Autocast keeps its casts of the weights until it is left; a pass must not see those of another's weights."""
+    models = mlp(torch.float32), mlp(torch.float32)
+    inside, around = (build(m.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, model=m) for m in models)
+
+    def losses(x, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return losses_of(models[0])(x, y)
+
+    data = batches(2, dtype=torch.float32)
+    for x, y in data:
+        inside.step(losses, x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x, y in data:
+            around.step(losses_of(models[1]), x, y)
+    assert largest_difference(*models) == 0

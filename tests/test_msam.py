@@ -779,3 +779,212 @@ def test_a_frameworks_closure_finishes_pairs(backend):
     assert calls == [1]
     msam(other).step(losses_of(other), X, Y)
     assert largest_difference(model, other) < 1e-14
+
+
+# shards side by side
+
+
+def both(make, base=SGD, data=None, scaler=None, **keywords):
+    """Models after a few steps, sequential and batched."""
+    models = []
+    for execution in ("sequential", "batched"):
+        model = make()
+        keywords = {"rho": 0.1, "lr": 0.01, "num_shards": 3, **keywords}
+        opt = MSAM(model.parameters(), base, model=model, execution=execution, **keywords)
+        returned = []
+        for x, y in data or batches(3):
+            returned.append(opt.step(losses_of(model), x, y, scaler=scaler))
+            if scaler is not None:
+                scaler.update()
+        models.append((model, opt, returned))
+    return models
+
+
+@pytest.mark.parametrize(
+    ("make", "keywords"),
+    [
+        (mlp, {}),
+        (mlp, {"shard_size": 3, "num_shards": None, "weighting": "uniform"}),
+        (mlp, {"adaptive": True, "base": torch.optim.AdamW}),
+        (mlp, {"base": torch.optim.RMSprop, "num_shards": 12}),
+        (lambda: mlp(batchnorm=True), {"momentum": 0.9}),
+        (lambda: mlp(batchnorm=True).eval(), {"maximize": True}),
+        (mlp, {"scaler": torch.amp.GradScaler("cpu", init_scale=256.0)}),
+    ],
+)
+def test_batched_equals_sequential(backend, make, keywords):
+    (model, opt, returned), (batched, batched_opt, batched_returned) = both(make, **keywords)
+    assert largest_difference(model, batched) < 1e-12
+    torch.testing.assert_close(batched_returned, returned, rtol=1e-13, atol=0)
+    torch.testing.assert_close(batched_opt.last_grad_norm, opt.last_grad_norm, rtol=1e-13, atol=0)
+    assert batched_opt.param_groups[0]["fastsam_step"] == opt.param_groups[0]["fastsam_step"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_convolutions_and_16_bits(backend, dtype):
+    data = [(torch.randn(9, 1, 8, 8, dtype=dtype), torch.arange(9))]
+    (model, *_), (batched, *_) = both(lambda: cnn(dtype), data=data)
+    exact = cnn(torch.float64)
+    exact.load_state_dict(cnn(dtype).state_dict())
+    d = oracle_gradient(exact, data[0][0].double(), data[0][1], [3, 3, 3])
+    for p, q, di in zip(model.parameters(), batched.parameters(), d, strict=True):
+        floor = torch.finfo(dtype).eps * di.abs().max()
+        assert (q.grad - di).abs().max() <= 2 * (p.grad - di).abs().max() + 4 * floor
+        assert q.grad.dtype == dtype
+    assert batched[1].num_batches_tracked == 1
+    torch.testing.assert_close(batched[1].running_mean, model[1].running_mean)
+
+
+class Odd(nn.Module):
+    """Tied, frozen, unused and unperturbed parameters, and a buffer that is only read."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.frozen, self.unused, self.still = (nn.Linear(6, 6).double() for _ in range(5))
+        self.second.weight = self.first.weight
+        self.frozen.requires_grad_(False)
+        self.register_buffer("scale", torch.tensor(0.5, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.still(self.second(torch.tanh(self.first(x))) + self.frozen(x)) * self.scale
+
+
+def test_batched_handles_odd_parameters_and_nested_batches(backend):
+    ends = []
+    for execution in ("sequential", "batched"):
+        model = Odd()
+        still = list(model.still.parameters())
+        rest = [p for p in model.parameters() if all(p is not s for s in still)]
+        opt = MSAM([{"params": rest, "rho": 0.3}, {"params": still, "perturb": False}], SGD, num_shards=2, model=model,
+                   lr=0.1, weight_decay=0.1, execution=execution)  # fmt: skip
+        x, y = batches(1)[0]
+        opt.step(
+            lambda b, word, model=model: losses_of(model)(*b["xy"]) if word else None, {"xy": OddBatch(x, y)}, "on"
+        )
+        assert model.unused.weight.grad is None, "no gradient and a gradient of zeros differ by the weight decay"
+        ends.append(model)
+    assert largest_difference(*ends) < 1e-14
+
+
+@pytest.mark.parametrize("same_rng", [True, False])
+def test_batched_passes_share_their_dropout_and_shards_do_not(backend, same_rng):
+    """Each shard has inputs, and so weights, of its own: its part of the gradient shows the second pass's mask."""
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(60, 1, bias=False)).double()
+    opt = msam(model, execution="batched", rho=0.0, lr=0.0, same_rng=same_rng)
+    x = torch.eye(3, dtype=torch.float64).repeat_interleave(20, 1)
+    torch.manual_seed(5)
+    opt.step(lambda x: model(x)[:, 0], x)
+    after = torch.rand(3)
+    second = 3 * model[1].weight.grad.view(3, 20).norm(dim=1)
+    assert torch.allclose(second, opt.last_grad_norm, rtol=1e-12) is same_rng
+    assert len(set(opt.last_grad_norm.tolist())) > 1, "shards must draw masks of their own"
+    torch.manual_seed(5)
+    F.dropout(torch.ones(3, 1, 60, dtype=torch.float64), 0.5)
+    assert torch.equal(after, torch.rand(3)) is same_rng, "the generator must be where the first pass leaves it"
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("error", [RuntimeError("anything"), KeyboardInterrupt(), torch.OutOfMemoryError()])
+def test_batched_weights_and_statistics_are_not_touched_by_an_exception(backend, error, call):
+    model = mlp(batchnorm=True)
+    opt, before, tensors = msam(model, execution="batched"), snapshot(model), list(model.parameters())
+    state = torch.get_rng_state()
+    with pytest.raises(type(error)):
+        opt.step(Failing(model, call, error=error), X[:12], Y[:12])
+    assert_same(model, before)
+    assert all(p is q and p.grad is None for p, q in zip(model.parameters(), tensors, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    opt.step(losses_of(model), X[:12], Y[:12])
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_batched_non_finite_passes(backend, call):
+    model, plain = mlp(), mlp()
+    opt, base = msam(model, execution="batched"), SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    opt.step(Failing(model, call, float("nan")), X[:12], Y[:12])
+    assert opt.skipped_steps == call - 1
+    if call == 1:  # no shard was perturbed
+        losses_of(plain)(X[:12], Y[:12]).mean().backward()
+        base.step()
+    assert largest_difference(model, plain) < 1e-14
+
+
+def test_a_batched_step_reads_nothing_on_the_host(backend, monkeypatch):
+    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    model = mlp(batchnorm=True)
+    opt = msam(model, execution="batched")
+    with NoHostReads():
+        opt.step(losses_of(model), X[:12], Y[:12])
+
+
+class Wrapper(nn.Module):
+    def __init__(self, attribute):
+        super().__init__()
+        self.inner = mlp()
+        object.__setattr__(self, attribute, None)
+
+
+@pytest.mark.parametrize(
+    ("needle", "keywords"),
+    [
+        ("execution must be one of 'sequential', 'batched', got 'auto'", {"execution": "auto"}),
+        ("swaps the model's tensors; pass model=, or use execution='sequential'", {"model": None}),
+        ("cannot update batch norm one shard after the other", {"bn_update": "sequential"}),
+        ("below a Wrapper; pass a model that is neither distributed nor compiled", {"model": Wrapper("no_sync")}),
+        ("below a OptimizedModule", {"model": torch.compile(mlp(), backend="eager")}),
+    ],
+)
+def test_what_cannot_be_batched_is_refused(needle, keywords):
+    with pytest.raises(ValueError, match=needle):
+        MSAM(mlp().parameters(), SGD, num_shards=2, **{"model": mlp(), "execution": "batched", **keywords})
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.inner(x)
+
+
+def with_leak(model):
+    weight = model[0].weight
+    return lambda x, y: losses_of(model)(x, y) + weight.square().sum()
+
+
+def with_item(model):
+    return lambda x, y: losses_of(model)(x, y) * (2.0 if x.sum().item() > 0 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "needle", "make", "losses"),
+    [
+        (ValueError, "needs equal shards, and 13 rows make shards of 5 and 4; pass another size", mlp, losses_of),
+        (RuntimeError, "uses a tensor that requires a gradient other than the optimizer's", mlp, with_leak),
+        (RuntimeError, "torch.func.vmap cannot run the loss function; use execution='seq", mlp, with_item),
+        (RuntimeError, "changes the buffer calls, which is no batch norm's", Counting, losses_of),
+        (TypeError, "returned a scalar", mlp, lambda model: lambda x, y: losses_of(model)(x, y).mean()),
+    ],
+)
+def test_what_cannot_be_batched_is_refused_in_the_step(backend, error, needle, make, losses):
+    model = make()
+    opt, before = msam(model, execution="batched"), snapshot(model)
+    rows = 13 if error is ValueError else 12
+    with pytest.raises(error, match=needle):
+        opt.step(losses(model), X[:rows], Y[:rows])
+    assert_same(model, before)
+
+
+def test_batched_refuses_cumulative_statistics_and_foreign_parameters(backend):
+    model = mlp(batchnorm=True)
+    model[1].momentum = None
+    with pytest.raises(ValueError, match="cannot run batch norm with momentum=None; use execution='sequential'"):
+        msam(model, execution="batched").step(losses_of(model), X[:12], Y[:12])
+    opt = MSAM([*mlp().parameters(), *(m := mlp()).parameters()], SGD, num_shards=2, model=m, execution="batched")
+    with pytest.raises(ValueError, match=r"a parameter of shape \[8, 6\] is not in model="):
+        opt.step(losses_of(m), X[:12], Y[:12])
