@@ -4,6 +4,7 @@ On the CPU a scalar such as the gradient norm is read as a Python number (that c
 call do the work); elsewhere, or where `READ_SCALARS` is off, it stays a tensor and nothing waits for the device.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from fastsam.kernels.philox import Draw
 from fastsam.kernels.tensor_list import Backup, buckets, in_memory_order, is_dense, same_layout
 
 READ_SCALARS = True
+PIECE = 2**16
+"""Elements that one thread sums at a time in `norm`: half a megabyte in float64, which a core's cache holds."""
 E0 = 1e-12
 """Added to the norm in the denominator of every perturbation."""
 
@@ -83,10 +86,18 @@ def norm(
             measured[i] = torch.where(_mask(draw, i, grads[i]), measured[i], 0)
     parts: list[Tensor] = []
     for rows in buckets(_place(g) for g in measured):
-        norms = torch._foreach_norm([measured[i] for i in rows], 2, dtype=torch.float64)
+        norms = torch._foreach_norm(_pieces([measured[i] for i in rows]), 2, dtype=torch.float64)
         parts.append(torch.linalg.vector_norm(torch.stack(norms)))
     device = grads[0].device
     return torch.linalg.vector_norm(torch.stack([part.to(device) for part in parts]))
+
+
+def _pieces(tensors: list[Tensor]) -> list[Tensor]:
+    """The same entries in lists that the CPU's norm, which writes a float64 copy of its input, keeps in the cache."""
+    if tensors[0].device.type != "cpu":
+        return tensors
+    size = PIECE * torch.get_num_threads()
+    return [piece for t in tensors for piece in (in_memory_order(t).split(size) if t.numel() > size else (t,))]
 
 
 @torch.no_grad()
@@ -100,6 +111,9 @@ def found_nonfinite(grads: Sequence[Tensor]) -> Tensor:
         0-dim float32 tensor on the first tensor's device.
     """
     device = grads[0].device
+    # a finite sum proves its terms finite and writes nothing; one that is not finite may have overflowed
+    if _reads_scalars(device) and math.isfinite(sum(g.sum().item() for g in grads)):
+        return torch.zeros((), device=device)
     flags: list[Tensor] = []
     for rows in buckets(_place(g) for g in grads):
         flag, one = grads[rows[0]].new_zeros((), dtype=torch.float32), torch.ones((), device=grads[rows[0]].device)
