@@ -24,23 +24,100 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.eager_sam import EagerSAM
 from benchmarks.models import MODELS
-from fastsam import ESAM, SAM
+from fastsam import ESAM, MESA, MSAM, SAF, SAM
 
 BASES: dict[str, Callable] = {
     "resnet18": partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4),
     "vit": partial(torch.optim.AdamW, lr=1e-3),
 }
-METHODS: dict[str, Callable | None] = {
-    "base": None,
-    "base again": None,
-    "sam": SAM,
-    "esam": partial(ESAM, beta=0.6, gamma=0.5),
-    "esam, element mask": partial(ESAM, beta=0.6, gamma=0.5, mask="element"),
-    "esam, reuse": partial(ESAM, beta=0.6, gamma=0.5, selection="reuse"),
-    "esam, perturbation only": partial(ESAM, beta=0.6, gamma=1.0),
-    "esam, selection only": partial(ESAM, beta=1.0, gamma=0.5),
+CLASSES = 10
+Step = Callable[[Tensor, Tensor, Tensor], Any]
+"""Takes one step on inputs, labels and sample ids."""
+
+
+def plain(model: nn.Module, base: partial, n_samples: int, **options: Any) -> Step:
+    """The base optimizer, and nothing else."""
+    return with_loss(base(model.parameters(), **options), model, lambda z, x, y, ids: F.cross_entropy(z, y))
+
+
+def with_loss(opt: torch.optim.Optimizer, model: nn.Module, loss_of: Callable) -> Step:
+    def step(x: Tensor, y: Tensor, ids: Tensor) -> None:
+        opt.zero_grad()
+        loss_of(model(x), x, y, ids).backward()
+        opt.step()
+
+    return step
+
+
+def eager(model: nn.Module, base: partial, n_samples: int) -> Step:
+    """SAM as in davda54/sam."""
+    params = list(model.parameters())
+    opt = EagerSAM(params, base(params))
+
+    def step(x: Tensor, y: Tensor, ids: Tensor) -> None:
+        F.cross_entropy(model(x), y).backward()
+        opt.first_step()
+        opt.base.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.second_step()
+        opt.base.zero_grad()
+
+    return step
+
+
+def ours(method: Callable, model: nn.Module, base: partial, n_samples: int) -> Step:
+    """One of our optimizers."""
+    opt = method(model.parameters(), base.func, rho=0.05, model=model, **base.keywords)
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    return lambda x, y, ids: opt.step(losses, x, y)
+
+
+def saf(model: nn.Module, base: partial, n_samples: int, **options: Any) -> Step:
+    """SAF in an epoch whose rows all have a past."""
+    loss_of = SAF(n_samples, CLASSES, lag=1, start_epoch=0, **options)
+    taken = 0
+    inner = with_loss(base(model.parameters()), model, lambda z, x, y, ids: loss_of(z, y, ids))
+
+    def step(x: Tensor, y: Tensor, ids: Tensor) -> None:
+        nonlocal taken
+        if taken % (n_samples // len(x)) == 0:
+            loss_of.set_epoch(1 + taken // (n_samples // len(x)))
+        taken += 1
+        inner(x, y, ids)
+
+    return step
+
+
+def mesa(model: nn.Module, base: partial, n_samples: int, **options: Any) -> Step:
+    """MESA with its teacher's forward and average."""
+    loss_of, opt = MESA(model, start_epoch=0, **options), base(model.parameters())
+    loss_of.attach(opt)
+    return with_loss(opt, model, lambda z, x, y, ids: loss_of(z, y, x))
+
+
+METHODS: dict[str, Callable[[nn.Module, partial, int], Step]] = {
+    "base": plain,
+    "base again": plain,
+    "base, fused": partial(plain, fused=True),
+    "davda54 eager sam": eager,
+    "sam": partial(ours, SAM),
+    "esam": partial(ours, partial(ESAM, beta=0.6, gamma=0.5)),
+    "esam, element mask": partial(ours, partial(ESAM, beta=0.6, gamma=0.5, mask="element")),
+    "esam, reuse": partial(ours, partial(ESAM, beta=0.6, gamma=0.5, selection="reuse")),
+    "esam, perturbation only": partial(ours, partial(ESAM, beta=0.6, gamma=1.0)),
+    "esam, selection only": partial(ours, partial(ESAM, beta=1.0, gamma=0.5)),
+    "msam, 4 shards": partial(ours, partial(MSAM, num_shards=4)),
+    "saf": saf,
+    "mesa": mesa,
+    "mesa, bf16 teacher": partial(mesa, teacher_dtype=torch.bfloat16),
 }
+BATCHES = 8
+"""Of an epoch, for what remembers samples."""
 
 
 class Arm:
@@ -49,29 +126,17 @@ class Arm:
     def __init__(self, model_name: str, method: str, rows: int, device: str) -> None:
         torch.manual_seed(0)
         self.model = MODELS[model_name]().to(device)
-        base = BASES[model_name]
-        build = METHODS[method]
-        if build is None:
-            self.opt = base(self.model.parameters())
-        else:
-            self.opt = build(self.model.parameters(), base.func, rho=0.05, model=self.model, **base.keywords)
-        self.is_base = build is None
+        self._step = METHODS[method](self.model, BASES[model_name], BATCHES * rows)
         self.x = torch.randn(rows, 3, 32, 32, device=device)
-        self.y = torch.randint(0, 10, (rows,), device=device)
-        self.device = device
+        self.y = torch.randint(0, CLASSES, (rows,), device=device)
+        self.ids = torch.arange(BATCHES * rows, device=device).split(rows)
+        self.device, self.taken = device, 0
         self.times: list[float] = []
         self.passes: dict[str, float] = {}
 
-    def losses(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(x), y, reduction="none")
-
     def step(self) -> None:
-        if not self.is_base:
-            self.opt.step(self.losses, self.x, self.y)
-            return
-        self.opt.zero_grad()
-        self.losses(self.x, self.y).mean().backward()
-        self.opt.step()
+        self._step(self.x, self.y, self.ids[self.taken % BATCHES])
+        self.taken += 1
 
     def time(self, steps: int) -> None:
         start = time.perf_counter()
