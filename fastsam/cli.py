@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastsam import __version__, compare, training
-from fastsam.data import DATA_SETS, SCORED_ON
+from fastsam.data import DATA_SETS, SCORED_ON, resolve, spelling
 from fastsam.methods import CHOICES, METHODS, InputError, knobs_for, option
 from fastsam.models import MODELS
 from fastsam.progress import Display
@@ -23,8 +23,14 @@ from fastsam.report import SCORED, caption, cells, headers, make_directory, writ
 from fastsam.training import CHECKPOINT, Config
 
 KNOBS = list(dict.fromkeys(knob for method in METHODS.values() for knob in method.knobs))
+DATA_HELP = "See below. CIFAR's pictures are cropped and flipped at random and stay bytes on the device."
 AMP_HELP = "Mixed precision; fp16, with a GradScaler, is for GPUs: convolutions in it crawl on a CPU."
 THREADS_HELP = "Of the CPU. The digits gain little from a second one, and crawl where it has to wait for others."
+CHANNELS_LAST_HELP = "Weights and pictures with the channels innermost, as a GPU's convolutions in 16 bits like them."
+COMPILE_HELP = (
+    "torch.compile the model: minutes at the start, again after --resume, none of them in the steps' median. Not for "
+    "--mask tensor, which would recompile in each step. A GPU may pick other kernels next time, and then not repeat."
+)
 SCORED_ON_HELP = "held_out: train without a tenth of the training set and score on it, to choose settings fairly."
 
 
@@ -39,6 +45,19 @@ class Entry(click.ParamType):
         if value not in self.table:
             self.fail(f"unknown {self.name} {value!r}; known are {', '.join(self.table)}", param, ctx)
         return value
+
+
+class Data(click.ParamType):
+    """A data set that is there, by its name and what follows the colon."""
+
+    name = "data set"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the data set in full, or fail before anything is read."""
+        try:
+            return resolve(value)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Number(click.FloatRange):
@@ -84,7 +103,8 @@ class CommandWithTables(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section for each table, as it is now."""
-        for title, table in {"Methods": METHODS, "Data sets": DATA_SETS, "Models": MODELS}.items():
+        data_sets = {spelling(name): entry for name, entry in DATA_SETS.items()}
+        for title, table in {"Methods": METHODS, "Data sets": data_sets, "Models": MODELS}.items():
             with formatter.section(title):
                 formatter.write_dl([(name, entry.summary) for name, entry in table.items()])  # type: ignore[attr-defined]
 
@@ -102,13 +122,15 @@ def shared_options(command: Callable) -> Callable:
         for knob in KNOBS
     ]
     options = [
-        _option("--data", type=Entry("data set", DATA_SETS), metavar="NAME", default="digits"),
+        _option("--data", type=Data(), metavar="NAME[:...]", default="digits", help=DATA_HELP),
         _option("--model", type=Entry("model", MODELS), metavar="NAME", default="cnn"),
         _option("--epochs", type=positive, metavar="N", default=30, help="The rate falls to 0 as a cosine, by steps."),
         _option("--batch-size", type=positive, metavar="N", default=64),
         *knobs,
         _option("--label-smoothing", type=share, metavar="X", default=0.0),
         _option("--amp", type=click.Choice(list(training.AMP)), default="off", help=AMP_HELP),
+        click.option("--channels-last", is_flag=True, help=CHANNELS_LAST_HELP),
+        click.option("--compile", is_flag=True, help=COMPILE_HELP),
         _option("--device", type=Device(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
         _option("--threads", type=positive, metavar="N", default=1, help=THREADS_HELP),
         click.option("--resume", is_flag=True, help="Go on where --out was interrupted, with its settings."),
@@ -219,7 +241,10 @@ def _plan(**options: Any) -> compare.Plan:
     for knob in knobs:
         if not any(knob in METHODS[name].knobs for name in options["methods"]):
             raise InputError(f"none of the methods ({', '.join(options['methods'])}) has {option(knob)}")
-    return compare.Plan(knobs=knobs, **options)
+    plan = compare.Plan(knobs=knobs, **options)
+    for method in plan.methods:
+        plan.config(method, noise=0.0, seed=0)  # refuses now what the last method would refuse after hours
+    return plan
 
 
 def _goes_on(resume: bool, overwrite: bool) -> bool:

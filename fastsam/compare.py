@@ -32,6 +32,8 @@ class Plan:
     batch_size: int
     label_smoothing: float
     amp: str
+    channels_last: bool
+    compile: bool
     device: str
     threads: int
 

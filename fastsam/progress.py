@@ -13,7 +13,10 @@ from fastsam.training import Config, Epoch, Watcher
 
 
 class Display(Watcher):
-    """A progress bar on a terminal, plain lines elsewhere: one for each epoch, or for each of several runs."""
+    """A progress bar on a terminal; elsewhere plain lines, one for each epoch or each of several runs, and each minute.
+
+    What it says within an epoch is also how long one takes.
+    """
 
     def __init__(self, console: Console, runs: int) -> None:
         self.console, self.runs, self.run = console, runs, 0
@@ -22,7 +25,10 @@ class Display(Watcher):
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.all_runs = self.bar.add_task("", visible=runs > 1, total=None)
         self.this_run = self.bar.add_task("", total=None)
-        self.numbers, self.note, self.next_look = "", "", 0.0
+        self.numbers, self.note = "", ""
+        self.epochs = self.this_epoch = self.steps = self.done = 0
+        self.began = self.next_look = 0.0
+        self.pause = 0.25 if console.is_terminal else 60.0  # seconds from one look at the loss to the next
 
     def __enter__(self) -> "Display":
         self.bar.start()
@@ -34,6 +40,8 @@ class Display(Watcher):
     def started(self, config: Config, history: list[Epoch], steps_per_epoch: int) -> None:
         """Start the run's bar where the run starts."""
         self.run += 1
+        self.epochs, self.steps = config.epochs, steps_per_epoch
+        self._start_epoch(len(history) + 1)
         self.numbers = _numbers(config, history[-1]) if history else ""
         total, done = config.epochs * steps_per_epoch, len(history) * steps_per_epoch
         self.bar.reset(self.this_run, total=total, completed=done, description=self.numbers or "starting")
@@ -47,22 +55,36 @@ class Display(Watcher):
             self._finished(config, history[-1])
 
     def step(self, loss: Tensor, note: str) -> None:
-        """Advance the bar, with a look at the loss a few times a second, since a look waits for the device."""
-        self.note = f"{note}  " if note else ""
+        """Advance the bar, with a look at the loss now and then, since a look waits for the device."""
+        self.note, self.done = f"{note}  " if note else "", self.done + 1
         self.bar.advance(self.this_run)
-        if self.console.is_terminal and time.monotonic() > self.next_look:
-            self.next_look = time.monotonic() + 0.25
-            self.bar.update(self.this_run, description=f"loss {loss.item():.3f}  {self.note}{self.numbers}")
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        self.next_look = now + self.pause
+        minutes, seconds = divmod(round((now - self.began) / self.done * self.steps), 60)
+        pace, numbers = f"an epoch takes {minutes}:{seconds:02d} min", f"loss {loss.item():.3f}  {self.note}"
+        if self.console.is_terminal:
+            self.bar.update(self.this_run, description=numbers + (self.numbers or pace))
+        else:
+            run = f"{self.run}/{self.runs}  " if self.runs > 1 else ""
+            where = f"epoch {self.this_epoch}/{self.epochs}, step {self.done}/{self.steps}"
+            self.console.print(f"{run}{where}  {numbers}{pace}")
 
     def epoch(self, config: Config, epoch: Epoch) -> None:
         """Show the epoch's numbers."""
         self.numbers = _numbers(config, epoch)
+        self._start_epoch(epoch.epoch + 1)
         self.bar.advance(self.all_runs)
         if self.runs == 1 and not self.console.is_terminal:
             loss = f"loss {epoch.train_loss:.3f}"
             self.console.print(f"epoch {epoch.epoch}/{config.epochs}  {loss}  {self.note}{self.numbers}")
         if epoch.epoch == config.epochs:
             self._finished(config, epoch)
+
+    def _start_epoch(self, number: int) -> None:
+        self.this_epoch, self.done, self.began = number, 0, time.monotonic()
+        self.next_look = self.began + (0 if self.console.is_terminal else self.pause)
 
     def _finished(self, config: Config, epoch: Epoch) -> None:
         if self.runs > 1:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastsam.data import short
 from fastsam.methods import METHODS, InputError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _title(config: Config) -> str:
     tuned = METHODS[config.method].tuned
     knob = f", {tuned} {config.knobs[tuned]:g}" if tuned else ""
     noise = f", {config.label_noise:.0%} label noise" if config.label_noise else ""
-    return f"{config.method}{knob}: {config.data}, {config.model}{noise}, seed {config.seed}"
+    return f"{config.method}{knob}: {short(config.data)}, {config.model}{noise}, seed {config.seed}"
 
 
 def _curve(result: Result) -> Figure:
@@ -230,10 +231,11 @@ def caption(comparison: Comparison) -> str:
     chosen = choice if comparison.choices else ""
     seeds = f"seeds 0 to {plan.seeds - 1}, mean ± standard deviation" if plan.seeds > 1 else "seed 0"
     return (
-        f"Test accuracy on clean labels of {plan.data}, {plan.model}, {plan.epochs} epochs, batch {plan.batch_size}; "
-        f"{seeds}. last: after the last epoch. best: the best epoch, picked with the test set. "
+        f"Test accuracy on clean labels of {short(plan.data)}, {plan.model}, {plan.epochs} epochs, batch "
+        f"{plan.batch_size}; {seeds}. last: after the last epoch. best: the best epoch, picked with the test set. "
         f"{chosen}step: median training step, with its ratio to the base's in this comparison. run: median time in "
-        f"training steps. {about['device']}, threads: {about['threads']}, torch {about['torch']}, amp {plan.amp}."
+        f"training steps. {about['device']}, threads: {about['threads']}, torch {about['torch']}, amp {plan.amp}"
+        f"{', channels last' if plan.channels_last else ''}{', compiled' if plan.compile else ''}."
     )
 
 
@@ -257,7 +259,7 @@ def _comparison_figure(comparison: Comparison) -> Figure:
         over_time.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     plan = comparison.plan
     band = f"mean and range of {plan.seeds} seeds" if plan.seeds > 1 else "one seed"
-    figure.suptitle(f"{plan.data}, {plan.model}: {band}")
+    figure.suptitle(f"{short(plan.data)}, {plan.model}: {band}")
     return figure
 
 

@@ -1,7 +1,7 @@
 """One training run: built from a `Config`, trained epoch by epoch, and resumed bit for bit from its checkpoint.
 
-Everything random (weights, split, label noise, order of the samples) comes from the seeds in the config, so a run
-repeats bit for bit on one machine.
+Everything random (weights, split, label noise, order, crops and flips of the samples) comes from the seeds in the
+config, so a run repeats bit for bit on one machine.
 """
 
 import math
@@ -15,18 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsam.data import generator, load
+from fastsam.data import draw_moves, generator, load
 from fastsam.methods import METHODS, BatchLosses, InputError, StepClock, Task, build, build_criterion
 from fastsam.models import MODELS, has_batch_norm
 from fastsam.report import replacing
 
 CHECKPOINT = "checkpoint.pt"
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCORED_AT_ONCE = 256  # pictures; a forward of them keeps little, so it fits where training does
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run's numbers. Names are keys of METHODS, DATA_SETS, MODELS and AMP."""
+    """Everything that decides a run's numbers. Names are keys of METHODS, DATA_SETS, MODELS and AMP.
+
+    `data` is what `fastsam.data.resolve` returns.
+
+    Raises:
+        InputError: the method cannot be compiled.
+    """
 
     method: str
     knobs: dict[str, Any]
@@ -40,8 +47,17 @@ class Config:
     split_seed: int = 0
     scored_on: str = "test"
     amp: str = "off"
+    channels_last: bool = False
+    compile: bool = False
     device: str = "cpu"
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.compile and self.knobs.get("mask") == "tensor" and self.knobs["beta"] < 1:
+            raise InputError(
+                f"{self.method} with --mask tensor cannot be compiled: it leaves other gradients out in each step, and "
+                "the model would be compiled anew for each; take --mask element, or leave --compile out"
+            )
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,10 @@ class Run:
         )
         torch.manual_seed(config.seed)
         model = MODELS[config.model].build(tuple(self.data.x.shape[1:]), self.data.classes)
-        self.model = model.to(self.device)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
+        # a program for several shapes would depend on which came first, and a resume meets them in another order
+        self.compiled: Any = torch.compile(self.model, dynamic=False) if config.compile else self.model
         self.method = METHODS[config.method]
         self.optimizer: Any = build(config.method, self.model, config.knobs)
         smoothing = config.label_smoothing
@@ -135,6 +154,7 @@ class Run:
         self.criterion = build_criterion(config.method, task, config.knobs)
         self.scaler = torch.amp.GradScaler(config.device) if config.amp == "fp16" else None
         self.shuffle = generator(config.seed, "order of the samples")
+        self.moves = generator(config.seed, "crops and flips")
         self.history: list[Epoch] = []
         self.steps_per_epoch = len(self._batch_sizes())
 
@@ -154,15 +174,17 @@ class Run:
     def train_epoch(self, watcher: Watcher) -> None:
         """Train one epoch, score it, and add it to the history."""
         clock = StepClock(self.device)
-        losses = BatchLosses(self.model, self.criterion, AMP[self.config.amp], self.device)
+        losses = BatchLosses(self.compiled, self.criterion, AMP[self.config.amp], self.device)
         total = torch.zeros((), device=self.device)
+        # drawn on the CPU for the whole epoch, so that no step waits for them
         order = torch.randperm(len(self.data.x), generator=self.shuffle).to(self.device)
-        sizes = self._batch_sizes()
+        moves = draw_moves(len(self.data.x), self.moves).to(self.device)
+        n, size = sum(self._batch_sizes()), self.config.batch_size
         self.model.train()
         self.criterion.set_epoch(len(self.history) + 1)
         begin = time.perf_counter()
-        for i, rows in enumerate(order[: sum(sizes)].split(self.config.batch_size)):
-            batch = self.data.x[rows], self.data.y[rows], rows
+        for i, (rows, how) in enumerate(zip(order[:n].split(size), moves[:n].split(size), strict=True)):
+            batch = self._inputs(self.data.augmented(rows, how)), self.data.y[rows], rows
             self._set_learning_rate(i)
             losses.counting = True
             start = clock.now()
@@ -177,10 +199,10 @@ class Run:
         self.history.append(
             Epoch(
                 epoch=len(self.history) + 1,
-                train_loss=total.item() / sum(sizes),
+                train_loss=total.item() / n,
                 train_accuracy=100 * losses.hits.item() / losses.rows,
                 accuracy=self.accuracy(),
-                samples_per_second=sum(sizes) / seconds,
+                samples_per_second=n / seconds,
                 seconds=seconds,
                 step_ms=step_ms,
             )
@@ -196,9 +218,14 @@ class Run:
     def accuracy(self) -> float:
         """Return the accuracy in percent on the test set or the held-out part, in eval mode and full precision."""
         self.model.eval()
-        pairs = zip(self.data.score_x.split(1024), self.data.score_y.split(1024), strict=True)
-        hits = sum(int((self.model(x).argmax(dim=1) == y).sum()) for x, y in pairs)
-        return 100 * hits / len(self.data.score_y)
+        hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        pairs = zip(self.data.score_x.split(SCORED_AT_ONCE), self.data.score_y.split(SCORED_AT_ONCE), strict=True)
+        for x, y in pairs:
+            hits += (self.model(self._inputs(self.data.normalised(x))).argmax(dim=1) == y).sum()
+        return 100 * hits.item() / len(self.data.score_y)
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=self.layout)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, or leave the one that is there if that fails or is interrupted."""
@@ -210,7 +237,12 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "criterion": self.criterion.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "random": {"shuffle": self.shuffle.get_state(), "torch": torch.get_rng_state(), "cuda": cuda},
+            "random": {
+                "shuffle": self.shuffle.get_state(),
+                "moves": self.moves.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": cuda,
+            },
         }
         with replacing(path) as temporary, open(temporary, "wb") as file:
             try:
@@ -228,6 +260,7 @@ class Run:
         if self.scaler is not None:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.shuffle.set_state(checkpoint["random"]["shuffle"])
+        self.moves.set_state(checkpoint["random"]["moves"])
         torch.set_rng_state(checkpoint["random"]["torch"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"], self.device)

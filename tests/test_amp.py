@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from problems import batches, largest_difference, losses_of, mlp
+from test_exactness import WAYS, with_loss_function
 
 from fastsam import ESAM, MSAM, SAM
 
@@ -160,15 +161,15 @@ def test_training_under_autocast(backend, dtype):
 
 
 @pytest.mark.parametrize(
-    "build",
+    ("build", "way"),
     [
-        SAM,
-        partial(ESAM, beta=1.0),
-        partial(MSAM, num_shards=3),
-        partial(MSAM, num_shards=3, execution="batched"),
+        *((SAM, way) for way in WAYS),
+        (partial(ESAM, beta=1.0), with_loss_function),
+        (partial(MSAM, num_shards=3), with_loss_function),
+        (partial(MSAM, num_shards=3, execution="batched"), with_loss_function),
     ],
 )
-def test_autocast_may_be_inside_the_loss_function_or_around_the_steps(backend, build):
+def test_autocast_may_be_inside_the_loss_function_or_around_the_steps(backend, build, way):
     """Autocast keeps its casts of the weights until it is left; a pass must not see those of another's weights."""
     models = mlp(torch.float32), mlp(torch.float32)
     inside, around = (build(m.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, model=m) for m in models)
@@ -179,8 +180,8 @@ def test_autocast_may_be_inside_the_loss_function_or_around_the_steps(backend, b
 
     data = batches(2, dtype=torch.float32)
     for x, y in data:
-        inside.step(losses, x, y)
+        way(inside, losses, x, y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for x, y in data:
-            around.step(losses_of(models[1]), x, y)
+            way(around, losses_of(models[1]), x, y)
     assert largest_difference(*models) == 0

@@ -48,7 +48,7 @@ BAD_INPUT = [
     ("train --lr nan", "nan is not a finite number"),
     ("train --lr=-0.1", "-0.1 is not in the range"),
     ("train --rho inf", "inf is not a finite number"),
-    ("train --method msam --num-shards 0", "'--num-shards': 0 is not in the range"),
+    ("train --method msam --num-shards 0", "num_shards must be at least 1, got 0"),
     ("train --method msam --num-shards 2.5", "'--num-shards': '2.5' is not a valid integer"),
     ("train --method msam --num-shards 33", "batch norm needs at least 2 samples in each of 33 shards"),
     ("train --method msam --model mlp --num-shards 65", "training needs a sample in each of 65 shards"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsam import compare, training
-from fastsam.data import DATA_SETS, DataSet, Pictures, digits, generator, load, with_label_noise
+from fastsam.data import DATA_SETS, DataSet, Pictures, digits, draw_moves, generator, load, with_label_noise
 from fastsam.methods import METHODS, BatchLosses, Criterion, InputError, knobs_for
 from fastsam.training import CHECKPOINT, Config, Run, Watcher, read_checkpoint, train
 
@@ -16,6 +16,7 @@ def config(method="sam", **changes):
     return Config(method=method, **settings)
 
 
+AUGMENTED = {"data": "fake:150x3x8x8", "channels_last": True, "scored_on": "held_out"}
 TIMES = ("samples_per_second", "seconds", "step_ms")
 
 
@@ -86,9 +87,10 @@ def test_repeats_bit_for_bit(method, make):
         ("msam", "mlp", "fp16"),
     ],
 )
-def test_interrupted_and_resumed_equals_uninterrupted(method, model, amp, make):
+@pytest.mark.parametrize("changes", [{}, AUGMENTED], ids=["digits", "augmented"])
+def test_interrupted_and_resumed_equals_uninterrupted(method, model, amp, changes, make):
     through, broken = make("through"), make("broken")
-    wanted = config(method, model=model, amp=amp, epochs=3)
+    wanted = config(method, model=model, amp=amp, epochs=3, **changes)
     steps = Run(wanted).steps_per_epoch
     expected = train(wanted, through)
     with pytest.raises(KeyboardInterrupt):
@@ -150,6 +152,66 @@ def test_sam_withstands_label_noise_that_sgd_fits(make):
     assert sgd.history[-1].train_accuracy > sam.history[-1].train_accuracy
 
 
+def test_each_epoch_draws_its_own_crops(monkeypatch):
+    run, drawn = Run(config(**AUGMENTED)), []
+    augmented = type(run.data).augmented
+    monkeypatch.setattr(
+        type(run.data), "augmented", lambda split, rows, moves: drawn.append(moves) or augmented(split, rows, moves)
+    )
+    for _ in range(2):
+        run.train_epoch(Watcher())
+    first, second = torch.cat(drawn).chunk(2)
+    assert len(first) == 135
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.cat([first, second]), torch.cat([draw_moves(135, again) for again in 2 * [moves_of(run)]]))
+
+
+def moves_of(run):
+    return generator(run.config.seed, "crops and flips")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_weights_and_pictures_are_laid_out_as_asked(channels_last):
+    run = Run(config("sgd", **AUGMENTED | {"channels_last": channels_last, "model": "cnn"}))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    seen = []
+    run.model.register_forward_pre_hook(lambda model, args: seen.append(args[0]))
+    run.train_epoch(Watcher())
+    assert all(x.is_contiguous(memory_format=layout) for x in seen)
+    convolutions = [m for m in run.model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(m.weight.is_contiguous(memory_format=layout) for m in convolutions)
+
+
+@pytest.mark.parametrize("scored", [1, 256, 257])
+def test_accuracy_is_that_of_all_pictures_at_once(scored):
+    run = Run(config())
+    x, y = run.data.score_x.repeat(1, 1, 1, 1)[:scored], run.data.score_y[:scored]
+    run.data = run.data._replace(score_x=x, score_y=y)
+    with torch.no_grad():
+        assert run.accuracy() == 100 * (run.model(x).argmax(1) == y).sum().item() / scored
+
+
+def test_a_compiled_run_trains_as_an_eager_one_and_resumes_bit_for_bit(make):
+    wanted = config(data="fake:100x1x4x4", batch_size=40, compile=True, epochs=2)  # batches of 40 and 20
+    through, broken = make("through"), make("broken")
+    expected = train(wanted, through)
+    eager = train(replace(wanted, compile=False), make("eager"))
+    for one, other in zip(expected.history, eager.history, strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, rel=1e-4)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, broken, watcher=Stop(after=4))
+    torch.compiler.reset()  # a new process, in which the small batch comes last
+    assert numbers(train(wanted, broken, resume=True)) == numbers(expected)
+    assert_equal(state(broken), state(through))
+
+
+def test_the_tensor_mask_is_not_compiled():
+    with pytest.raises(InputError, match=r"esam with --mask tensor cannot be compiled: .*; take --mask element, or"):
+        config("esam", compile=True)
+    config("esam", compile=True, knobs=knobs_for("esam", {"mask": "element"}))
+    config("esam", compile=True, knobs=knobs_for("esam", {"beta": 1.0}))
+
+
 def test_learning_rate_falls_as_a_cosine_over_all_steps():
     run = Run(config("sgd", knobs=knobs_for("sgd", {"lr": 0.2})))
     rates = []
@@ -193,7 +255,7 @@ def test_label_noise_of_0_and_1():
     assert (drawn - 2000).abs().max() < 4 * 2000**0.5
 
 
-def numbered(split_seed):
+def numbered(argument, split_seed):
     """1000 "pictures" that are their own number, the last 300 of them the test set."""
     x = torch.arange(1000.0).reshape(-1, 1, 1, 1)
     y = torch.arange(1000) % 10
@@ -214,7 +276,7 @@ def test_held_out_training_and_test_parts_are_disjoint(monkeypatch):
 
 
 def test_digits_split_is_stratified_and_fixed_by_its_seed():
-    one, same, other = (digits(seed) for seed in (0, 0, 1))
+    one, same, other = (digits("", seed) for seed in (0, 0, 1))
     assert torch.equal(one.test_x, same.test_x)
     assert not torch.equal(one.test_x, other.test_x)
     assert len(one.train_x) + len(one.test_x) == 1797
@@ -236,9 +298,9 @@ def test_digits_split_is_stratified_and_fixed_by_its_seed():
     ],
 )
 def test_a_last_batch_that_cannot_be_trained_on_is_dropped(method, model, n, steps, monkeypatch):
-    full = digits(0)
+    full = digits("", 0)
     few = full._replace(train_x=full.train_x[:n], train_y=full.train_y[:n])
-    monkeypatch.setitem(DATA_SETS, "few", DataSet("", lambda split_seed: few))
+    monkeypatch.setitem(DATA_SETS, "few", DataSet("", lambda argument, split_seed: few))
     run = Run(config(method, data="few", model=model))
     step, seen = run.method.step, []
 
@@ -269,12 +331,12 @@ def test_hits_are_counted_in_the_first_forward_pass_alone():
 
 def test_hits_of_msam_are_counted_in_every_shards_first_pass():
     model = torch.nn.Linear(2, 2)
-    losses = BatchLosses(model, 0.0, None, torch.device("cpu"))
+    losses = BatchLosses(model, Criterion(0.0), None, torch.device("cpu"))
     x = torch.randn(9, 2)
     y = model(x).argmax(dim=1)
     y[4] = 1 - y[4]
     method, knobs = METHODS["msam"], knobs_for("msam", {"rho": 100.0})
-    method.step(method.build(model, knobs), losses, x, y, None)
+    method.step(method.build(model, knobs), losses, (x, y, None), None)
     assert (losses.hits.item(), losses.rows) == (8, 9)
 
 
@@ -284,14 +346,14 @@ def test_hits_of_msam_are_counted_in_every_shards_first_pass():
 def plan(**changes):
     settings = {"methods": ["sgd", "sam"], "label_noise": [0.4], "seeds": 2, "knobs": {}, "data": "digits"}
     settings |= {"model": "mlp", "epochs": 1, "batch_size": 64, "label_smoothing": 0.0, "amp": "off"}
-    settings |= {"device": "cpu", "threads": 1}
+    settings |= {"channels_last": False, "compile": False, "device": "cpu", "threads": 1}
     return compare.Plan(**settings | changes)
 
 
 def test_knobs_are_never_chosen_on_the_test_set(make, monkeypatch):
-    full, honest = digits(0), compare.run(plan(), make("honest"), Watcher())
+    full, honest = digits("", 0), compare.run(plan(), make("honest"), Watcher())
     swapped = full._replace(test_x=torch.zeros_like(full.test_x), test_y=full.test_y.flip(0))
-    monkeypatch.setitem(DATA_SETS, "digits", DataSet("", lambda split_seed: swapped))
+    monkeypatch.setitem(DATA_SETS, "digits", DataSet("", lambda argument, split_seed: swapped))
     blind = compare.run(plan(), make("blind"), Watcher())
     assert blind.choices == honest.choices
     assert [r.last for r in blind.results] != [r.last for r in honest.results]

@@ -1,0 +1,421 @@
+"""CIFAR in both layouts, refused where anything is wrong with it, and the way from stored bytes to a model's inputs."""
+
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from fastsam import cifar, data, training
+from fastsam.__main__ import main
+from fastsam.cifar import CIFAR10, CIFAR100, PIXELS
+from fastsam.data import DATA_SETS, Split, crop_and_flip, draw_moves, generator, load, resolve, short
+from fastsam.methods import InputError
+from fastsam.models import MODELS
+
+TRAIN, TEST = 12, 7  # pictures in each file
+BINARY, PICKLED = 0, 1
+SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Both data sets, cut down to a few pictures in each file."""
+    for name, full in SETS.items():
+        layouts = tuple(replace(layout, records=TRAIN, test_records=TEST) for layout in full.layouts)
+        monkeypatch.setitem(DATA_SETS, name, data._cifar_entry(replace(full, layouts=layouts), ""))
+
+
+class Python2Pickler(pickle._Pickler):
+    """Pickles bytes as Python 2 pickled its strings, and calls numpy's modules what they were called then."""
+
+    def __init__(self, file):
+        super().__init__(file, protocol=2)
+
+    def save_bytes(self, value):
+        if len(value) < 256:
+            self.write(pickle.SHORT_BINSTRING + bytes([len(value)]) + value)
+        else:
+            self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
+        self.memoize(value)
+
+    def save_str(self, value):
+        self.save_bytes(value.encode("latin1"))
+
+    def save_global(self, value, name=None):
+        if getattr(value, "__name__", "") == "_reconstruct":
+            self.write(b"cnumpy.core.multiarray\n_reconstruct\n")
+            self.memoize(value)
+        else:
+            super().save_global(value, name)
+
+    dispatch: ClassVar = pickle._Pickler.dispatch | {bytes: save_bytes, str: save_str, type: save_global}
+
+
+def contents(name, n, seed):
+    random = np.random.default_rng(seed)
+    x = random.integers(256, size=(n, PIXELS), dtype=np.uint8)
+    return x, random.permutation(n) % SETS[name].classes
+
+
+def write_pickle(path, value):
+    with open(path, "wb") as file:
+        Python2Pickler(file).dump(value)
+
+
+def write(name, layout, path, seed=0, x=None, y=None, order="C"):
+    """Write one file as the data set's authors did."""
+    random_x, random_y = contents(name, TEST if path.name.startswith("test") else TRAIN, seed)
+    x, y = random_x if x is None else x, random_y if y is None else y
+    if layout is BINARY:
+        coarse = [np.full((len(y), 1), 3, np.uint8)] if name == "cifar100" else []
+        np.hstack([*coarse, np.asarray(y, np.uint8)[:, None], x]).tofile(path)
+        return
+    key, others = ("labels", {}) if name == "cifar10" else ("fine_labels", {"coarse_labels": [3] * len(y)})
+    names = [b"picture_%d.png" % i for i in range(len(y))]
+    content = {"batch_label": b"batch", key: [int(v) for v in y], "data": np.asarray(x, order=order)}
+    write_pickle(path, content | {"filenames": names} | others)
+
+
+def archive(name, layout, parent):
+    """Write a whole data set and return its folder."""
+    described = SETS[name].layouts[layout]
+    folder = parent / described.folder
+    folder.mkdir(parents=True)
+    for seed, file in enumerate(described.files):
+        write(name, layout, folder / file, seed)
+    return folder
+
+
+def loaded(source, **changes):
+    settings = {"seed": 0, "split_seed": 0, "label_noise": 0.0, "scored_on": "test", "device": "cpu"}
+    return load(resolve(source), **settings | changes)
+
+
+# archives
+
+
+def test_sizes_are_those_of_the_real_files():
+    ten, ten_pickled = CIFAR10.layouts
+    hundred, hundred_pickled = CIFAR100.layouts
+    assert {layout.sizes(n) for layout in (ten,) for n in layout.files.values()} == {(30_730_000, 30_730_000)}
+    assert hundred.sizes(50_000) == (153_700_000, 153_700_000)
+    assert hundred.sizes(10_000) == (30_740_000, 30_740_000)
+    for layout, n, real in [
+        (ten_pickled, 10_000, 31_035_704),
+        (hundred_pickled, 50_000, 155_249_918),
+        (hundred_pickled, 10_000, 31_049_986),
+    ]:
+        least, most = layout.sizes(n)
+        assert least < real < most
+    assert sum(CIFAR10.layouts[0].files.values()) == sum(CIFAR100.layouts[1].files.values()) == 60_000
+
+
+@pytest.mark.parametrize("layout", [BINARY, PICKLED])
+@pytest.mark.parametrize("name", SETS)
+def test_both_layouts_give_the_pictures_and_labels_in_order(name, layout, tmp_path):
+    folder = archive(name, layout, tmp_path)
+    files = SETS[name].layouts[layout].train
+    expected = [contents(name, TRAIN, seed) for seed in range(len(files))]
+    test_x, test_y = contents(name, TEST, len(files))
+    for source in (folder, tmp_path):
+        split = loaded(f"{name}:{source}")
+        assert split.x.dtype == split.score_x.dtype == torch.uint8
+        assert split.y.dtype == split.score_y.dtype == torch.int64
+        assert split.classes == SETS[name].classes
+        assert np.array_equal(split.x.numpy(), np.vstack([x for x, _ in expected]).reshape(-1, 3, 32, 32))
+        assert np.array_equal(split.y.numpy(), np.concatenate([y for _, y in expected]))
+        assert np.array_equal(split.score_x.numpy(), test_x.reshape(-1, 3, 32, 32))
+        assert np.array_equal(split.score_y.numpy(), test_y)
+
+
+def test_an_array_in_columns_reads_the_same(tmp_path):
+    folder = archive("cifar10", PICKLED, tmp_path)
+    expected = loaded(f"cifar10:{folder}").score_x
+    write("cifar10", PICKLED, folder / "test_batch", seed=5, order="F")
+    assert b"\x88" in (folder / "test_batch").read_bytes()[:-TEST]  # NEWTRUE
+    assert torch.equal(loaded(f"cifar10:{folder}").score_x, expected)
+
+
+def test_every_spelling_of_a_directory_resolves_to_the_same(tmp_path, monkeypatch):
+    folder = archive("cifar10", BINARY, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sources = [f"cifar10:{spelled}" for spelled in (folder, tmp_path, ".", "cifar-10-batches-bin/", "~")]
+    assert {resolve(source) for source in sources} == {f"cifar10:{folder}"}
+    assert short(resolve("cifar10:.")) == "cifar10:cifar-10-batches-bin"
+    assert [short(name) for name in ("digits", "fake:20x1x4x4")] == ["digits", "fake:20x1x4x4"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("made by a pickle",)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def no_data(path):
+    # as long as a real file, so that its size does not give it away
+    write_pickle(path, {"labels": [0] * TRAIN, "filenames": b"x" * TRAIN * PIXELS})
+
+
+def rewrite(name, layout, file, **content):
+    return lambda folder: write(name, layout, folder / file, **content)
+
+
+NO_ARRAY = "b'data' is not a uint8 array of shape [7, 3072]"
+MANY = "is there more than once, as {folder}/data_batch_1.bin and {folder}/"
+BROKEN = {
+    "cifar10 binary": [
+        (shutil.rmtree, "is not a directory; unpack cifar-10-binary.tar.gz or cifar-10-python.tar.gz from https://"),
+        (lambda f: [file.unlink() for file in f.iterdir()], "{folder} holds no CIFAR-10; unpack"),
+        (lambda f: (f / "data_batch_3.bin").unlink(), "{folder}/data_batch_3.bin is missing, a file of CIFAR-10;"),
+        (lambda f: truncate(f / "test_batch.bin"), "test_batch.bin has 21,510 bytes where CIFAR-10 has 21,511 bytes;"),
+        (
+            rewrite("cifar10", BINARY, "test_batch.bin", y=[0, 0, 10, 0, 0, 0, 0]),
+            "test_batch.bin is no file of CIFAR-10: picture 2 has label 10, beyond 9; unpack cifar-10-binary.tar.gz",
+        ),
+        (rewrite("cifar10", PICKLED, "data_batch_2"), MANY + "data_batch_2; name the folder of one"),
+        (lambda f: archive("cifar10", PICKLED, f), MANY + "cifar-10-batches-py/data_batch_1; name"),
+    ],
+    "cifar100 binary": [
+        (lambda f: truncate(f / "train.bin"), "train.bin has 36,887 bytes where CIFAR-100 has 36,888 bytes;"),
+    ],
+    "cifar100 pickled": [
+        (
+            rewrite("cifar100", PICKLED, "train", y=[100] * TRAIN),
+            "train is no file of CIFAR-100: picture 0 has label 100",
+        ),
+    ],
+    "cifar10 pickled": [
+        (
+            lambda f: os.truncate(f / "data_batch_1", 36_863),
+            "has 36,863 bytes where CIFAR-10 has 36,864 to 40,960 bytes",
+        ),
+        (lambda f: truncate(f / "data_batch_1"), "data_batch_1 is no file of CIFAR-10: "),
+        (lambda f: (f / "data_batch_1").write_bytes(bytes(TRAIN * PIXELS)), "data_batch_1 is no file of CIFAR-10: "),
+        (lambda f: no_data(f / "data_batch_1"), "not a dict with b'data' and b'labels'"),
+        (rewrite("cifar10", PICKLED, "test_batch", x=np.zeros((TEST, PIXELS), np.int8)), NO_ARRAY),
+        (rewrite("cifar10", PICKLED, "test_batch", x=np.zeros((TEST - 1, 7 * PIXELS // 6), np.uint8)), NO_ARRAY),
+        (rewrite("cifar10", PICKLED, "test_batch", y=[0] * 6), "b'labels' has 6 labels for 7 pictures"),
+        (rewrite("cifar10", PICKLED, "test_batch", y=[-1] * 7), "b'labels' is not a list of labels"),
+        (
+            lambda f: write_pickle(f / "test_batch", [Evil(), b"x" * TEST * PIXELS]),
+            "test_batch is no file of CIFAR-10: it asks for posix.mkdir, which no picture needs",
+        ),
+    ],
+}
+CASES = [(*kind.split(), damage, message) for kind, cases in BROKEN.items() for damage, message in cases]
+
+
+@pytest.mark.parametrize(("name", "layout", "damage", "message"), CASES)
+def test_a_broken_archive_is_one_line_and_nothing_happens(name, layout, damage, message, capsys, tmp_path, monkeypatch):
+    folder = archive(name, BINARY if layout == "binary" else PICKLED, tmp_path / "data")
+    loaded(f"{name}:{folder}")
+    damage(folder)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", f"{name}:{folder}", "--out", "runs/out"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message.format(folder=folder) in err
+    assert str(folder) in err
+    assert not list(tmp_path.glob("runs/out/*"))
+    assert not (tmp_path / "made by a pickle").exists()
+
+
+def test_the_other_data_set_is_recognised(tmp_path):
+    archive("cifar100", PICKLED, tmp_path)
+    with pytest.raises(InputError, match="holds no CIFAR-10 but CIFAR-100; unpack"):
+        resolve(f"cifar10:{tmp_path}")
+
+
+def test_a_directory_is_looked_at_before_a_comparison_is_begun(capsys, tmp_path):
+    folder = archive("cifar10", BINARY, tmp_path / "data")
+    truncate(folder / "test_batch.bin")
+    assert main(["compare", "--data", f"cifar10:{folder}", "--out", str(tmp_path / "out")]) == 2
+    assert "test_batch.bin has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_runs_nothing_even_through_the_names_it_may_use(tmp_path):
+    path = tmp_path / "array"
+    for module, name in [("os", "system"), ("builtins", "eval"), ("numpy", "load"), ("copyreg", "_reconstructor")]:
+        path.write_bytes(f"c{module}\n{name}\n.".encode())
+        with open(path, "rb") as file, pytest.raises(pickle.UnpicklingError, match=f"it asks for {module}.{name},"):
+            cifar._Unpickler(file).load()
+    write_pickle(path, np.empty(2, object))
+    with open(path, "rb") as file:
+        assert type(cifar._Unpickler(file).load()) is cifar._Recorded  # no array is ever built from a file
+
+
+@pytest.mark.parametrize(
+    "argument", ["", "x", "512x3x32", "512x3x32x0", "-1x3x8x8", "9x3x8x8", "512x3x32x32x1", "5 x3x8x8"]
+)
+def test_a_bad_size_of_fake_pictures_is_refused(argument):
+    with pytest.raises(InputError, match=r"is not fake:NxCxHxW with N of at least 10, such as fake:512x3x32x32"):
+        resolve(f"fake:{argument}")
+
+
+def test_fake_pictures_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="does not fit into memory"):
+        loaded("fake:1000000000x3x4096x4096")
+
+
+def test_fake_pictures_are_uniform_and_fixed_by_the_split_seed():
+    one, same, other = (loaded("fake:500x2x6x8", split_seed=s, seed=i) for i, s in enumerate((0, 0, 1)))
+    assert (one.x.shape, one.score_x.shape, one.classes) == ((500, 2, 6, 8), (100, 2, 6, 8), 10)
+    assert torch.equal(one.x, same.x)
+    assert torch.equal(one.score_y, same.score_y)
+    assert not torch.equal(one.x, other.x)
+    inputs = one.normalised(one.x).double()
+    assert abs(inputs.mean()) < 4 / inputs.numel() ** 0.5
+    assert inputs.std().item() == pytest.approx(1, abs=0.02)
+
+
+# from stored bytes to inputs
+
+
+def by_hand(picture, top, left, flip):
+    """The definition, one picture at a time."""
+    padded = torch.zeros(picture.shape[0], picture.shape[1] + 8, picture.shape[2] + 8, dtype=picture.dtype)
+    padded[:, 4:-4, 4:-4] = picture
+    cropped = padded[:, top : top + picture.shape[1], left : left + picture.shape[2]]
+    return cropped.flip(2) if flip else cropped
+
+
+def test_crop_and_flip_are_those_of_one_picture_at_a_time():
+    x = torch.randint(256, (81 * 2, 3, 6, 9), dtype=torch.uint8, generator=generator(0, "test"))
+    moves = torch.cartesian_prod(torch.arange(9), torch.arange(9), torch.arange(2))
+    expected = torch.stack([by_hand(picture, *move) for picture, move in zip(x, moves.tolist(), strict=True)])
+    moved = crop_and_flip(x, moves)
+    assert moved.dtype == torch.uint8
+    assert moved.is_contiguous()
+    assert torch.equal(moved, expected)
+    assert torch.equal(moved[(moves == torch.tensor([4, 4, 0])).all(1)], x[(moves == torch.tensor([4, 4, 0])).all(1)])
+
+
+def test_crops_are_uniform_and_half_of_the_pictures_are_flipped():
+    n = 162_000
+    moves = draw_moves(n, generator(0, "test"))
+    together = torch.bincount(moves[:, 0] * 18 + moves[:, 1] * 2 + moves[:, 2], minlength=162).double()
+    assert len(together) == 162  # every pair of offsets with and without a flip
+    chi_squared = ((together - n / 162) ** 2 / (n / 162)).sum().item()
+    assert abs(chi_squared - 161) < 4 * (2 * 161) ** 0.5
+    assert torch.equal(moves, draw_moves(n, generator(0, "test")))
+    assert not torch.equal(moves, draw_moves(n, generator(1, "test")))
+
+
+def test_padding_is_black_before_normalising(tmp_path):
+    archive("cifar10", BINARY, tmp_path)
+    split = loaded(f"cifar10:{tmp_path}")
+    inputs = split.augmented(torch.tensor([0]), torch.tensor([[0, 8, 0]]))
+    black = (0 - torch.tensor(CIFAR10.mean)) / torch.tensor(CIFAR10.std)
+    assert torch.equal(inputs[0, :, :4].amax((1, 2)), black)
+    assert torch.equal(inputs[0, :, :, 28:].amin((1, 2)), black)
+
+
+def test_inputs_are_normalised_as_torchvision_does(tmp_path):
+    archive("cifar100", BINARY, tmp_path)
+    split = loaded(f"cifar100:{tmp_path}")
+    rows, moves = torch.tensor([5, 0, 11]), torch.tensor([[1, 7, 1], [4, 4, 0], [8, 0, 0]])
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (CIFAR100.mean, CIFAR100.std))
+    for i, inputs in enumerate(split.augmented(rows, moves)):
+        assert torch.equal(inputs, (by_hand(split.x[rows[i]], *moves[i].tolist()).float() / 255 - mean) / std)
+    assert torch.equal(split.normalised(split.score_x), (split.score_x.float() / 255 - mean) / std)
+
+
+def test_the_digits_are_taken_as_they_are():
+    split = loaded("digits")
+    rows = torch.tensor([3, 1])
+    assert torch.equal(split.augmented(rows, draw_moves(2, generator(0, "test"))), split.x[rows])
+    assert split.normalised(split.score_x) is split.score_x
+
+
+def test_the_held_out_part_is_scored_without_augmentation(tmp_path, monkeypatch):
+    archive("cifar10", BINARY, tmp_path)
+    knobs = {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0}
+    source = resolve(f"cifar10:{tmp_path}")
+    run = training.Run(training.Config("sgd", knobs, data=source, scored_on="held_out", batch_size=16))
+    moved, seen = [], []
+    monkeypatch.setattr(data, "crop_and_flip", lambda x, moves: moved.append(len(x)) or x)
+    run.model.register_forward_pre_hook(lambda model, args: seen.append((model.training, args[0])))
+    run.train_epoch(training.Watcher())
+    assert sum(moved) == 54  # of the 60 in all, the held-out tenth never
+    scored = torch.cat([x for trained, x in seen if not trained])
+    assert torch.equal(scored, run.data.normalised(run.data.score_x))
+    assert len(scored) == 6
+
+
+# models
+
+
+PARAMETERS = [
+    ("resnet18", 10, 11_173_962),
+    ("resnet18", 100, 11_220_132),
+    ("wrn16-4", 10, 2_748_890),
+    ("wrn28-10", 10, 36_479_194),  # "36.5M" in Zagoruyko & Komodakis's table 4
+    ("wrn28-10", 100, 36_536_884),
+]
+
+
+@pytest.mark.parametrize(("name", "classes", "count"), PARAMETERS)
+def test_networks_have_as_many_parameters_as_published(name, classes, count):
+    with torch.device("meta"):
+        model = MODELS[name].build((3, 32, 32), classes)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def wrn_by_hand(weights, x, depth):
+    """The functional form of the authors' own PyTorch code, in training mode."""
+
+    def normed(x, bn):
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        scale, shift = (weights[f"{bn}.{key}"].view(1, -1, 1, 1) for key in ("weight", "bias"))
+        return torch.relu((x - mean) / (var + 1e-5).sqrt() * scale + shift)
+
+    blocks = (depth - 4) // 6
+    x = torch.conv2d(x, weights["0.weight"], padding=1)
+    for i in range(1, 3 * blocks + 1):
+        stride = 2 if i in (blocks + 1, 2 * blocks + 1) else 1
+        first = normed(x, f"{i}.bn1")
+        second = normed(torch.conv2d(first, weights[f"{i}.conv1.weight"], stride=stride, padding=1), f"{i}.bn2")
+        if f"{i}.shortcut.weight" in weights:
+            x = torch.conv2d(first, weights[f"{i}.shortcut.weight"], stride=stride)
+        x = x + torch.conv2d(second, weights[f"{i}.conv2.weight"], padding=1)
+    x = normed(x, f"{3 * blocks + 1}").mean((2, 3))
+    return x @ weights[f"{3 * blocks + 4}.weight"].T + weights[f"{3 * blocks + 4}.bias"]
+
+
+def test_wide_resnet_is_pre_activated_as_published():
+    torch.manual_seed(0)
+    model = MODELS["wrn16-4"].build((3, 16, 16), 10).double()
+    for name, p in model.named_parameters():
+        if "conv" not in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    expected = wrn_by_hand(dict(model.named_parameters()), x, depth=16)
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 12, 20)])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "wrn28-10"])
+def test_networks_take_pictures_of_any_shape(name, shape):
+    x = torch.randn(2, *shape)
+    assert MODELS[name].build(shape, 7)(x).shape == (2, 7)
+
+
+def test_vit_refuses_pictures_that_its_patches_do_not_cover():
+    with pytest.raises(InputError, match="vit cuts pictures into 4x4 pixels, which 30x32 do not fit"):
+        MODELS["vit"].build((3, 30, 32), 10)
+
+
+def test_a_split_keeps_bytes():
+    split = loaded("fake:20x3x8x8")
+    assert isinstance(split, Split)
+    assert (split.x.element_size(), split.score_x.element_size()) == (1, 1)
