@@ -305,7 +305,8 @@ class TwoPassOptimizer(PassOptimizer):
 
     def _ascent_gradients(self, params: list[Tensor], grads: list[Tensor | None]) -> dict[int, Tensor]:
         """The gradients to perturb along, dense, by position in group order; averaged over ranks if nobody has yet."""
-        rows = [i for i, wanted in enumerate(self._chosen()) if wanted and params[i].requires_grad]
+        may_have_one = [g is not None or p.requires_grad for p, g in zip(params, grads, strict=True)]
+        rows = [i for i, wanted in enumerate(self._chosen()) if wanted and may_have_one[i]]
         found: Sequence[Tensor | None] = [None if (g := grads[i]) is None else _as_dense(g) for i in rows]
         if self._run.ascent_is_local:
             found = self._run.replicas.average([params[i] for i in rows], found)

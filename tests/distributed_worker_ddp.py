@@ -15,7 +15,7 @@ from oracle import sam_step_on_ranks
 from problems import batches, largest_difference, losses_of, mlp
 from torch import nn
 
-from fastsam import ESAM, SAM
+from fastsam import ESAM, MSAM, SAM
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 EXACT = 1e-12
@@ -146,12 +146,39 @@ def compare_global_pairs(way, set_to_none, find_model=True, **options):
     opt = SAM(model.parameters(), torch.optim.SGD, 0.1, model=ddp if find_model else None, **SGD)
     for x, y in batches(4, rows=12):
         way(opt, ddp, *rows_of_rank((x, y)), set_to_none=set_to_none)
-        by_rank = zip(x.chunk(2), y.chunk(2), strict=True)
-        parts = [list(zip(xr.chunk(3), yr.chunk(3), strict=True)) for xr, yr in by_rank]
-        pairs = [[torch.cat(t) for t in zip(*(of_rank[i] for of_rank in parts), strict=True)] for i in range(3)]
-        sam_step_on_ranks(expected, [[partial(mean_loss, expected, *pair)] for pair in pairs], base, 0.1)
+        losses = [[partial(mean_loss, expected, *pair)] for pair in pairs_of_all_ranks(x, y)]
+        sam_step_on_ranks(expected, losses, base, 0.1)
         assert_equal_on_ranks(model.parameters())
     assert largest_difference(model, expected) < EXACT
+
+
+def pairs_of_all_ranks(x, y, pairs=3):
+    """Shard i of every rank, together."""
+    by_rank = zip(x.chunk(2), y.chunk(2), strict=True)
+    parts = [list(zip(xr.chunk(pairs), yr.chunk(pairs), strict=True)) for xr, yr in by_rank]
+    return [[torch.cat(t) for t in zip(*(of_rank[i] for of_rank in parts), strict=True)] for i in range(pairs)]
+
+
+@case(("global",), ("replica",))
+def msam(sync):
+    """With 3 shards on each of 2 ranks: 6 perturbations, or 3 that ranks share; the sum is reduced once."""
+    for bucket_view in (True, False):
+        model, expected = mlp(), mlp()
+        base = torch.optim.SGD(expected.parameters(), **SGD)
+        ddp = wrap(model, gradient_as_bucket_view=bucket_view)
+        seen = count_buckets(ddp)
+        opt = MSAM(model.parameters(), torch.optim.SGD, 0.1, num_shards=3, model=ddp, perturb_sync=sync, **SGD)
+        for x, y in batches(4):
+            seen.clear()
+            opt.step(losses_of(ddp), *rows_of_rank((x, y)))
+            assert sum(seen) == (3 + 1 if sync == "global" else 1) * sum(p.numel() for p in model.parameters())
+            if sync == "replica":
+                sam_step_on_ranks(expected, shard_losses(expected, x, y, 3), base, 0.1)
+            else:
+                losses = [[partial(mean_loss, expected, *pair)] for pair in pairs_of_all_ranks(x, y)]
+                sam_step_on_ranks(expected, losses, base, 0.1)
+            assert_equal_on_ranks(model.parameters())
+        assert largest_difference(model, expected) < EXACT
 
 
 @case()

@@ -14,6 +14,7 @@ from distributed_worker_ddp import (
     EXACT,
     SGD,
     mean_loss,
+    pairs_of_all_ranks,
     with_accumulation_synced,
     with_closure,
     with_contexts,
@@ -31,7 +32,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fastsam
-from fastsam import ESAM, SAM
+from fastsam import ESAM, MSAM, SAM
 
 ADAMW = {"lr": 0.01, "weight_decay": 0.1}
 BASES = {
@@ -118,19 +119,18 @@ def sharded_gradients_may_be_kept_and_zeroed():
     train_and_compare(partial(with_contexts, set_to_none=False))
 
 
-@case()
-def sharded_pairs():
+@case(("contexts",), ("msam",))
+def sharded_pairs(way):
     expected, model = mlp(), mlp()
     base = torch.optim.SGD(expected.parameters(), **SGD)
     shard(model)
-    opt = SAM(model.parameters(), torch.optim.SGD, 0.1, model=model, **SGD)
+    method = partial(MSAM, num_shards=3) if way == "msam" else SAM
+    opt = method(model.parameters(), torch.optim.SGD, 0.1, model=model, **SGD)
     for x, y in batches(4):
-        with_synced_pairs(opt, model, *rows_of_rank((x, y)))
-        parts = [
-            list(zip(xr.chunk(3), yr.chunk(3), strict=True)) for xr, yr in zip(x.chunk(2), y.chunk(2), strict=True)
-        ]
-        pairs = [[torch.cat(t) for t in zip(*(of_rank[i] for of_rank in parts), strict=True)] for i in range(3)]
-        sam_step_on_ranks(expected, [[partial(mean_loss, expected, *pair)] for pair in pairs], base, 0.1)
+        step = with_loss_function if way == "msam" else with_synced_pairs
+        step(opt, model, *rows_of_rank((x, y)))
+        losses = [[partial(mean_loss, expected, *pair)] for pair in pairs_of_all_ranks(x, y)]
+        sam_step_on_ranks(expected, losses, base, 0.1)
     assert error_of(model, expected) < EXACT
 
 
