@@ -96,6 +96,14 @@ def test_non_finite_entries_are_found(dtype, bad):
 
 
 @pytest.mark.usefixtures("read_scalars")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_that_overflows_is_no_finding(dtype):
+    large = torch.finfo(dtype).max
+    assert reference.found_nonfinite([torch.full((100,), large, dtype=dtype)]).item() == 0.0
+    assert reference.found_nonfinite([torch.tensor([large, large, float("inf")], dtype=dtype)]).item() == 1.0
+
+
+@pytest.mark.usefixtures("read_scalars")
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("dtypes", [[d] for d in DTYPES] + [DTYPES])
 def test_perturb_and_restore(dtypes, adaptive):

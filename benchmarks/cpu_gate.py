@@ -1,0 +1,159 @@
+"""CPU gate: what fastsam may cost beside eager SAM and beside its base optimizer, measured in one run. Needs no GPU.
+
+    python -m benchmarks.cpu_gate               print every figure and its bound; 1 where one is exceeded
+
+Two kinds of time ratio. Optimizer side: everything but forward and backward, over ResNet-18's parameters, against a SAM
+in the style of davda54/sam. Step: a whole SAM step of a small convolutional net against its base optimizer's step.
+And, where times are too noisy to show it, every single pass over memory: the bytes that torch's operations touch on the
+optimizer side, which are the same in every run.
+
+Times are CPU time of one thread, so that other programs on the machine matter only through the memory they share. The
+arms take turns, and each counts with its fastest round: noise only adds. A gate that is red after its rounds measures
+as many again, for that reason, and lets the fastest of all decide.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.test_optimizer_side import parameters, steps
+from fastsam import SAM
+
+ATTEMPTS = 3
+
+
+class Ratio(NamedTuple):
+    """Two arms, each a function that runs one round, and how much longer the first may take."""
+
+    over: Callable[[], object]
+    under: Callable[[], object]
+    bound: float
+
+
+def optimizer_side(base: str, bound: float) -> Ratio:
+    ours, eager = (steps(parameters("resnet18"), kind, base) for kind in ("fastsam", "eager sam"))
+    return Ratio(ours, eager, bound)
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def whole_step(bound: float) -> Ratio:
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
+    model, plain = small_net(), small_net()
+    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    opt, base = SAM.wrap(sgd(model.parameters()), model=model), sgd(plain.parameters())
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    def base_step() -> None:
+        base.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        base.step()
+
+    return Ratio(lambda: opt.step(losses, x, y), base_step, bound)
+
+
+RATIOS: dict[str, Callable[[], Ratio]] = {
+    "optimizer side, sgd: SAM / eager SAM": partial(optimizer_side, "sgd", 0.80),
+    "optimizer side, adamw: SAM / eager SAM": partial(optimizer_side, "adamw", 0.68),
+    "whole step: SAM / sgd": partial(whole_step, 2.35),
+}
+
+
+BYTES = {"sgd": 68.01, "adamw": 76.01}
+"""Bytes for each float32 parameter that one optimizer side may touch."""
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes of what operations read and write; what they write counts twice, as caches fetch it first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return result
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        for name, value in given.items():
+            self.bytes += _bytes(value) * (2 if name in written else 1)
+        if not written:
+            self.bytes += 2 * _bytes(result)
+        return result
+
+
+def _bytes(tree: Any) -> int:
+    return sum(t.nbytes for t in tree_leaves(tree) if isinstance(t, Tensor))
+
+
+def bytes_per_parameter(base: str) -> float:
+    params = parameters("resnet18")
+    step = steps(params, "fastsam", base)
+    step()
+    with Traffic() as traffic:
+        step()
+    return traffic.bytes / sum(p.numel() for p in params)
+
+
+def cpu_time(run: Callable[[], object]) -> float:
+    start = time.thread_time()
+    run()
+    return time.thread_time() - start
+
+
+def measure(ratio: Ratio, rounds: int) -> float:
+    """Return the ratio of the fastest rounds, from more rounds where it exceeds its bound."""
+    best = {arm: float("inf") for arm in (ratio.over, ratio.under)}
+    for arm in best:
+        arm()  # makes the state and the scratch
+    for _ in range(ATTEMPTS):
+        for _ in range(rounds):
+            best = {arm: min(fastest, cpu_time(arm)) for arm, fastest in best.items()}
+        found = best[ratio.over] / best[ratio.under]
+        if found <= ratio.bound:
+            break
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help="of each arm, before the first verdict (default: 10)")
+    rounds = parser.parse_args(arguments).rounds
+    if rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {rounds}")
+    torch.set_num_threads(1)
+    print(f"{'':40} {'measured':>8} {'bound':>6}")
+    verdicts = [report(f"optimizer side, {b}: bytes/parameter", bytes_per_parameter(b), n) for b, n in BYTES.items()]
+    for name, build in RATIOS.items():
+        ratio = build()
+        verdicts.append(report(name, measure(ratio, rounds), ratio.bound))
+    return int(not all(verdicts))
+
+
+def report(name: str, found: float, bound: float) -> bool:
+    """Print a row of the table and return whether the bound holds."""
+    holds = found <= bound
+    print(f"{name:40} {found:8.3f} {bound:6.2f}  {'ok' if holds else 'TOO MUCH'}", flush=True)
+    return holds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
