@@ -8,6 +8,8 @@ import math
 import pickle
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -279,7 +281,8 @@ def train(config: Config, out: Path, *, resume: bool = False, watcher: Watcher |
         The config and one `Epoch` for each epoch, those before the interruption included.
 
     Raises:
-        InputError: the config cannot work, or the checkpoint is missing, broken or of another config.
+        InputError: the config cannot work, or the checkpoint is missing, broken or of another config, or the model
+            cannot be compiled here.
     """
     watcher = watcher or Watcher()
     run, path = Run(config), out / CHECKPOINT
@@ -291,10 +294,27 @@ def train(config: Config, out: Path, *, resume: bool = False, watcher: Watcher |
         run.save(path)
     watcher.started(config, run.history, run.steps_per_epoch)
     while len(run.history) < config.epochs:
-        run.train_epoch(watcher)
+        with _compiling(config):
+            run.train_epoch(watcher)
         run.save(path)
         watcher.epoch(config, run.history[-1])
     return Result(config, tuple(run.history))
+
+
+@contextmanager
+def _compiling(config: Config) -> Iterator[None]:
+    if not config.compile:
+        yield
+        return
+    from torch._dynamo.exc import BackendCompilerFailed  # seconds to import
+
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        reason = str(error.inner_exception).partition("\n")[0]
+        raise InputError(
+            f"{config.model} cannot be compiled here: {reason}; mend that, or leave --compile out"
+        ) from error
 
 
 def flat(config: Config) -> dict[str, Any]:

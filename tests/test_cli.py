@@ -1,6 +1,7 @@
 """The command line as its users meet it: messages, exit codes, files, Ctrl-C and resume."""
 
 import csv
+import io
 import json
 import shlex
 import signal
@@ -10,10 +11,12 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
+from rich.console import Console
 
-from fastsam import compare
+from fastsam import compare, progress
 from fastsam.__main__ import main
-from fastsam.training import CHECKPOINT
+from fastsam.methods import knobs_for
+from fastsam.training import CHECKPOINT, Config, Epoch
 
 TINY = ["--model", "mlp", "--epochs", "2"]
 RUN_FILES = {"history.csv", "result.json", "curve.png", CHECKPOINT}
@@ -41,7 +44,15 @@ def python(*arguments, **keywords):
 
 BAD_INPUT = [
     ("train --method frob", "unknown method 'frob'; known are sgd, adamw, sam, asam"),
-    ("train --data frob", "unknown data set 'frob'; known are digits"),
+    ("train --data frob", "unknown data set 'frob'; known are digits, cifar10:DIR, cifar100:DIR, fake:NxCxHxW"),
+    ("train --data digits:0", "the digits take no argument, got '0'"),
+    ("train --data cifar10", "CIFAR-10 needs a directory after the colon; unpack cifar-10-binary.tar.gz or"),
+    ("train --data cifar100:frob", "frob is not a directory; unpack cifar-100-binary.tar.gz or"),
+    ("train --data cifar10:.", ". holds no CIFAR-10; unpack"),
+    ("train --data fake:512", "fake:512 is not fake:NxCxHxW"),
+    ("train --data fake:20x3x30x30 --model vit", "vit cuts pictures into 4x4 pixels, which 30x30 do not fit"),
+    ("train --method esam --compile", "esam with --mask tensor cannot be compiled"),
+    ("compare --methods sgd,esam --compile", "esam with --mask tensor cannot be compiled"),
     ("train --model frob", "unknown model 'frob'; known are cnn, mlp"),
     ("train --epochs 0", "'--epochs': 0 is not in the range"),
     ("train --epochs many", "'--epochs': 'many' is not a valid integer"),
@@ -150,6 +161,58 @@ def test_train_writes_its_files(capsys, tmp_path):
     assert result["config"] | {"method": "sam", "label_noise": 0.2, "seed": 3, "split_seed": 3} == result["config"]
     assert result["environment"]["torch"] == torch.__version__
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_bytes_train_hold_out_and_resume(capsys, tmp_path):
+    data = ["--data", "fake:60x3x8x8", "--model", "cnn", "--channels-last", "--label-noise", "0.2"]
+    command = ["train", *data, "--epochs", "2", "--scored-on", "held_out", "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    assert "fake:60x3x8x8, cnn, sam" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "result.json").read_text())["config"]
+    assert (config["channels_last"], config["compile"]) == (True, False)
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--compile"]) == 2
+    assert "compile True (it has False)" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    out = tmp_path / "compare"
+    comparison = ["compare", *data, "--methods", "sgd,sam", "--rho", "0.1", "--seeds", "1", "--epochs", "1"]
+    assert main([*comparison, "--out", str(out)]) == 0
+    table = (out / "table.md").read_text()
+    assert "Test accuracy on clean labels of fake:60x3x8x8, cnn, 1 epochs" in table
+    assert table.endswith("amp off, channels last.\n")
+
+
+def test_help_says_how_data_sets_are_asked_for(capsys):
+    assert main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("cifar10:DIR", "cifar100:DIR", "fake:NxCxHxW", "resnet18", "wrn16-4", "wrn28-10", "vit"):
+        assert f"\n  {name} " in printed
+
+
+@pytest.mark.parametrize(("runs", "prefix"), [(1, ""), (3, "1/3  ")])
+def test_a_long_epoch_says_each_minute_how_long_it_takes(runs, prefix, monkeypatch):
+    now, text = [0.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.Display(Console(file=text, width=100), runs) as display:
+        display.started(Config("sgd", knobs_for("sgd", {}), epochs=2), [], 391)
+        for _ in range(21):
+            now[0] += 3.9
+            display.step(torch.tensor(2.3), "rows 50%")
+    said = "epoch 1/2, step 16/391  loss 2.300  rows 50%  an epoch takes 25:25 min"
+    assert [line for line in text.getvalue().splitlines() if "step" in line] == [prefix + said]
+
+
+def test_a_terminal_shows_how_long_an_epoch_takes_until_one_is_over(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    config = Config("sgd", knobs_for("sgd", {}), epochs=2)
+    with progress.Display(Console(file=io.StringIO(), force_terminal=True), 1) as display:
+        display.started(config, [], 100)
+        now[0] += 0.75
+        display.step(torch.tensor(2.3), "")
+        assert display.bar.tasks[1].description == "loss 2.300  an epoch takes 1:15 min"
+        display.epoch(config, Epoch(1, 2.0, 30.0, 40.0, 500.0, 75.0, 7.0))
+        display.step(torch.tensor(1.9), "")
+        assert display.bar.tasks[1].description == "loss 1.900  train 30.0 %  test 40.0 %  500 samples/s"
 
 
 def test_json_is_valid_where_training_diverges(capsys, tmp_path):

@@ -161,13 +161,10 @@ def test_each_epoch_draws_its_own_crops(monkeypatch):
     for _ in range(2):
         run.train_epoch(Watcher())
     first, second = torch.cat(drawn).chunk(2)
-    assert len(first) == 135
+    again = generator(run.config.seed, "crops and flips")
+    assert torch.equal(first, draw_moves(135, again))
+    assert torch.equal(second, draw_moves(135, again))
     assert not torch.equal(first, second)
-    assert torch.equal(torch.cat([first, second]), torch.cat([draw_moves(135, again) for again in 2 * [moves_of(run)]]))
-
-
-def moves_of(run):
-    return generator(run.config.seed, "crops and flips")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -185,12 +182,13 @@ def test_weights_and_pictures_are_laid_out_as_asked(channels_last):
 @pytest.mark.parametrize("scored", [1, 256, 257])
 def test_accuracy_is_that_of_all_pictures_at_once(scored):
     run = Run(config())
-    x, y = run.data.score_x.repeat(1, 1, 1, 1)[:scored], run.data.score_y[:scored]
+    x, y = run.data.score_x[:scored], run.data.score_y[:scored]
     run.data = run.data._replace(score_x=x, score_y=y)
     with torch.no_grad():
         assert run.accuracy() == 100 * (run.model(x).argmax(1) == y).sum().item() / scored
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_run_trains_as_an_eager_one_and_resumes_bit_for_bit(make):
     wanted = config(data="fake:100x1x4x4", batch_size=40, compile=True, epochs=2)  # batches of 40 and 20
     through, broken = make("through"), make("broken")
@@ -203,6 +201,18 @@ def test_a_compiled_run_trains_as_an_eager_one_and_resumes_bit_for_bit(make):
     torch.compiler.reset()  # a new process, in which the small batch comes last
     assert numbers(train(wanted, broken, resume=True)) == numbers(expected)
     assert_equal(state(broken), state(through))
+
+
+def test_a_compiler_that_fails_is_one_line(make, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no working C++ compiler\nand much more")
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **keywords: compile_with(model, backend=broken, **keywords))
+    with pytest.raises(
+        InputError, match=r"mlp cannot be compiled here: .*no working C\+\+ compiler; mend that, or leave"
+    ):
+        train(config(compile=True), make("out"))
 
 
 def test_the_tensor_mask_is_not_compiled():
