@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastsam import __version__, compare, training
+from fastsam import __version__, compare, ranks, training
 from fastsam.data import DATA_SETS, SCORED_ON, resolve, spelling
 from fastsam.methods import CHOICES, METHODS, InputError, knobs_for, option
 from fastsam.models import MODELS
@@ -179,11 +179,14 @@ def fastsam(ctx: click.Context) -> None:
 @_out("runs/train")
 @click.pass_context
 def train(ctx: click.Context, out: Path, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Train one model. Writes history.csv, result.json, curve.png and a checkpoint after every epoch."""
+    """Train one model. Writes history.csv, result.json, curve.png and a checkpoint after every epoch.
+
+    `torchrun --nproc-per-node 2 -m fastsam train ...` trains with two processes, each on its part of every batch.
+    """
     path, console = out / CHECKPOINT, _console()
     if _goes_on(resume, overwrite):
         config = training.read_config(training.read_checkpoint(path), path)
-        training.refuse_differences(path, training.flat(config), _given(ctx))
+        training.refuse_differences(path, training.flat(config), _given(ctx) | {"ranks": ranks.count()})
     else:
         config = _config(**options)
         if path.exists() and not overwrite:
@@ -192,9 +195,12 @@ def train(ctx: click.Context, out: Path, resume: bool, overwrite: bool, **option
                 "or choose another --out"
             )
     make_directory(out)
-    with _interruptible("train", out, path):
-        with Display(console, runs=1) as display:
-            result = training.train(config, out, resume=resume, watcher=display)
+    with _interruptible("train", out, path), ranks.together(config.device):
+        ranks.wait()  # all have seen what was in the directory
+        with Display(console, runs=1) if ranks.is_first() else nullcontext(training.Watcher()) as watcher:
+            result = training.train(config, out, resume=resume, watcher=watcher)
+        if not ranks.is_first():
+            return
         write_run(out, result)
     scored = SCORED[config.scored_on]
     console.print(f"{scored} accuracy: {result.last:.1f} % after the last epoch, {result.best:.1f} % after the best")
@@ -213,6 +219,8 @@ def compare_command(ctx: click.Context, out: Path, resume: bool, overwrite: bool
 
     Prints a table, and writes results.json, results.csv, comparison.png and table.md.
     """
+    if ranks.count() > 1:
+        raise InputError("compare runs in one process; start it without torchrun, or train methods one by one")
     path, console = out / compare.PLAN, _console()
     if _goes_on(resume, overwrite):
         plan = compare.read_plan(out)
@@ -233,7 +241,7 @@ def _config(**options: Any) -> Config:
     knobs = knobs_for(options["method"], {knob: options.pop(knob) for knob in KNOBS})
     if options["split_seed"] is None:
         options["split_seed"] = options["seed"]
-    return Config(knobs=knobs, **options)
+    return Config(knobs=knobs, ranks=ranks.count(), **options)
 
 
 def _plan(**options: Any) -> compare.Plan:

@@ -21,6 +21,7 @@ from fastsam.mesa import MESA
 from fastsam.msam import MSAM
 from fastsam.saf import SAF
 from fastsam.sam import SAM
+from fastsam.samples import SampleToRankSampler
 
 Knobs = Mapping[str, Any]
 """A method's settings by name, numbers or words; every method has an `lr`."""
@@ -117,13 +118,14 @@ class Teacher(Criterion):
 
 @dataclass(frozen=True)
 class Task:
-    """What a criterion may need to know: the model, its optimizer, the training set's size, and the smoothing."""
+    """What a criterion may need to know; `sampler` says which samples are this process's, where there are several."""
 
     model: nn.Module
     optimizer: Optimizer
     num_samples: int
     num_classes: int
     label_smoothing: float
+    sampler: SampleToRankSampler | None = None
 
 
 def shard_step(optimizer: MSAM, losses: Any, batch: Batch, scaler: torch.amp.GradScaler | None) -> Tensor:
@@ -176,7 +178,8 @@ def _loss_knobs(knobs: Knobs) -> dict[str, Any]:
 
 
 def _past_outputs(task: Task, knobs: Knobs) -> Criterion:
-    return PastOutputs(task.label_smoothing, task.num_samples, task.num_classes, **_loss_knobs(knobs))
+    sizes = task.num_samples, task.num_classes
+    return PastOutputs(task.label_smoothing, *sizes, sampler=task.sampler, **_loss_knobs(knobs))
 
 
 def _teacher(task: Task, knobs: Knobs) -> Criterion:

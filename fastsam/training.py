@@ -1,7 +1,8 @@
 """One training run: built from a `Config`, trained epoch by epoch, and resumed bit for bit from its checkpoint.
 
 Everything random (weights, split, label noise, order, crops and flips of the samples) comes from the seeds in the
-config, so a run repeats bit for bit on one machine.
+config, so a run repeats bit for bit on one machine. With several processes each trains on its own part of the samples,
+under DistributedDataParallel, and the first one scores, writes and speaks.
 """
 
 import math
@@ -16,11 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from fastsam import ranks
 from fastsam.data import draw_moves, generator, load
 from fastsam.methods import METHODS, BatchLosses, InputError, StepClock, Task, build, build_criterion
 from fastsam.models import MODELS, has_batch_norm
 from fastsam.report import replacing
+from fastsam.samples import SampleToRankSampler
 
 CHECKPOINT = "checkpoint.pt"
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,10 +35,10 @@ SCORED_AT_ONCE = 256  # pictures; a forward of them keeps little, so it fits whe
 class Config:
     """Everything that decides a run's numbers. Names are keys of METHODS, DATA_SETS, MODELS and AMP.
 
-    `data` is what `fastsam.data.resolve` returns.
+    `data` is what `fastsam.data.resolve` returns; `batch_size` is that of all `ranks` together.
 
     Raises:
-        InputError: the method cannot be compiled.
+        InputError: the method cannot be compiled, or the ranks' parts of a batch would not be equal.
     """
 
     method: str
@@ -53,8 +57,11 @@ class Config:
     compile: bool = False
     device: str = "cpu"
     threads: int = 1
+    ranks: int = 1
 
     def __post_init__(self) -> None:
+        if self.batch_size % self.ranks:
+            raise InputError(f"batch size {self.batch_size} cannot be cut into equal parts for {self.ranks} processes")
         if self.compile and self.knobs.get("mask") == "tensor" and self.knobs["beta"] < 1:
             raise InputError(
                 f"{self.method} with --mask tensor cannot be compiled: it leaves other gradients out in each step, and "
@@ -147,21 +154,30 @@ class Run:
         model = MODELS[config.model].build(tuple(self.data.x.shape[1:]), self.data.classes)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.sampler: SampleToRankSampler | None = None
+        trained: torch.nn.Module = self.model
+        if config.ranks > 1:
+            self.sampler = SampleToRankSampler(
+                len(self.data.x), config.ranks, ranks.rank(), seed=config.seed, drop_last=True
+            )
+            trained = DistributedDataParallel(self.model)
+            torch.manual_seed(config.seed + ranks.rank())
         # a program for several shapes would depend on which came first, and a resume meets them in another order
-        self.compiled: Any = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        self.compiled: Any = torch.compile(trained, dynamic=False) if config.compile else trained
         self.method = METHODS[config.method]
-        self.optimizer: Any = build(config.method, self.model, config.knobs)
+        self.optimizer: Any = build(config.method, trained, config.knobs)
         smoothing = config.label_smoothing
-        task = Task(self.model, self.optimizer, len(self.data.x), self.data.classes, smoothing)
+        task = Task(trained, self.optimizer, len(self.data.x), self.data.classes, smoothing, self.sampler)
         self.criterion = build_criterion(config.method, task, config.knobs)
         self.scaler = torch.amp.GradScaler(config.device) if config.amp == "fp16" else None
         self.shuffle = generator(config.seed, "order of the samples")
-        self.moves = generator(config.seed, "crops and flips")
+        self.moves = generator(config.seed, f"crops and flips of {ranks.rank()}" if self.sampler else "crops and flips")
         self.history: list[Epoch] = []
         self.steps_per_epoch = len(self._batch_sizes())
 
     def _batch_sizes(self) -> list[int]:
-        n, size = len(self.data.x), self.config.batch_size
+        """Return the sizes of this process's batches in an epoch."""
+        n, size = len(self.sampler or self.data.x), self.config.batch_size // self.config.ranks
         sizes = [size] * (n // size) + ([n % size] if n % size else [])
         shards = self.config.knobs.get("num_shards", 1)
         # the statistics of one picture would go into the running ones with the weight of a full batch
@@ -179,9 +195,9 @@ class Run:
         losses = BatchLosses(self.compiled, self.criterion, AMP[self.config.amp], self.device)
         total = torch.zeros((), device=self.device)
         # drawn on the CPU for the whole epoch, so that no step waits for them
-        order = torch.randperm(len(self.data.x), generator=self.shuffle).to(self.device)
-        moves = draw_moves(len(self.data.x), self.moves).to(self.device)
-        n, size = sum(self._batch_sizes()), self.config.batch_size
+        order = self._order().to(self.device)
+        moves = draw_moves(len(order), self.moves).to(self.device)
+        n, size = sum(self._batch_sizes()), self.config.batch_size // self.config.ranks
         self.model.train()
         self.criterion.set_epoch(len(self.history) + 1)
         begin = time.perf_counter()
@@ -198,17 +214,27 @@ class Run:
             watcher.step(loss, self.method.note(self.optimizer))
         step_ms = clock.median_ms()
         seconds = time.perf_counter() - begin
+        sums = torch.stack([total.double(), losses.hits.double(), losses.hits.new_tensor(losses.rows).double()])
+        loss_sum, hits, rows_seen = ranks.total(sums).tolist()
+        n *= self.config.ranks
         self.history.append(
             Epoch(
                 epoch=len(self.history) + 1,
-                train_loss=total.item() / n,
-                train_accuracy=100 * losses.hits.item() / losses.rows,
-                accuracy=self.accuracy(),
+                train_loss=loss_sum / n,
+                train_accuracy=100 * hits / rows_seen,
+                accuracy=ranks.of_first(self.accuracy() if ranks.is_first() else None),
                 samples_per_second=n / seconds,
                 seconds=seconds,
                 step_ms=step_ms,
             )
         )
+
+    def _order(self) -> Tensor:
+        """Return the rows of this process's samples in this epoch's order."""
+        if self.sampler is None:
+            return torch.randperm(len(self.data.x), generator=self.shuffle)
+        self.sampler.set_epoch(len(self.history))
+        return torch.tensor(list(self.sampler))
 
     def _set_learning_rate(self, step_in_epoch: int) -> None:
         """Cosine from lr to 0 over all steps, set before each: a function of the step, with no state to save."""
@@ -230,21 +256,17 @@ class Run:
         return x.contiguous(memory_format=self.layout)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, or leave the one that is there if that fails or is interrupted."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        """Write a checkpoint, or leave the one that is there if that fails or is interrupted; all processes call it."""
+        own = ranks.gathered(self._own_state())
+        if not ranks.is_first():
+            return
         checkpoint = {
             "config": asdict(self.config),
             "history": [asdict(epoch) for epoch in self.history],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "criterion": self.criterion.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "random": {
-                "shuffle": self.shuffle.get_state(),
-                "moves": self.moves.get_state(),
-                "torch": torch.get_rng_state(),
-                "cuda": cuda,
-            },
+            "of each process": own,
         }
         with replacing(path) as temporary, open(temporary, "wb") as file:
             try:
@@ -253,19 +275,32 @@ class Run:
                 # torch closes its archive after a failed write too, which fails in turn and hides a full disk or Ctrl-C
                 raise error.__context__ or error from None
 
+    def _own_state(self) -> dict[str, Any]:
+        """Return what another process has otherwise."""
+        return {
+            "criterion": self.criterion.state_dict(),
+            "random": {
+                "shuffle": self.shuffle.get_state(),
+                "moves": self.moves.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+        }
+
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same config, as if there had been no interruption."""
+        own = checkpoint["of each process"][ranks.rank()]
         self.history = [Epoch(**epoch) for epoch in checkpoint["history"]]
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.criterion.load_state_dict(checkpoint["criterion"])
+        self.criterion.load_state_dict(own["criterion"])
         if self.scaler is not None:
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.shuffle.set_state(checkpoint["random"]["shuffle"])
-        self.moves.set_state(checkpoint["random"]["moves"])
-        torch.set_rng_state(checkpoint["random"]["torch"])
+        self.shuffle.set_state(own["random"]["shuffle"])
+        self.moves.set_state(own["random"]["moves"])
+        torch.set_rng_state(own["random"]["torch"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], self.device)
+            torch.cuda.set_rng_state(own["random"]["cuda"], self.device)
 
 
 def train(config: Config, out: Path, *, resume: bool = False, watcher: Watcher | None = None) -> Result:
@@ -336,7 +371,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is broken, or no checkpoint") from error
-    parts = {"config", "history", "model", "optimizer", "criterion"}
+    parts = {"config", "history", "model", "optimizer", "of each process"}
     if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
         raise InputError(f"{path} is not a checkpoint of fastsam train")
     return checkpoint

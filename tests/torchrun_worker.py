@@ -1,0 +1,51 @@
+"""One rank's side of test_torchrun.py: trains every method on digits, and one run that is interrupted and resumed."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import Stop, assert_equal, config, numbers, state
+
+from fastsam import ranks
+from fastsam.__main__ import main
+from fastsam.methods import METHODS
+from fastsam.training import train
+
+STEPS = 20  # in an epoch of 628 pictures for each process
+
+
+def every_method(folder):
+    for method in METHODS:
+        line = ["train", "--method", method, "--epochs", "2", "--out", str(folder / method), "--seed", "3"]
+        assert main(line) == 0, method
+
+
+def resumed_bit_for_bit(folder):
+    """With SAF, of which every process keeps a part of its own."""
+    knobs = {**METHODS["saf"].knobs, "lag": 1, "start_epoch": 1}
+    wanted = config("saf", model="cnn", epochs=4, ranks=2, knobs=knobs)
+    through, broken = folder / "through", folder / "broken"
+    if ranks.is_first():
+        through.mkdir()
+        broken.mkdir()
+    ranks.wait()
+    expected = train(wanted, through)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, broken, watcher=Stop(after=2 * STEPS + STEPS // 2))
+    ranks.wait()
+    assert numbers(train(wanted, broken, resume=True)) == numbers(expected)
+    ranks.wait()
+    assert_equal(state(broken), state(through))
+    assert len(state(through)["of each process"]) == 2
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*barrier.*device")
+    with ranks.together("cpu"):
+        every_method(Path(sys.argv[1]))
+        resumed_bit_for_bit(Path(sys.argv[1]))
