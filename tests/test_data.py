@@ -262,9 +262,10 @@ def test_a_bad_size_of_fake_pictures_is_refused(argument):
         resolve(f"fake:{argument}")
 
 
-def test_fake_pictures_that_do_not_fit_are_refused():
+@pytest.mark.parametrize("n", [10**9, 10**15, 10**30])
+def test_fake_pictures_that_do_not_fit_are_refused(n):
     with pytest.raises(InputError, match="does not fit into memory"):
-        loaded("fake:1000000000x3x4096x4096")
+        loaded(f"fake:{n}x3x4096x4096")
 
 
 def test_fake_pictures_are_uniform_and_fixed_by_the_split_seed():
