@@ -206,6 +206,10 @@ BROKEN = {
         (rewrite("cifar10", PICKLED, "test_batch", y=[0] * 6), "b'labels' has 6 labels for 7 pictures"),
         (rewrite("cifar10", PICKLED, "test_batch", y=[-1] * 7), "b'labels' is not a list of labels"),
         (
+            lambda f: write_pickle(f / "test_batch", {"labels": TEST, "data": b"x" * TEST * PIXELS}),
+            "b'labels' is not a list of labels",
+        ),
+        (
             lambda f: write_pickle(f / "test_batch", [Evil(), b"x" * TEST * PIXELS]),
             "test_batch is no file of CIFAR-10: it asks for posix.mkdir, which no picture needs",
         ),
