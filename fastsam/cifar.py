@@ -241,7 +241,7 @@ def _read_pickle(path: Path, records: int, layout: Layout) -> Arrays:
     if not isinstance(content, dict) or not {b"data", key} <= content.keys():
         raise _ContentError(f"not a dict with b'data' and {key!r}")
     try:
-        labels = np.frombuffer(bytes(content[key]), np.uint8).astype(np.int64)
+        labels = np.frombuffer(bytes([*content[key]]), np.uint8).astype(np.int64)
     except (TypeError, ValueError) as error:
         raise _ContentError(f"{key!r} is not a list of labels") from error
     if len(labels) != records:
@@ -254,5 +254,7 @@ def _array(recorded: Any, records: int) -> np.ndarray:
     match recorded:
         case _Recorded(state=(_, (rows, columns), _Recorded(arguments=(b"u1" | "u1", *_)), fortran, bytes(pixels))):
             if (rows, columns, len(pixels)) == (records, PIXELS, records * PIXELS):
-                return np.frombuffer(bytearray(pixels), np.uint8).reshape(rows, columns, order="F" if fortran else "C")
+                return np.frombuffer(bytearray(pixels), np.uint8).reshape(
+                    records, PIXELS, order="F" if fortran else "C"
+                )
     raise _ContentError(f"b'data' is not a uint8 array of shape [{records}, {PIXELS}]")

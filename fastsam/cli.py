@@ -28,8 +28,8 @@ AMP_HELP = "Mixed precision; fp16, with a GradScaler, is for GPUs: convolutions 
 THREADS_HELP = "Of the CPU. The digits gain little from a second one, and crawl where it has to wait for others."
 CHANNELS_LAST_HELP = "Weights and pictures with the channels innermost, as a GPU's convolutions in 16 bits like them."
 COMPILE_HELP = (
-    "torch.compile the model: minutes at the start, again after --resume, none of them in the steps' median. Not for "
-    "--mask tensor, which would recompile in each step. A GPU may pick other kernels next time, and then not repeat."
+    "torch.compile the model: the first steps, and those after --resume, take up to minutes. Not for --mask tensor, "
+    "which would recompile in each step. A GPU may pick other kernels the next time, and the run then not repeat."
 )
 SCORED_ON_HELP = "held_out: train without a tenth of the training set and score on it, to choose settings fairly."
 

@@ -79,17 +79,11 @@ def fake(shape: str, split_seed: int) -> Pictures:
     random = generator(split_seed, "fake pictures")
     try:
         x = torch.randint(256, (n + n // 5, *size), dtype=torch.uint8, generator=random)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # too many bytes, too large a number
         raise InputError(f"fake:{shape} does not fit into memory; ask for less") from error
     y = torch.randint(10, (len(x),), generator=random)
     mean, std = (0.5,) * size[0], (3**-0.5 / 2,) * size[0]  # of a uniform distribution from 0 to 1
     return Pictures(x[:n], y[:n], x[n:], y[n:], 10, mean, std)
-
-
-def _no_argument(argument: str) -> str:
-    if argument:
-        raise InputError(f"the digits take no argument, got {argument!r}; use --data digits")
-    return argument
 
 
 def _check_fake(argument: str) -> str:
@@ -112,13 +106,13 @@ class DataSet:
         summary: one line for `--help`.
         load: `load(argument, split_seed)`, where the argument is what follows the colon in `name:argument`.
         argument: what that is, for `--help`; empty for nothing.
-        resolve: returns the argument in full, or raises InputError if there is no such data, and reads none of it.
+        resolve: returns an argument in full, or raises InputError if there is no such data, and reads none of it.
     """
 
     summary: str
     load: Callable[[str, int], Pictures]
     argument: str = ""
-    resolve: Callable[[str], str] = _no_argument
+    resolve: Callable[[str], str] = str
 
 
 def _cifar_entry(data_set: Cifar, pictures: str) -> DataSet:
@@ -153,6 +147,8 @@ def resolve(data: str) -> str:
     if name not in DATA_SETS:
         known = ", ".join(spelling(name) for name in DATA_SETS)
         raise InputError(f"unknown data set {name!r}; known are {known}")
+    if argument and not DATA_SETS[name].argument:
+        raise InputError(f"{name} takes no argument, got {argument!r}; use --data {name}")
     argument = DATA_SETS[name].resolve(argument)
     return f"{name}:{argument}" if argument else name
 
@@ -213,9 +209,9 @@ def crop_and_flip(x: Tensor, moves: Tensor) -> Tensor:
     rows = top + torch.arange(height, device=x.device)
     across = torch.arange(width, device=x.device)
     columns = left + torch.where(flip == 1, across.flip(0), across)
-    sample, channel = (torch.arange(size, device=x.device) for size in (n, channels))
-    padded = F.pad(x, (PADDING,) * 4)
-    return padded[sample[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+    pixels = rows[:, :, None] * (width + 2 * PADDING) + columns[:, None]  # [n, height, width]
+    padded = F.pad(x, (PADDING,) * 4).flatten(2)
+    return padded.gather(2, pixels.flatten(1)[:, None].expand(n, channels, -1)).view(x.shape)
 
 
 class Split(NamedTuple):

@@ -45,7 +45,7 @@ def python(*arguments, **keywords):
 BAD_INPUT = [
     ("train --method frob", "unknown method 'frob'; known are sgd, adamw, sam, asam"),
     ("train --data frob", "unknown data set 'frob'; known are digits, cifar10:DIR, cifar100:DIR, fake:NxCxHxW"),
-    ("train --data digits:0", "the digits take no argument, got '0'"),
+    ("train --data digits:0", "digits takes no argument, got '0'; use --data digits"),
     ("train --data cifar10", "CIFAR-10 needs a directory after the colon; unpack cifar-10-binary.tar.gz or"),
     ("train --data cifar100:frob", "frob is not a directory; unpack cifar-100-binary.tar.gz or"),
     ("train --data cifar10:.", ". holds no CIFAR-10; unpack"),

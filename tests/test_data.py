@@ -206,6 +206,10 @@ BROKEN = {
         (rewrite("cifar10", PICKLED, "test_batch", y=[0] * 6), "b'labels' has 6 labels for 7 pictures"),
         (rewrite("cifar10", PICKLED, "test_batch", y=[-1] * 7), "b'labels' is not a list of labels"),
         (
+            lambda f: write_pickle(f / "test_batch", {"labels": TEST, "data": b"x" * TEST * PIXELS}),
+            "b'labels' is not a list of labels",
+        ),
+        (
             lambda f: write_pickle(f / "test_batch", [Evil(), b"x" * TEST * PIXELS]),
             "test_batch is no file of CIFAR-10: it asks for posix.mkdir, which no picture needs",
         ),
@@ -262,9 +266,10 @@ def test_a_bad_size_of_fake_pictures_is_refused(argument):
         resolve(f"fake:{argument}")
 
 
-def test_fake_pictures_that_do_not_fit_are_refused():
+@pytest.mark.parametrize("n", [10**9, 10**15, 10**30])
+def test_fake_pictures_that_do_not_fit_are_refused(n):
     with pytest.raises(InputError, match="does not fit into memory"):
-        loaded("fake:1000000000x3x4096x4096")
+        loaded(f"fake:{n}x3x4096x4096")
 
 
 def test_fake_pictures_are_uniform_and_fixed_by_the_split_seed():

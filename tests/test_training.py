@@ -190,7 +190,7 @@ def test_accuracy_is_that_of_all_pictures_at_once(scored):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_run_trains_as_an_eager_one_and_resumes_bit_for_bit(make):
-    wanted = config(data="fake:100x1x4x4", batch_size=40, compile=True, epochs=2)  # batches of 40 and 20
+    wanted = config(data="fake:100x1x4x4", model="cnn", batch_size=40, compile=True, epochs=2)  # batches of 40 and 20
     through, broken = make("through"), make("broken")
     expected = train(wanted, through)
     eager = train(replace(wanted, compile=False), make("eager"))
