@@ -4,4 +4,4 @@ from functools import partial
 
 from fastsam.models import MODELS as ALL
 
-MODELS = {name: partial(ALL[name].build, (3, 32, 32), 10) for name in ("resnet18", "vit")}
+MODELS = {name: partial(ALL[name].build, (3, 32, 32), 10) for name in ("cnn", "resnet18", "vit")}

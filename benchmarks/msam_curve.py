@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from benchmarks.models import MODELS
-from benchmarks.step import METHODS, Arm, environment
+from benchmarks.step import METHODS, Arm, environment, ours
 from fastsam import MSAM
 
 SHARDS = [1, 2, 4, 8, 16, 32]
-CURVE = {f"msam {m}": partial(MSAM, num_shards=m) for m in SHARDS}
-CURVE |= {f"msam {m}, batched": partial(MSAM, num_shards=m, execution="batched") for m in SHARDS}
+CURVE = {f"msam {m}": partial(ours, partial(MSAM, num_shards=m)) for m in SHARDS}
+CURVE |= {f"msam {m}, batched": partial(ours, partial(MSAM, num_shards=m, execution="batched")) for m in SHARDS}
 
 
 def measure(model: str, rows: int, rounds: int, steps: int, device: str) -> dict[str, dict[str, Any]]:

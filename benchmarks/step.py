@@ -29,6 +29,7 @@ from benchmarks.models import MODELS
 from fastsam import ESAM, MESA, MSAM, SAF, SAM
 
 BASES: dict[str, Callable] = {
+    "cnn": partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4),
     "resnet18": partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4),
     "vit": partial(torch.optim.AdamW, lr=1e-3),
 }
