@@ -88,6 +88,7 @@ class MESA(Trajectory):
         self._student = (student,)  # in a tuple, so that it is not a part of this module
         self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
         self._last: tuple[Any, Tensor] | None = None
+        self._begun: tuple[Any, Tensor, Any] | None = None
 
     def train(self, mode: bool = True) -> "MESA":
         """Set the mode of the loss; the teacher stays in eval mode."""
@@ -122,28 +123,59 @@ class MESA(Trajectory):
             )
         return self._loss(logits, targets, Past(past))
 
-    @torch.no_grad()
+    def begin(self, inputs: Any) -> None:
+        """Start the teacher's forward ahead of the model's, on a GPU on a stream of its own, beside it.
+
+        Optional; the next call with the same `inputs` object waits for it. The precision is that of the context around
+        this call, or `teacher_dtype`. Does nothing while the divergence is inactive.
+        """
+        if not self.active:
+            return
+        device = next(self.teacher.parameters()).device
+        if device.type != "cuda":
+            self._begun = inputs, self._ask(inputs, self.teacher_dtype), None
+            return
+        beside = torch.cuda.Stream(device)
+        beside.wait_stream(torch.cuda.current_stream(device))  # the inputs, and the last update
+        with torch.cuda.stream(beside):
+            self._begun = inputs, self._ask(inputs, self.teacher_dtype), beside
+
     def _teacher_logits(self, inputs: Any, logits: Tensor) -> Tensor:
         run = under_way()
         if run is not None and run.stage is Stage.DESCENT and self._last is not None and self._last[0] is inputs:
             return self._last[1]
-        with self._autocast(logits):
+        begun = self._begun is not None and self._begun[0] is inputs
+        past = self._finish() if begun else self._ask(inputs, self._dtype(logits))
+        self._last = (inputs, past) if run is not None and run.stage is Stage.ASCENT else None
+        return past
+
+    def _finish(self) -> Tensor:
+        assert self._begun is not None
+        (_, past, beside), self._begun = self._begun, None
+        if beside is not None:
+            here = torch.cuda.current_stream(past.device)
+            here.wait_stream(beside)
+            past.record_stream(here)
+        return past
+
+    @torch.no_grad()
+    def _ask(self, inputs: Any, dtype: torch.dtype | None) -> Tensor:
+        """Return the teacher's logits, in the precision of the context around it or under autocast to `dtype`."""
+        kind = next(self.teacher.parameters()).device.type
+        with nullcontext() if dtype is None else torch.autocast(kind, dtype):
             if isinstance(inputs, Mapping):
                 output = self.teacher(**inputs)
             elif isinstance(inputs, tuple):
                 output = self.teacher(*inputs)
             else:
                 output = self.teacher(inputs)
-        past = getattr(output, "logits", output).detach()
-        self._last = (inputs, past) if run is not None and run.stage is Stage.ASCENT else None
-        return past
+        return getattr(output, "logits", output).detach()
 
-    def _autocast(self, logits: Tensor) -> Any:
-        kind = logits.device.type
-        dtype = self.teacher_dtype
-        if dtype is None and logits.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
-            dtype = logits.dtype
-        return nullcontext() if dtype is None else torch.autocast(kind, dtype)
+    def _dtype(self, logits: Tensor) -> torch.dtype | None:
+        is_half = logits.dtype in (torch.float16, torch.bfloat16)
+        if self.teacher_dtype is None and is_half and not torch.is_autocast_enabled(logits.device.type):
+            return logits.dtype
+        return self.teacher_dtype
 
     # the average
 
@@ -165,6 +197,8 @@ class MESA(Trajectory):
                 f"update() cannot be called {run.stage.value}: the weights are perturbed; call it after step()"
             )
         self._last = None
+        if self._begun is not None:
+            self._finish()  # of no use to anybody, but it reads the weights
         pairs = list(zip(_tensors(self.teacher), _tensors(self._student[0]), strict=True))
         averaged = [(v, w) for v, w in pairs if v.is_floating_point() or v.is_complex()]
         averages = [torch.view_as_real(v) if v.is_complex() else v for v, _ in averaged]

@@ -202,6 +202,29 @@ def test_both_passes_of_sam_meet_one_teacher_which_runs_once(backend, way):
         assert not torch.equal(mesa.teacher(X), t), step
 
 
+def test_a_forward_begun_ahead_is_the_one_that_counts(backend):
+    model = mlp()
+    mesa, other, calls = MESA(model, start_epoch=1), MESA(model, start_epoch=0), []
+    mesa.teacher.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    mesa.begin(X)
+    assert not calls  # inactive
+    mesa.set_epoch(2)
+    mesa.begin(X)
+    z = model(X)
+    torch.testing.assert_close(mesa(z, Y, X), other(z, Y, X), rtol=0, atol=0)
+    assert len(calls) == 1
+    mesa(z, Y, X)
+    mesa.begin(X)
+    mesa(z[:5], Y[:5], X[:5])  # of other inputs
+    assert len(calls) == 4
+    mesa.update()  # what was begun is stale now
+    other.update()
+    torch.testing.assert_close(mesa(z, Y, X), other(z, Y, X), rtol=0, atol=0)
+    assert len(calls) == 5
+
+
 def test_the_average_never_sees_perturbed_weights(backend):
     model = mlp()
     mesa, opt = MESA(model), SAM(model.parameters(), SGD, rho=0.5, lr=0.3, model=model)
