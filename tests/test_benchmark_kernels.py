@@ -133,12 +133,13 @@ def test_our_own_wrong_numbers_stop_everything():
 
 
 def test_the_compiled_twin_serves_all_copies_of_the_inputs(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     monkeypatch.setattr(kernels.reference, "READ_SCALARS", False)  # as on a GPU
     for name in ("norm", "perturb_", "restore_adam_step_"):
         kernel = KERNELS[name]
         copies = [kernel.make(kernel.small, torch.float32, "cpu", seed) for seed in range(3)]
-        arms, missing = kernels.prepare(kernel._replace(baselines={}), torch.float32, copies, PLAN)
+        # monkeypatch would take the setting away for good: torch's config has an idea of its own of deleting
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            arms, missing = kernels.prepare(kernel._replace(baselines={}), torch.float32, copies, PLAN)
         assert kernels.TWIN in arms, missing
 
 
