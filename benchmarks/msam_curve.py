@@ -70,7 +70,7 @@ def main() -> None:
     METHODS.update(CURVE)
     record: dict[str, Any] = {
         "environment": environment(options.device),
-        "options": {k: str(v) for k, v in vars(options).items()},
+        "options": {k: str(v) for k, v in vars(options).items() if k != "out"},
     }
     for model in options.models.split(","):
         record[model] = measure(model, options.rows, options.rounds, options.steps, options.device)

@@ -241,7 +241,7 @@ def main() -> None:
     methods = [m.replace("+", ",") for m in options.methods.split(",")]
     record: dict[str, Any] = {
         "environment": environment(options.device),
-        "options": {k: str(v) for k, v in vars(options).items()},
+        "options": {k: str(v) for k, v in vars(options).items() if k != "out"},
     }
     for model in options.models.split(","):
         record[model] = measure(model, methods, options.rows, options.rounds, options.steps, options.device)
