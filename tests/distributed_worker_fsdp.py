@@ -402,6 +402,9 @@ def first_elements_of_shards():
             part = distribute_tensor(whole, mesh, placements)
             own = part.to_local().flatten()
             assert own.tolist() == [first_element(part) + i for i in range(len(own))]
+            whole_size = {"shape": part.shape, "stride": part.stride()}
+            pairs = DTensor.from_local(part.to_local().to(torch.complex64), mesh, placements, **whole_size)
+            assert first_element(pairs) == 2 * first_element(part)
     for placements in ([copy, columns], [rows, columns], [copy, _StridedShard(0, split_factor=2)]):
         assert first_element(DTensor.from_local(torch.zeros(4, 4), mesh, placements)) is None
     assert first_element(DTensor.from_local(torch.zeros(4, 4).t()[:3], mesh, [copy, rows])) is None
