@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from math import prod
 from typing import Any, Literal, NamedTuple
 
@@ -252,6 +253,28 @@ def spread(tensor: Tensor) -> Spread | None:
         return None
     # the strided shards of two-dimensional meshes do not call themselves shards
     return Spread(tensor.device_mesh, tuple(d for d, p in enumerate(tensor.placements) if not p.is_replicate()))
+
+
+def first_element(tensor: Any) -> int | None:
+    """Which element of the whole tensor, in memory order, this rank's first one is; None where that does not say all.
+
+    Shards of whole rows, as fully_shard makes them, are one stretch of a contiguous tensor. Shards of columns are not,
+    nor may those be that torch calls strided, of weights that are both tensor parallel and fully sharded. A complex
+    number counts as two elements.
+    """
+    if not isinstance(tensor, _dtensors()) or all(p.is_replicate() for p in tensor.placements):
+        return 0
+    if not tensor.is_contiguous() or not all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
+        return None
+    row_length = prod(tensor.shape[1:]) * (2 if tensor.is_complex() else 1)
+    return _first_row(tensor.shape, tensor.device_mesh, tensor.placements) * row_length
+
+
+@lru_cache(1024)
+def _first_row(shape: torch.Size, mesh: Any, placements: Any) -> int:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(shape, mesh, placements)[1][0]
 
 
 def shard_number(spread: Spread | None) -> int:

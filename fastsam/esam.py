@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.batch import check_losses, take_rows
-from fastsam.distributed import spread
+from fastsam.distributed import first_element
 from fastsam.kernels import dispatch, philox
 from fastsam.kernels.philox import Draw
 from fastsam.sam import SAM, check_choice
@@ -41,8 +41,8 @@ class ESAM(SAM):
             least where `model` has batch norm in training mode. 1 uses all and skips the selection forward. With less
             than 1 only `step(loss_fn, *batch)` works; the first group's value counts.
         mask: "tensor" draws for whole tensors and does not compute the ascent gradients of the others, which a
-            compiled model answers by recompiling; "element" draws for every element, saves nothing, and cannot be had
-            with sharded weights.
+            compiled model answers by recompiling; "element" draws for every element, saves nothing, and of sharded
+            weights takes those whose shards are whole rows, as fully_shard's are.
         norm: of the gradient in eps. "masked": of the perturbed part, as the authors' code; then ||eps|| = rho / beta.
             "full": of the whole gradient, which has to be computed; then the mean of eps over masks is SAM's.
             "estimated": of the perturbed part, over sqrt(beta).
@@ -78,8 +78,15 @@ class ESAM(SAM):
         self._last_mask: tuple[Any, list[bool]] = (None, [])
         self._own_knobs = {"beta": beta, "gamma": gamma}
         super().__init__(params, base_optimizer, rho, adaptive, **keywords)
-        if mask == "element" and any(map(spread, self._params())):
-            raise ValueError("mask='element' cannot be had with sharded weights; use mask='tensor'")
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        for p in group["params"]:
+            if self.mask == "element" and first_element(p) is None:
+                raise ValueError(
+                    f"mask='element' needs shards that are whole rows of their weight, but one of shape "
+                    f"{tuple(p.shape)} lies on the ranks as {p.placements}; use mask='tensor'"
+                )
 
     def _check_knobs(self, knobs: dict[str, Any]) -> None:
         super()._check_knobs(knobs)
@@ -162,7 +169,7 @@ class ESAM(SAM):
         betas = tuple(self.knob(group, "beta") for group in ascended.groups)
         if self.mask == "tensor" or all(beta == 1 for beta in betas):
             return super()._draw(ascended)
-        return Draw(ascended.seed, ascended.step, ascended.indices, bool(self.stochastic_rounding), betas)
+        return self._draw_with(ascended, rounding=bool(self.stochastic_rounding), keep=betas)
 
     def _skip_for(self) -> Tensor | None:
         # without a direction there are no sharpness-sensitive rows either

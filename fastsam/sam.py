@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastsam.distributed import PerturbSync, norm_over_ranks, shard_number
+from fastsam.distributed import PerturbSync, first_element, norm_over_ranks, shard_number
 from fastsam.kernels import dispatch
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import E0
@@ -50,7 +50,8 @@ class SAM(TwoPassOptimizer):
             sizes are. With fully_shard only "global" works.
         same_rng: draw the same random numbers (dropout) in both passes. `first_step`/`second_step` cannot.
         stochastic_rounding: "auto" or True round the perturbation of float16 and bfloat16 weights stochastically,
-            since rounding to nearest drops most of it; False rounds to nearest.
+            since rounding to nearest drops most of it; False rounds to nearest. Shards of whole rows (fully_shard)
+            round as the whole weights would on one process; shards of columns draw numbers of their own.
         check_finite: skip steps whose final gradient holds inf or NaN, and count them in `skipped_steps`. Costs one
             read of the gradient unless a GradScaler has looked already.
         seed: of the random numbers of stochastic rounding.
@@ -152,13 +153,18 @@ class SAM(TwoPassOptimizer):
         return [-r if group.get("maximize") else r for r, group in zip(radii, ascended.groups, strict=True)]
 
     def _draw(self, ascended: Ascended) -> Draw | None:
-        return Draw(ascended.seed, ascended.step, self._draw_indices(ascended)) if self.stochastic_rounding else None
+        return self._draw_with(ascended) if self.stochastic_rounding else None
 
-    def _draw_indices(self, ascended: Ascended) -> tuple[int, ...]:
-        """Where each tensor's random numbers start: every shard has its own, copies have the same."""
-        n_tensors = len(self._params())
-        numbers = map(shard_number, ascended.spreads)
-        return tuple(i + n_tensors * number for i, number in zip(ascended.indices, numbers, strict=True))
+    def _draw_with(self, ascended: Ascended, **options: Any) -> Draw:
+        """Random numbers by each element's place in its whole tensor; a shard that is not one stretch has its own."""
+        params = self._params()
+        starts = [first_element(params[i]) for i in ascended.indices]
+        indices = [
+            i if start is not None else i + len(params) * shard_number(spread)
+            for i, start, spread in zip(ascended.indices, starts, ascended.spreads, strict=True)
+        ]
+        firsts = tuple(start or 0 for start in starts)
+        return Draw(ascended.seed, ascended.step, tuple(indices), starts=firsts, **options)
 
     def _is_official(self) -> bool:
         return any(self.knob(group, "adaptive") == "official" for group in self.param_groups)

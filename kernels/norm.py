@@ -48,7 +48,7 @@ def _sum_of_squares(g, w, kept, adaptive, eta, ADAPTIVE: tl.constexpr, MASKED: t
 
 @triton.jit
 def _square_stretch(
-    g_base, w_base, adaptive, eta, start, length, seed, index, step, threshold,
+    g_base, w_base, adaptive, eta, start, length, seed, index, first, step, threshold,
     GRAD: tl.constexpr, WEIGHT: tl.constexpr, WIDEST: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
     ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _square_stretch(
         w = tl.load(element_ptr(w_base, start, WEIGHT, WIDEST, ALIGNED) + offsets, mask=w_mask, other=0)
     kept = mask
     if MASKED:
-        kept = is_kept(random_words(seed, index, step, start, ALIGNED, LANES), threshold)
+        kept = is_kept(random_words(seed, index, step, first + start, ALIGNED, LANES), threshold)
     if WIDEST == 64:
         total = _sum_of_squares(g, w, kept, adaptive, eta, ADAPTIVE, MASKED, tl.float64)
     else:
@@ -83,23 +83,27 @@ def _squares_kernel(
     Reads g, and w where T is not 1: 4 or 8 B per float32 element. Sums in float32 where that is safe, else in float64
     from the registers, so that slow double-precision units do not set the pace.
     """
-    row_ptr, start, length = find_chunk(rows_ptr, chunks_ptr, COLUMNS + 3, BLOCK_SIZE)
+    row_ptr, start, length = find_chunk(rows_ptr, chunks_ptr, COLUMNS + 4, BLOCK_SIZE)
     g_base = tl.load(row_ptr + COLUMNS)
     w_base = tl.load(row_ptr + COLUMNS + 1)
     index = tl.load(row_ptr + COLUMNS + 2).to(tl.uint32)
+    first = tl.load(row_ptr + COLUMNS + 3)
     set_ptr = hyperparameters_ptr + tl.load(row_ptr + 1) * 3
     adaptive = tl.load(set_ptr) != 0
     eta = tl.load(set_ptr + 1)
     threshold = tl.load(set_ptr + 2)
     seed, step = join_seed(seed_low, seed_high), step.to(tl.uint32, bitcast=True)
-    done = aligned_length(length, g_base | w_base)
+    addresses = g_base | w_base
+    if MASKED:
+        addresses |= first % 4  # words come four at a time
+    done = aligned_length(length, addresses)
     total = _square_stretch(
-        g_base, w_base, adaptive, eta, start, done, seed, index, step, threshold,
+        g_base, w_base, adaptive, eta, start, done, seed, index, first, step, threshold,
         GRAD, WEIGHT, WIDEST, ADAPTIVE, MASKED, True, BLOCK_SIZE,
     )  # fmt: skip
     while done < length:
         total += _square_stretch(
-            g_base, w_base, adaptive, eta, start + done, length - done, seed, index, step, threshold,
+            g_base, w_base, adaptive, eta, start + done, length - done, seed, index, first, step, threshold,
             GRAD, WEIGHT, WIDEST, ADAPTIVE, MASKED, False, BLOCK_SIZE // 8,
         )  # fmt: skip
         done += BLOCK_SIZE // 8
@@ -153,9 +157,10 @@ def _norm_on_one_device(
     for each in launches:
         size = block_size(*each.dtypes, vectors=2 if is_adaptive or keep is not None else _VECTORS)
         sets, lines = _sets(each.of(etas), None if keep is None else each.of(keep))
-        numbers = each.of(draw.indices) if draw is not None and keep is not None else (0,) * len(each.rows)
-        others = () if is_adaptive else ((0,) * len(each.rows),)  # no weights
-        work = each.table(size, sets, lines, *others, numbers)
+        zeros = (0,) * len(each.rows)
+        numbers = map(each.of, draw.addresses()) if draw is not None and keep is not None else (zeros, zeros)
+        others = () if is_adaptive else (zeros,)  # no weights
+        work = each.table(size, sets, lines, *others, *numbers)
         constants = {
             "GRAD": ELEMENTS[each.dtypes[0]],
             "WEIGHT": ELEMENTS[each.dtypes[-1]],

@@ -53,7 +53,8 @@ def _round_stochastically(values, words, DTYPE: tl.constexpr):
 
 @triton.jit
 def _perturb_stretch(
-    w_base, g_base, b_base, scale, adaptive, eta, start, length, mark_ptr, mark, seed, index, step, threshold,
+    w_base, g_base, b_base, scale, adaptive, eta, start, length, mark_ptr, mark,
+    seed, index, first, step, threshold,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr, ADAPTIVE: tl.constexpr,
     MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +71,7 @@ def _perturb_stretch(
         t = tl.where(adaptive, tl.abs(widen(w, COMPUTE)) + eta, 1.0)
         eps = eps * t * t
     if MASKED or STOCHASTIC:
-        words = random_words(seed, index, step, start, ALIGNED, LANES)
+        words = random_words(seed, index, step, first + start, ALIGNED, LANES)
     if MASKED:
         eps = tl.where(is_kept(words, threshold), eps, 0.0)
     moved = widen(w, COMPUTE) + eps
@@ -92,11 +93,12 @@ def _perturb_kernel(
     Reads w, g; writes w, backup: 16 B per float32 element. After each stretch of copies and before the change of its
     weights, a chunk's mark becomes (tick of this launch, number of elements copied).
     """
-    row_ptr, start, length = find_chunk(rows_ptr, chunks_ptr, COLUMNS + 4, BLOCK_SIZE)
+    row_ptr, start, length = find_chunk(rows_ptr, chunks_ptr, COLUMNS + 5, BLOCK_SIZE)
     w_base = tl.load(row_ptr + COLUMNS)
     g_base = tl.load(row_ptr + COLUMNS + 1)
     b_base = tl.load(row_ptr + COLUMNS + 2)
     index = tl.load(row_ptr + COLUMNS + 3).to(tl.uint32)
+    first = tl.load(row_ptr + COLUMNS + 4)
     set_ptr = hyperparameters_ptr + tl.load(row_ptr + 1) * 5
     norm = tl.load(norm_ptr).to(tl.float64)
     reciprocal = 1.0 / (norm + tl.load(set_ptr + 1))
@@ -108,16 +110,20 @@ def _perturb_kernel(
     seed, step = join_seed(seed_low, seed_high), step.to(tl.uint32, bitcast=True)
     mark_ptr = marks_ptr + tl.program_id(0)
     mark = tick.to(tl.int64) << 32
-    done = aligned_length(length, w_base | g_base | b_base)
+    addresses = w_base | g_base | b_base
+    if MASKED or STOCHASTIC:
+        addresses |= first % 4  # words come four at a time
+    done = aligned_length(length, addresses)
     _perturb_stretch(
-        w_base, g_base, b_base, scale, adaptive, eta, start, done, mark_ptr, mark + done, seed, index, step, threshold,
+        w_base, g_base, b_base, scale, adaptive, eta, start, done, mark_ptr, mark + done,
+        seed, index, first, step, threshold,
         WEIGHT, GRAD, WIDEST, COMPUTE, ADAPTIVE, MASKED, STOCHASTIC, True, BLOCK_SIZE,
     )  # fmt: skip
     while done < length:
         copied = tl.minimum(done + BLOCK_SIZE // 4, length)
         _perturb_stretch(
             w_base, g_base, b_base, scale, adaptive, eta, start + done, copied - done, mark_ptr, mark + copied,
-            seed, index, step, threshold,
+            seed, index, first, step, threshold,
             WEIGHT, GRAD, WIDEST, COMPUTE, ADAPTIVE, MASKED, STOCHASTIC, False, BLOCK_SIZE // 4,
         )  # fmt: skip
         done = copied
@@ -170,9 +176,10 @@ def perturb_(
         stochastic = draw is not None and draw.rounding and dtype.itemsize == 2
         is_drawn = draw is not None and (stochastic or keep is not None)
         step, seed = (draw.step, draw.seed) if draw is not None and is_drawn else (0, 0)
-        numbers = each.of(draw.indices) if draw is not None and is_drawn else (0,) * len(each.rows)
+        zeros = (0,) * len(each.rows)
+        numbers = map(each.of, draw.addresses()) if draw is not None and is_drawn else (zeros, zeros)
         used_etas = each.of(etas)
-        work = each.table(size, *_sets(each.of(rho), used_etas, None if keep is None else each.of(keep), e0), numbers)
+        work = each.table(size, *_sets(each.of(rho), used_etas, None if keep is None else each.of(keep), e0), *numbers)
         marks = backup.marks.get(each.rows)
         if marks is None or marks.shape[0] != work.n_programs:
             marks = backup.marks[each.rows] = torch.zeros(work.n_programs, dtype=torch.int64, device=each.device)

@@ -25,7 +25,8 @@ class Draw(NamedTuple):
     """Which random numbers a launch uses, and what for.
 
     `seed`, `step` and one tensor index for every tensor of its list address them. `rounding` rounds 16-bit weights
-    stochastically; `keep`, for every tensor the probability of keeping an element, masks the others out.
+    stochastically; `keep`, for every tensor the probability of keeping an element, masks the others out. `starts` says
+    which element of the whole each tensor's first one is, where tensors are parts; None means 0 for all.
     """
 
     seed: int
@@ -33,11 +34,17 @@ class Draw(NamedTuple):
     indices: tuple[int, ...]
     rounding: bool = True
     keep: tuple[float, ...] | None = None
+    starts: tuple[int, ...] | None = None
 
     def take(self, rows: Sequence[int]) -> "Draw":
         """Return the draw for the tensors at these positions of the list alone."""
         keep = None if self.keep is None else tuple(self.keep[i] for i in rows)
-        return self._replace(indices=tuple(self.indices[i] for i in rows), keep=keep)
+        indices, starts = (tuple(column[i] for i in rows) for column in self.addresses())
+        return self._replace(indices=indices, keep=keep, starts=starts)
+
+    def addresses(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return every tensor's index and its first element."""
+        return self.indices, self.starts or (0,) * len(self.indices)
 
 
 def _multiply(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,22 +53,25 @@ def _multiply(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return high, (multiplier * x) & _MASK
 
 
-def words(n_elements: int, tensor_index: int, step: int, seed: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """Return the random words of elements 0 to `n_elements` - 1 of one tensor.
+def words(
+    n_elements: int, tensor_index: int, step: int, seed: int, *, start: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return the random words of elements `start` to `start` + `n_elements` - 1 of one tensor.
 
     Args:
         n_elements: how many words to draw.
         tensor_index: position of the tensor in group order.
         step: number of the step, taken modulo 2^32.
         seed: any integer, taken modulo 2^64.
+        start: the first element, >= 0.
         device: where the words are computed.
 
     Returns:
         int64 tensor of shape [n_elements] with values in [0, 2^32).
     """
-    quads = torch.arange((n_elements + 3) // 4, device=device)
+    quads = torch.arange(start // 4, (start + n_elements + 3) // 4, device=device)
     index = torch.full_like(quads, tensor_index & _MASK)
-    return torch.stack(_rounds(quads, index, step, seed), dim=1).reshape(-1)[:n_elements]
+    return torch.stack(_rounds(quads, index, step, seed), dim=1).reshape(-1)[start % 4 :][:n_elements]
 
 
 def first_words(n_tensors: int, step: int, seed: int) -> Tensor:

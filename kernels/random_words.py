@@ -18,16 +18,17 @@ def join_seed(low, high):
 
 @triton.jit
 def random_words(seed, index, step, start, ALIGNED: tl.constexpr, LANES: tl.constexpr):
-    """Words of elements start to start + LANES of a tensor, `start` being a multiple of 4.
+    """Words of elements start to start + LANES of a tensor, `start` being a multiple of 4 where lanes are aligned.
 
     Aligned lanes hold four elements or more a thread, which use all four words of a counter. Others hold one, and drop
     three words rather than fetch theirs from another thread.
     """
     if ALIGNED:
         quads = start // 4
-        # a stretch never crosses a multiple of 2^32 quads, so the upper half of the counter is one number
         low = quads.to(tl.uint32) + tl.arange(0, LANES // 4).to(tl.uint32)
-        first, second, third, fourth = tl.philox(seed, low, index, step, (quads >> 32).to(tl.uint32))
+        # a part of a tensor may start anywhere, so that a stretch crosses a multiple of 2^32 quads
+        high = (quads >> 32).to(tl.uint32) + (low < quads.to(tl.uint32)).to(tl.uint32)
+        first, second, third, fourth = tl.philox(seed, low, index, step, high)
         words = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (LANES,))
     else:
         elements = start + tl.arange(0, LANES)

@@ -197,7 +197,8 @@ def _perturb_one(
 
 def _words(draw: Draw, position: int, like: Tensor) -> Tensor:
     """The random words of one tensor, int64 in its shape, counted in its memory order."""
-    words = philox.words(like.numel(), draw.indices[position], draw.step, draw.seed, device=like.device)
+    index, start = (column[position] for column in draw.addresses())
+    words = philox.words(like.numel(), index, draw.step, draw.seed, start=start, device=like.device)
     placed = torch.empty_like(like, dtype=torch.int64)
     if is_dense(placed):
         in_memory_order(placed).copy_(words)

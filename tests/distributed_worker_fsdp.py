@@ -3,6 +3,7 @@
 import math
 import warnings
 from functools import partial
+from math import prod
 
 import distributed_worker
 import pytest
@@ -28,11 +29,13 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import fastsam
 from fastsam import ESAM, MSAM, SAM
+from fastsam.distributed import first_element
 
 ADAMW = {"lr": 0.01, "weight_decay": 0.1}
 BASES = {
@@ -181,6 +184,51 @@ def sharded_esam(norm):
     assert error_of(model, expected) < EXACT
 
 
+def element_masked_step(opt, model, x, y):
+    """Take a step; which entries its perturbation moved."""
+    before = [p.clone() for p in gathered(model)]
+    with opt.ascent():
+        mean_loss(model, x, y).backward()
+    with opt.descent():
+        moved = torch.cat([(p != b).flatten() for p, b in zip(gathered(model), before, strict=True)])
+        mean_loss(model, x, y).backward()
+    opt.step()
+    opt.zero_grad()
+    return moved
+
+
+def element_masks(norm, backend, mesh=None):
+    """The element mask is that of one process, bit for bit, and so is the step but for the order of sums."""
+    fastsam.set_backend(backend)
+    expected, model = mlp(), mlp()
+    keywords = {"beta": 0.4, "gamma": 1.0, "mask": "element", "norm": norm, **SGD}
+    shard(model, mesh)
+    opt = ESAM(model.parameters(), torch.optim.SGD, 0.1, model=model, **keywords)
+    alone = ESAM(expected.parameters(), torch.optim.SGD, 0.1, **keywords)
+    try:
+        for x, y in batches(4):
+            moved = element_masked_step(opt, model, *rows_of_rank((x, y)))
+            assert torch.equal(moved, element_masked_step(alone, expected, x, y))
+            assert 0.2 < moved.double().mean() < 0.6
+    finally:
+        fastsam.set_backend(None)
+    assert error_of(model, expected) < EXACT
+
+
+MASKS = [("masked", "torch"), ("masked", "triton"), ("full", "torch"), ("estimated", "torch")]
+
+
+@case(*MASKS)
+@case(*MASKS, world=4)
+def sharded_element_masks(norm, backend):
+    element_masks(norm, backend)
+
+
+@case(world=4)
+def element_masks_with_hybrid_sharding():
+    element_masks("masked", "torch", mesh_of(2, 2, names=("copy", "shard")))
+
+
 @case()
 def sharded_esam_selects_rows_of_each_rank():
     expected, model = mlp(), mlp()
@@ -217,8 +265,13 @@ def sharded_models_that_cannot_have_it():
             SAM(model.parameters(), torch.optim.SGD, model=given, perturb_sync="replica", lr=0.1)
     with pytest.raises(ValueError, match="Partial"):
         SAM([nn.Parameter(DTensor.from_local(torch.ones(3), mesh_of(), [Partial()]))], torch.optim.SGD, lr=0.1)
-    with pytest.raises(ValueError, match="mask='element'"):
-        ESAM(model.parameters(), torch.optim.SGD, model=model, mask="element", lr=0.1)
+    in_columns = mlp()
+    tensor_parallel(in_columns, mesh_of())
+    with pytest.raises(ValueError, match=r"whole rows of their weight, but one of shape \(3, 8\) lies .*dim=1"):
+        ESAM(in_columns.parameters(), torch.optim.SGD, mask="element", lr=0.1)
+    opt = ESAM(in_columns[0].parameters(), torch.optim.SGD, mask="element", lr=0.1)
+    with pytest.raises(ValueError, match="whole rows"):
+        opt.add_param_group({"params": in_columns[2].weight})
 
 
 @case()
@@ -296,20 +349,65 @@ def sharded_rounding_is_stochastic_and_comes_back():
     assert all(torch.equal(p.detach().double(), b) for p, b in zip(gathered(model), before, strict=True))
 
 
+@case(("torch",), ("triton",))
+@case(("torch",), ("triton",), world=4)
+def shards_round_as_the_whole_does(backend):
+    """Squares of whole numbers add up alike in any order, so that norms are equal bit for bit too."""
+    fastsam.set_backend(backend)
+
+    def perturbed(prepare=None, **options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 10), nn.Linear(8, 64), nn.Linear(8, 3)).bfloat16()
+        grads = [torch.randint(-8, 9, p.shape).bfloat16() for p in model.parameters()]
+        if prepare is not None:
+            prepare(model)
+        for p, g in zip(model.parameters(), grads, strict=True):
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+        SAM(model.parameters(), torch.optim.SGD, 0.01, model=model, lr=0.1, **options).first_step()
+        return gathered(model)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* processes run, but model is a plain")
+            whole, nearest = perturbed(), perturbed(stochastic_rounding=False)
+        assert all(map(torch.equal, perturbed(shard), whole))
+        assert not torch.equal(whole[0], nearest[0])
+    finally:
+        fastsam.set_backend(None)
+
+
 @case()
-def shards_round_by_numbers_of_their_own():
+def shards_of_columns_round_by_numbers_of_their_own():
     """All entries and gradients are alike, so that the roundings tell the numbers."""
     model = nn.Sequential(nn.Linear(64, 32, bias=False)).bfloat16()
     nn.init.ones_(model[0].weight)
-    shard(model)
+    shard(model, shard_placement_fn=lambda p: Shard(1))
     opt = SAM(model.parameters(), torch.optim.SGD, 0.05, model=model, lr=0.1)
     model(torch.ones(4, 64).bfloat16()).float().sum().backward()
     opt.first_step()
-    upper, lower = (model[0].weight.full_tensor() != 1).chunk(2)
-    assert upper.any()
-    assert lower.any()
-    assert not torch.equal(upper, lower)
+    left, right = (model[0].weight.full_tensor() != 1).chunk(2, dim=1)
+    assert left.any()
+    assert right.any()
+    assert not torch.equal(left, right)
     opt.restore()
+
+
+@case(world=4)
+def first_elements_of_shards():
+    """Every element holds its own number; 10 rows do not go evenly into 4 or 2 x 2 shards, 3 leave a rank without."""
+    mesh, copy, rows, columns = mesh_of(2, 2, names=("outer", "inner")), Replicate(), Shard(0), Shard(1)
+    for shape in ((10, 3), (3, 4), (5,), (6, 2, 2)):
+        whole = torch.arange(prod(shape)).view(shape)
+        for placements in ([rows, rows], [copy, rows], [rows, copy], [copy, copy]):
+            part = distribute_tensor(whole, mesh, placements)
+            own = part.to_local().flatten()
+            assert own.tolist() == [first_element(part) + i for i in range(len(own))]
+            whole_size = {"shape": part.shape, "stride": part.stride()}
+            pairs = DTensor.from_local(part.to_local().to(torch.complex64), mesh, placements, **whole_size)
+            assert first_element(pairs) == 2 * first_element(part)
+    for placements in ([copy, columns], [rows, columns], [copy, _StridedShard(0, split_factor=2)]):
+        assert first_element(DTensor.from_local(torch.zeros(4, 4), mesh, placements)) is None
+    assert first_element(DTensor.from_local(torch.zeros(4, 4).t()[:3], mesh, [copy, rows])) is None
 
 
 # checkpoints across numbers of processes

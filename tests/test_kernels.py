@@ -233,14 +233,38 @@ def test_draws_do_not_depend_on_the_size_of_chunks(draw, monkeypatch):
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1, -3])
 def test_words_are_those_of_the_contract(seed, step, index):
     """A mask's threshold finds each word: here the words themselves decide what moves."""
-    words = philox.words(1000, index, step, seed)
-    for skip in (0, 1):  # aligned lanes and others
+    # aligned lanes and others; parts of a tensor, of which the last crosses a multiple of 2^32 counters
+    for skip, start in ((0, 0), (1, 0), (0, 4), (0, 7), (1, 2**34 - 42), (0, 2**34 - 40)):
+        words = philox.words(1000, index, step, seed, start=start)
         weights = [torch.zeros(1000 + skip, device=DEVICE)[skip:]]
         grads = [torch.ones(1000 + skip, device=DEVICE)[skip:]]
         keep = words.sort().values[500].item() / 2**32
-        draw = Draw(seed, step, (index,), keep=(keep,))
+        draw = Draw(seed, step, (index,), keep=(keep,), starts=(start,))
         kernels.perturb_(weights, grads, Backup(weights), torch.ones((), device=DEVICE), [1.0], None, draw)
         assert torch.equal(weights[0].cpu() != 0, words < philox.threshold(keep))
+
+
+@pytest.mark.parametrize("cuts", [(64, 400, 1004), (1, 66, 67, 1003)], ids=str)
+@pytest.mark.parametrize("launcher", [kernels, reference], ids=["triton", "torch"])
+def test_parts_draw_what_the_whole_does(launcher, cuts):
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.ones((), dtype=torch.float64, device=DEVICE)
+    for dtype in DTYPES:
+        weights, grads = (torch.randn(1100, generator=generator).to(DEVICE, dtype) for _ in range(2))
+
+        def parts(tensor):
+            return [part.clone() for part in tensor.tensor_split(cuts)]
+
+        n = len(cuts) + 1
+        draw = Draw(5, 6, (7,) * n, keep=(0.5,) * n, starts=(0, *cuts))
+        cut = parts(weights)
+        launcher.perturb_(cut, parts(grads), Backup(cut), norm, [0.3] * n, None, draw)
+        masked = launcher.norm(parts(grads), draw=draw)
+        whole, before = draw.take([0]), weights.clone()
+        assert masked.item() == pytest.approx(launcher.norm([grads], draw=whole).item(), rel=UNIT)
+        launcher.perturb_([weights], [grads], Backup([weights]), norm, [0.3], None, whole)
+        assert_same_bits([torch.cat(cut)], [weights])
+        assert 0.4 < (weights != before).double().mean() < 0.6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -257,10 +281,11 @@ def test_stochastic_rounding_is_that_of_the_twin_for_every_magnitude(dtype):
     assert not torch.equal(weights[0], values.to(DEVICE, dtype))
 
 
-def test_only_aligned_tensors_are_taken_in_wide_accesses(monkeypatch, small_chunks):
-    """The interpreter forgives a wrong hint of alignment; a GPU faults."""
+@pytest.fixture
+def stretches(monkeypatch, small_chunks):
+    """Of each chunk that the perturbation takes its length, its addresses, and how much goes in wide accesses."""
     if not chunks.INTERPRETED:
-        pytest.skip("a GPU checks this itself")
+        pytest.skip("a GPU's programs do not tell")
     seen = []
 
     def spy(length, addresses, original=addressing.aligned_length):
@@ -269,15 +294,29 @@ def test_only_aligned_tensors_are_taken_in_wide_accesses(monkeypatch, small_chun
         return result
 
     monkeypatch.setattr(perturb, "aligned_length", spy)
+    return seen
+
+
+def test_only_aligned_tensors_are_taken_in_wide_accesses(stretches):
+    """The interpreter forgives a wrong hint of alignment; a GPU faults."""
     for skips in ((0, 0), (1, 0), (0, 1), (2, 2), (4, 4), (4, 0)):
         weights, grads = [torch.ones(200)[skips[0] :]], [torch.ones(210)[skips[1] : 200 - skips[0] + skips[1]]]
         assert weights[0].numel() == grads[0].numel()
         backup = Backup(weights)
-        seen.clear()
+        stretches.clear()
         kernels.perturb_(weights, grads, backup, torch.ones(()), [1.0])
         pointers = [t.data_ptr() for t in (weights[0], grads[0], backup.tensors[0])]
         is_aligned = all(pointer % 16 == 0 for pointer in pointers)
         assert is_aligned == (skips in ((0, 0), (4, 4), (4, 0)))
-        assert all(addresses == pointers[0] | pointers[1] | pointers[2] for _, addresses, _ in seen)
-        assert all(wide == (length // 16 * 16 if is_aligned else 0) for length, _, wide in seen)
-        assert sum(length for length, _, _ in seen) == weights[0].numel()
+        assert all(addresses == pointers[0] | pointers[1] | pointers[2] for _, addresses, _ in stretches)
+        assert all(wide == (length // 16 * 16 if is_aligned else 0) for length, _, wide in stretches)
+        assert sum(length for length, _, _ in stretches) == weights[0].numel()
+
+
+def test_parts_are_taken_in_wide_accesses_where_they_start_with_a_counter(stretches):
+    for start, draws, is_wide in ((0, True, True), (8, True, True), (6, True, False), (6, False, True)):
+        weights = [torch.ones(208)]
+        draw = Draw(1, 2, (3,), keep=(0.5,) if draws else None, starts=(start,))
+        stretches.clear()
+        kernels.perturb_(weights, [torch.ones(208)], Backup(weights), torch.ones(()), [1.0], None, draw)
+        assert {wide == length for length, _, wide in stretches} == {is_wide}

@@ -63,6 +63,13 @@ def test_philox_words_are_those_of_its_definition(n, index, step, seed):
     assert philox.words(n, index, step, seed).tolist() == [philox_by_numpy(e, index, step, seed) for e in range(n)]
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 70), st.integers(0, 9) | st.integers(2**34 - 80, 2**34 + 9) | st.integers(0, 2**40))
+def test_philox_words_start_anywhere(n, start):
+    found = philox.words(n, 3, 4, 5, start=start)
+    assert found.tolist() == [philox_by_numpy(e, 3, 4, 5) for e in range(start, start + n)]
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("dtypes", [[d] for d in DTYPES] + [DTYPES])
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
