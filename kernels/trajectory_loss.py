@@ -23,211 +23,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels import reference_loss
-from fastsam.kernels.addressing import narrow, widen
 from fastsam.kernels.chunks import THREADS, counters, launch, numbers, on_device, runs_here, wide
+from fastsam.kernels.loss_blocks import (
+    add_all,
+    find_sample,
+    finish_block,
+    largest_magnitude,
+    load_all,
+    load_block,
+    record_block,
+    reduce_losses,
+    row_at,
+    unit_of,
+)
 from fastsam.kernels.reference_loss import Past
 
 _BYTES_IN_REGISTERS = 8192  # of a row, in the dtype of arithmetic: 8 float32 a thread
 _PADDING = 16
-_LARGEST_HALF = tl.constexpr(reference_loss.LARGEST_HALF)
-_SMALLEST_SCALE = tl.constexpr(reference_loss.SMALLEST_SCALE)
-
-
-@triton.jit
-def _find_sample(ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, target_stride, ignore_index,
-                 HAS_CLASSES: tl.constexpr, SCAN_SIZE: tl.constexpr):  # fmt: skip
-    """The row of the history for this row of the batch, 0 if there is none, and whether it takes part."""
-    sample = tl.load(ids_ptr + row)
-    inside = (sample >= 0) & (sample < n_samples)
-    if errors_ptr is not None:
-        is_error = counted & (inside == 0)
-        tl.atomic_add(errors_ptr, is_error.to(tl.int64), mask=is_error)
-        tl.store(errors_ptr + 1, sample, mask=is_error)
-    takes_part = counted & inside
-    again = tl.zeros((SCAN_SIZE,), tl.int32)
-    first = tl.zeros((), tl.int64)
-    while (first < row) & takes_part:
-        others = first + tl.arange(0, SCAN_SIZE)
-        same = (others < row) & (tl.load(ids_ptr + others, mask=others < row, other=-1) == sample)
-        if HAS_CLASSES:
-            # read only where the ids are the same, so hardly ever
-            target = tl.load(targets_ptr + others * target_stride, mask=same, other=0)
-            same = same & (target != ignore_index)
-        again |= same.to(tl.int32)
-        first += SCAN_SIZE
-    takes_part = takes_part & (tl.max(again) == 0)
-    return tl.where(takes_part, sample, 0), takes_part
-
-
-@triton.jit
-def _row_ptr(ptr, row, stride, VECTOR: tl.constexpr):
-    """Pointer to a row, where accesses of so many elements are aligned."""
-    return tl.multiple_of(ptr + row * stride, VECTOR * ptr.dtype.element_ty.primitive_bitwidth // 8)
-
-
-@triton.jit
-def _load_block(row_ptr, start, length, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr):
-    """Elements from `start` of a row of this length, -inf past its end."""
-    ptr = tl.multiple_of(row_ptr + start, VECTOR * row_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    offsets = tl.arange(0, LANES)
-    mask = offsets < tl.multiple_of(length - start, VECTOR)
-    if row_ptr.dtype.element_ty.is_int():
-        x = tl.load(ptr + offsets, mask=mask, other=0).to(COMPUTE)
-    else:
-        x = widen(tl.load(ptr + offsets, mask=mask, other=0), COMPUTE)
-    return tl.where(mask, x, float("-inf"))
-
-
-@triton.jit
-def _store_block(row_ptr, start, length, x, VECTOR: tl.constexpr, LANES: tl.constexpr):
-    """Store x at `start` of a row of this length."""
-    ptr = tl.multiple_of(row_ptr + start, VECTOR * row_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    offsets = tl.arange(0, LANES)
-    mask = offsets < tl.multiple_of(length - start, VECTOR)
-    tl.store(ptr + offsets, x, mask=mask)
-
-
-@triton.jit
-def _load_past(
-    row_ptr, start, n_classes, length, unit, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr
-):
-    """Past logits from `start`, -inf past the last class; a history's padding is read but not used."""
-    t = _load_block(row_ptr, start, length, COMPUTE, VECTOR, LANES)
-    if row_ptr.dtype.element_ty.is_int():
-        t *= unit
-    return tl.where(tl.arange(0, LANES) < n_classes - start, t, float("-inf"))
-
-
-@triton.jit
-def _load_targets(
-    targets_ptr, target, start, n_classes, smoothing,
-    COMPUTE: tl.constexpr, HAS_CLASSES: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Target probabilities from `start`, after smoothing; 0 past the last class."""
-    offsets = tl.arange(0, LANES)
-    if HAS_CLASSES:
-        share = tl.where(start + offsets == target, 1.0, 0.0).to(COMPUTE)
-    else:
-        share = _load_block(targets_ptr, start, n_classes // VECTOR * VECTOR, COMPUTE, VECTOR, LANES)
-    share = share * (1 - smoothing) + smoothing / n_classes.to(COMPUTE)
-    return tl.where(offsets < n_classes - start, share, 0.0)
-
-
-@triton.jit
-def _add_exponentials(z, largest, total, total_soft, rate):
-    """Add exp(z) and exp(rate z) to sums that are relative to the largest z so far."""
-    new = tl.maximum(largest, tl.max(z))
-    shift = tl.where(new == float("-inf"), 0.0, new)
-    total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift))
-    total_soft = total_soft * tl.exp((largest - shift) * rate) + tl.sum(tl.exp((z - shift) * rate))
-    return new, total, total_soft
-
-
-@triton.jit
-def _largest_magnitude(z, n):
-    """Largest |z| of the first n; inf if there is a NaN, which a maximum would pass over."""
-    magnitude = tl.abs(z.to(tl.float32))
-    magnitude = tl.where(magnitude < float("inf"), magnitude, float("inf"))
-    return tl.max(tl.where(tl.arange(0, z.shape[0]) < n, magnitude, 0.0))
-
-
-@triton.jit
-def _unit_of(magnitude):
-    """What one step of int8 stands for in a row of this largest magnitude."""
-    return tl.maximum(magnitude * 0.007874015718698502, _SMALLEST_SCALE)  # 1 / 127
-
-
-@triton.jit
-def _record_block(row_ptr, start, n_classes, length, z, unit, VECTOR: tl.constexpr, LANES: tl.constexpr):
-    """Write logits from `start` into the history, as `reference_loss._encode` does, and 0 into its padding."""
-    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
-    z = tl.where(tl.arange(0, LANES) < n_classes - start, z, 0.0)
-    if DTYPE.is_int():
-        steps = tl.div_rn(z.to(tl.float32), tl.zeros_like(z).to(tl.float32) + unit)
-        steps = tl.where(steps == steps, steps, 0.0)
-        steps = (steps + 12582912.0) - 12582912.0  # 1.5 2^23: rounds half to even
-        _store_block(row_ptr, start, length, steps.to(DTYPE), VECTOR, LANES)
-    else:
-        if DTYPE.is_fp16():
-            clamped = tl.minimum(tl.maximum(z, -_LARGEST_HALF), _LARGEST_HALF)
-            z = tl.where(tl.abs(z) < float("inf"), clamped, z)
-        _store_block(row_ptr, start, length, narrow(z, DTYPE), VECTOR, LANES)
-
-
-@triton.jit
-def _load_all(
-    z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
-    COMPUTE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_CLASSES: tl.constexpr,
-    VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, PAST_VECTOR: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Logits, past logits and target probabilities from `start`."""
-    z = _load_block(z_ptr, start, z_length, COMPUTE, VECTOR, LANES)
-    t = z
-    if HAS_PAST:
-        t = _load_past(past_ptr, start, n_classes, past_length, unit, COMPUTE, PAST_VECTOR, LANES)
-    share = _load_targets(soft_ptr, target, start, n_classes, smoothing, COMPUTE, HAS_CLASSES, TARGET_VECTOR, LANES)
-    return z, t, share
-
-
-@triton.jit
-def _add_all(
-    z, t, share, n_left, z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude, rate,
-    HAS_PAST: tl.constexpr, HAS_CLASSES: tl.constexpr, QUANTISES: tl.constexpr,
-):  # fmt: skip
-    """Add a block to what has to be known of the whole row."""
-    z_largest, z_sum, q_sum = _add_exponentials(z, z_largest, z_sum, q_sum, rate)
-    if HAS_PAST:
-        t_largest, _, p_sum = _add_exponentials(t, t_largest, p_sum, p_sum, rate)
-    if QUANTISES:
-        magnitude = tl.maximum(magnitude, _largest_magnitude(z, n_left))
-    if not HAS_CLASSES:
-        share_sum += tl.sum(share)
-    return z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude
-
-
-@triton.jit
-def _finish_block(
-    z, t, share, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_unit,
-    z_largest, t_largest, z_factor, q_factor, p_factor, rate,
-    HAS_PAST: tl.constexpr, RECORDS: tl.constexpr, VECTOR: tl.constexpr, PAST_VECTOR: tl.constexpr,
-    LANES: tl.constexpr,
-):  # fmt: skip
-    """Store the gradient and the record; return sums of share (z - largest) and exp(t / tau) (t - z), both shifted."""
-    shifted = z - z_largest
-    gradient = tl.exp(shifted) * z_factor - share
-    gain = tl.sum(tl.where(share != 0, share * shifted, 0.0))
-    spread = tl.zeros_like(gain)
-    if HAS_PAST:
-        past_shifted = t - t_largest
-        p = tl.exp(past_shifted * rate)
-        spread = tl.sum(tl.where(p > 0, p * (past_shifted - shifted), 0.0))
-        gradient += tl.where(has_past, tl.exp(shifted * rate) * q_factor - p * p_factor, 0.0)
-    gradient = narrow(tl.where(counted, gradient, 0.0), gradient_ptr.dtype.element_ty)
-    _store_block(gradient_ptr, start, length, gradient, VECTOR, LANES)
-    if RECORDS:
-        # every thread has read the past before any overwrites it, whatever share of the row each one holds
-        tl.debug_barrier()
-        _record_block(past_ptr, start, length, record_length, z, new_unit, PAST_VECTOR, LANES)
-    return gain, spread
-
-
-@triton.jit
-def _reduce(losses_ptr, loss_ptr, scale_ptr, n_rows, count, COMPUTE: tl.constexpr, MEAN: tl.constexpr,
-            LANES: tl.constexpr):  # fmt: skip
-    """Add up all losses in a fixed order."""
-    offsets = tl.arange(0, LANES)
-    sums = tl.zeros((LANES,), dtype=tl.float64)
-    first = 0
-    while first < n_rows:
-        sums += tl.load(losses_ptr + first + offsets, mask=offsets < n_rows - first, other=0).to(tl.float64)
-        first += LANES
-    loss = tl.sum(sums)
-    scale = tl.full((), 1.0, tl.float64)
-    if MEAN:
-        loss = loss / count.to(tl.float64)
-        scale = tl.where(count > 0, 1.0 / count.to(tl.float64), 0.0)
-    tl.store(loss_ptr, loss.to(COMPUTE))
-    tl.store(scale_ptr, scale.to(COMPUTE))
 
 
 _POINTERS = [
@@ -252,11 +64,11 @@ def _record_kernel(
     counted = row >= 0
     if HAS_CLASSES:
         counted = tl.load(targets_ptr + row * target_stride) != ignore_index
-    past_row, takes_part = _find_sample(
+    past_row, takes_part = find_sample(
         ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, target_stride, ignore_index, HAS_CLASSES, SCAN_SIZE
     )
-    z_ptr = _row_ptr(logits_ptr, row, logits_stride, VECTOR)
-    past_ptr = _row_ptr(rows_ptr, past_row, past_stride, PAST_VECTOR)
+    z_ptr = row_at(logits_ptr, row, logits_stride, VECTOR)
+    past_ptr = row_at(rows_ptr, past_row, past_stride, PAST_VECTOR)
     # of who takes no part nothing is read or written
     z_length = n_classes // VECTOR * VECTOR * takes_part.to(tl.int32)
     past_length = width // PAST_VECTOR * PAST_VECTOR * takes_part.to(tl.int32)
@@ -264,15 +76,15 @@ def _record_kernel(
     if scales_ptr is not None:
         start = tl.zeros((), tl.int32)
         while start < n_classes:
-            z = _load_block(z_ptr, start, z_length, COMPUTE, VECTOR, BLOCK_SIZE)
-            magnitude = tl.maximum(magnitude, _largest_magnitude(z, n_classes - start))
+            z = load_block(z_ptr, start, z_length, COMPUTE, VECTOR, BLOCK_SIZE)
+            magnitude = tl.maximum(magnitude, largest_magnitude(z, n_classes - start))
             start += BLOCK_SIZE
-        tl.store(scales_ptr + past_row, _unit_of(magnitude), mask=takes_part)
+        tl.store(scales_ptr + past_row, unit_of(magnitude), mask=takes_part)
     tl.store(tags_ptr + past_row, epoch, mask=takes_part)
     start = tl.zeros((), tl.int32)
     while start < n_classes:
-        z = _load_block(z_ptr, start, z_length, COMPUTE, VECTOR, BLOCK_SIZE)
-        _record_block(past_ptr, start, n_classes, past_length, z, _unit_of(magnitude), PAST_VECTOR, BLOCK_SIZE)
+        z = load_block(z_ptr, start, z_length, COMPUTE, VECTOR, BLOCK_SIZE)
+        record_block(past_ptr, start, n_classes, past_length, z, unit_of(magnitude), PAST_VECTOR, BLOCK_SIZE)
         start += BLOCK_SIZE
 
 
@@ -298,8 +110,8 @@ def _trajectory_loss_kernel(
     pull = tl.load(numbers_ptr + 2).to(COMPUTE)
     tau = tl.load(numbers_ptr + 3).to(COMPUTE)
     smoothing = tl.load(numbers_ptr + 4).to(COMPUTE)
-    z_ptr = _row_ptr(logits_ptr, row, logits_stride, VECTOR)
-    gradient_ptr = _row_ptr(gradient_ptr, row, n_classes, VECTOR)
+    z_ptr = row_at(logits_ptr, row, logits_stride, VECTOR)
+    gradient_ptr = row_at(gradient_ptr, row, n_classes, VECTOR)
     target = row * 0
     counted = row >= 0
     share_sum = tl.zeros((), COMPUTE)
@@ -307,11 +119,11 @@ def _trajectory_loss_kernel(
         target = tl.load(targets_ptr + row * target_stride)
         counted = target != ignore_index
         share_sum = tl.where((target >= 0) & (target < n_classes), share_sum + 1, float("nan"))
-    soft_ptr = _row_ptr(targets_ptr, row, target_stride, TARGET_VECTOR)
+    soft_ptr = row_at(targets_ptr, row, target_stride, TARGET_VECTOR)
     past_row, takes_part, has_past = row, counted, counted
     unit = tl.full((), 1.0, COMPUTE)
     if HAS_HISTORY:
-        past_row, takes_part = _find_sample(
+        past_row, takes_part = find_sample(
             ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, target_stride, ignore_index,
             HAS_CLASSES, SCAN_SIZE,
         )  # fmt: skip
@@ -325,28 +137,28 @@ def _trajectory_loss_kernel(
     record_length = width * takes_part.to(tl.int32)
     past_ptr = z_ptr
     if HAS_PAST:
-        past_ptr = _row_ptr(rows_ptr, past_row, past_stride, PAST_VECTOR)
+        past_ptr = row_at(rows_ptr, past_row, past_stride, PAST_VECTOR)
 
     z_largest = tl.full((), float("-inf"), COMPUTE)
     z_sum = tl.zeros((), COMPUTE)
     q_sum, t_largest, p_sum, magnitude = z_sum, z_largest, z_sum, tl.zeros((), tl.float32)
     start = tl.zeros((), tl.int32)
     if WHOLE:
-        z, t, share = _load_all(
+        z, t, share = load_all(
             z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
             COMPUTE, HAS_PAST, HAS_CLASSES, VECTOR, TARGET_VECTOR, PAST_VECTOR, BLOCK_SIZE,
         )  # fmt: skip
-        z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude = _add_all(
+        z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude = add_all(
             z, t, share, n_classes, z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude, rate,
             HAS_PAST, HAS_CLASSES, QUANTISES,
         )  # fmt: skip
     else:
         while start < n_classes:
-            z, t, share = _load_all(
+            z, t, share = load_all(
                 z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
                 COMPUTE, HAS_PAST, HAS_CLASSES, VECTOR, TARGET_VECTOR, PAST_VECTOR, BLOCK_SIZE,
             )  # fmt: skip
-            z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude = _add_all(
+            z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude = add_all(
                 z, t, share, n_classes - start, z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude, rate,
                 HAS_PAST, HAS_CLASSES, QUANTISES,
             )  # fmt: skip
@@ -354,11 +166,11 @@ def _trajectory_loss_kernel(
 
     # 0 without a finite logit, NaN with one that is NaN or inf
     has_past = has_past & (p_sum > 0)
-    new_unit = _unit_of(magnitude)
+    new_unit = unit_of(magnitude)
     z_factor, q_factor, p_factor = share_sum / z_sum, pull / q_sum, pull / p_sum
     start = tl.zeros((), tl.int32)
     if WHOLE:
-        gain, spread = _finish_block(
+        gain, spread = finish_block(
             z, t, share, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_unit,
             z_largest, t_largest, z_factor, q_factor, p_factor, rate,
             HAS_PAST, RECORDS, VECTOR, PAST_VECTOR, BLOCK_SIZE,
@@ -366,11 +178,11 @@ def _trajectory_loss_kernel(
     else:
         gain, spread = tl.zeros((), COMPUTE), tl.zeros((), COMPUTE)
         while start < n_classes:
-            z, t, share = _load_all(
+            z, t, share = load_all(
                 z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
                 COMPUTE, HAS_PAST, HAS_CLASSES, VECTOR, TARGET_VECTOR, PAST_VECTOR, BLOCK_SIZE,
             )  # fmt: skip
-            some_gain, some_spread = _finish_block(
+            some_gain, some_spread = finish_block(
                 z, t, share, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_unit,
                 z_largest, t_largest, z_factor, q_factor, p_factor, rate,
                 HAS_PAST, RECORDS, VECTOR, PAST_VECTOR, BLOCK_SIZE,
@@ -395,7 +207,7 @@ def _trajectory_loss_kernel(
         arrival = (counted.to(tl.int64) << 32) + 1
         count = tl.atomic_add(counter_ptr, arrival) + arrival
         if (count & 0xFFFFFFFF) == n_rows:
-            _reduce(losses_ptr, loss_ptr, scale_ptr, n_rows, count >> 32, COMPUTE, REDUCTION == "mean", SCAN_SIZE)
+            reduce_losses(losses_ptr, loss_ptr, scale_ptr, n_rows, count >> 32, COMPUTE, REDUCTION == "mean", SCAN_SIZE)
             tl.store(counter_ptr, tl.zeros((), tl.int64))
 
 
