@@ -9,6 +9,7 @@ import argparse
 import json
 import random
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ CURVE |= {f"msam {m}, batched": partial(ours, partial(MSAM, num_shards=m, execut
 
 def measure(model: str, rows: int, rounds: int, steps: int, device: str) -> dict[str, dict[str, Any]]:
     """Return each arm's median step in milliseconds, its spread, and its ratios to the base optimizer and to SAM."""
-    arms = {method: Arm(model, method, rows, device) for method in ["base", "base again", "sam", *CURVE]}
+    builders = {method: METHODS[method] for method in ("base", "base again", "sam")} | CURVE
+    arms = {method: Arm(model, build, rows, device) for method, build in builders.items()}
     for arm in arms.values():
         arm.step()
     order = list(arms)
@@ -58,7 +60,7 @@ def table(model: str, results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="resnet18,vit", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--rows", type=int, default=2 * max(SHARDS), help="batch size; batch norm takes 2 in a shard")
@@ -66,8 +68,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="steps of an arm in a round")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
-    METHODS.update(CURVE)
+    options = parser.parse_args(arguments)
     record: dict[str, Any] = {
         "environment": environment(options.device),
         "options": {k: str(v) for k, v in vars(options).items() if k != "out"},

@@ -15,8 +15,9 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,25 @@ def eager(model: nn.Module, base: partial, n_samples: int) -> Step:
     return step
 
 
+def kozistr(model: nn.Module, base: partial, n_samples: int) -> Step:
+    """SAM of the pytorch_optimizer package."""
+    import pytorch_optimizer
+
+    opt = pytorch_optimizer.SAM(model.parameters(), base_optimizer=base.func, rho=0.05, **base.keywords)
+
+    def step(x: Tensor, y: Tensor, ids: Tensor) -> None:
+        def closure() -> Tensor:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        closure()
+        opt.step(closure)
+        opt.zero_grad()
+
+    return step
+
+
 def ours(method: Callable, model: nn.Module, base: partial, n_samples: int) -> Step:
     """One of our optimizers."""
     opt = method(model.parameters(), base.func, rho=0.05, model=model, **base.keywords)
@@ -101,11 +121,14 @@ def mesa(model: nn.Module, base: partial, n_samples: int, **options: Any) -> Ste
     return with_loss(opt, model, lambda z, x, y, ids: loss_of(z, y, x))
 
 
-METHODS: dict[str, Callable[[nn.Module, partial, int], Step]] = {
+Build = Callable[[nn.Module, partial, int], Step]
+"""Makes a method's step for a model, its base optimizer, and a number of samples."""
+METHODS: dict[str, Build] = {
     "base": plain,
     "base again": plain,
     "base, fused": partial(plain, fused=True),
     "davda54 eager sam": eager,
+    **({"pytorch_optimizer sam": kozistr} if find_spec("pytorch_optimizer") else {}),
     "sam": partial(ours, SAM),
     "esam": partial(ours, partial(ESAM, beta=0.6, gamma=0.5)),
     "esam, element mask": partial(ours, partial(ESAM, beta=0.6, gamma=0.5, mask="element")),
@@ -124,10 +147,10 @@ BATCHES = 8
 class Arm:
     """One method on its own copy of one model."""
 
-    def __init__(self, model_name: str, method: str, rows: int, device: str) -> None:
+    def __init__(self, model_name: str, build: Build, rows: int, device: str) -> None:
         torch.manual_seed(0)
         self.model = MODELS[model_name]().to(device)
-        self._step = METHODS[method](self.model, BASES[model_name], BATCHES * rows)
+        self._step = build(self.model, BASES[model_name], BATCHES * rows)
         self.x = torch.randn(rows, 3, 32, 32, device=device)
         self.y = torch.randint(0, CLASSES, (rows,), device=device)
         self.ids = torch.arange(BATCHES * rows, device=device).split(rows)
@@ -176,7 +199,7 @@ class Arm:
 
 
 def measure(model: str, methods: list[str], rows: int, rounds: int, steps: int, device: str) -> dict[str, Any]:
-    arms = {method: Arm(model, method, rows, device) for method in ["base", "base again", *methods]}
+    arms = {method: Arm(model, METHODS[method], rows, device) for method in ["base", "base again", *methods]}
     for arm in arms.values():
         arm.count(10)  # the tensor mask is random: its share of weight gradients is a mean
     order = list(arms)
@@ -227,7 +250,23 @@ def table(model: str, results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def plot(record: dict[str, Any], models: list[str], path: Path) -> None:
+    """Draw each method's step time over the base's, and the base's own noise."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.5 + 0.28 * sum(len(record[model]) for model in models)), layout="constrained")
+    for axes, model in zip(figure.subplots(len(models), squeeze=False)[:, 0], models, strict=True):
+        ratios = {method: row["over base"] for method, row in record[model].items() if method != "base"}
+        bars = axes.barh(list(ratios), list(ratios.values()))
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_title(f"{model}: step time over {BASES[model].func.__name__}")
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="resnet18,vit", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--methods", default=",".join(m.replace(",", "+") for m in list(METHODS)[2:]),
@@ -236,8 +275,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps of an arm in a round")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="JSON file for the results; a plot goes beside it")
+    options = parser.parse_args(arguments)
     methods = [m.replace("+", ",") for m in options.methods.split(",")]
     record: dict[str, Any] = {
         "environment": environment(options.device),
@@ -249,6 +288,7 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=2) + "\n")
+        plot(record, options.models.split(","), options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
