@@ -184,7 +184,9 @@ def main() -> None:
         pass
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"environment": environment("cpu"), "rows": rows}, indent=2) + "\n")
+        about = {"backward, ms": options.backward, "rounds": options.rounds, "processes": 2}
+        record = {"environment": environment("cpu"), "options": about, "rows": rows}
+        options.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
