@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.batch import check_losses, take_rows
-from fastsam.distributed import first_element
 from fastsam.kernels import dispatch, philox
 from fastsam.kernels.philox import Draw
 from fastsam.sam import SAM, check_choice
+from fastsam.sharded import first_element
 from fastsam.two_pass import Ascended
 from fastsam.wrapping import SEED, STEP
 

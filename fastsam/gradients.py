@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastsam.distributed import local
+from fastsam.sharded import local
 
 
 def flat(groups: Sequence[dict]) -> list[Tensor]:

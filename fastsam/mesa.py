@@ -9,7 +9,6 @@ The teacher v stands for the trajectory that SAF remembers, for one copy of the 
 """
 
 import copy
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsam.kernels import dispatch
 from fastsam.kernels.reference import Past
 from fastsam.passes import Stage, found_inf_of, under_way
+from fastsam.sharded import dtensors
 from fastsam.trajectory import Trajectory, check_number, uncompiled
 
 
@@ -82,7 +82,7 @@ class MESA(Trajectory):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_number("decay", decay, lambda value: 0 < value < 1, "in (0, 1)")
         student = _unwrap(model)
-        if _is_sharded(student):
+        if any(isinstance(p, dtensors()) for p in student.parameters()):
             raise ValueError("the model's parameters are DTensors, which MESA cannot average; use SAF, or DDP")
         self.decay, self.teacher_dtype = decay, teacher_dtype
         self._student = (student,)  # in a tuple, so that it is not a part of this module
@@ -233,11 +233,6 @@ def _unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    tensor = sys.modules.get("torch.distributed.tensor")  # importing it imports Triton
-    return tensor is not None and any(isinstance(p, tensor.DTensor) for p in module.parameters())
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -102,7 +102,7 @@ class Run:
             is_local: keep this rank's gradient unreduced; `Replicas.average` is left to do.
         """
         self.params = flat(groups)
-        overwrites = self.replicas.overwrites_gradients and not is_local
+        overwrites = self.replicas.overwrites_gradients(unreduced=is_local)
         if not self.pairs and self.consumed.covers(groups) and (overwrites or not self.consumed.zeroed):
             clear(self.params)  # leftovers of the last step
         self.first_draws = RandomState({p.device for p in self.params}) if same_rng else None

@@ -18,10 +18,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastsam.distributed import PerturbSync, first_element, norm_over_ranks, shard_number
+from fastsam.distributed import PerturbSync
 from fastsam.kernels import dispatch
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import E0
+from fastsam.sharded import first_element, norm_over_ranks, shard_number
 from fastsam.two_pass import Ascended, TwoPassOptimizer
 from fastsam.wrapping import FROM_BASE
 

@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 
 from fastsam.base_step import update
 from fastsam.batch import batch_size, check_losses
-from fastsam.distributed import PerturbSync, Spread, check_perturb_sync, laid_out_as, local, spread
+from fastsam.distributed import PerturbSync, check_perturb_sync
 from fastsam.gradients import clear, refuse_fresh
 from fastsam.passes import Stage
 from fastsam.protocols import PassOptimizer
+from fastsam.sharded import Spread, laid_out_as, local, spread
 from fastsam.wrapping import SEED, STEP
 
 

@@ -1,0 +1,141 @@
+"""Weights in shards, the DTensors of FSDP2 and tensor parallelism: what one rank holds of them, and sums over ranks."""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastsam.kernels.tensor_list import buckets
+
+
+def loaded(module: str, name: str) -> Any:
+    """A class for isinstance, if its module is loaded: importing DTensor takes longer than all of fastsam."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def dtensors() -> Any:
+    """DTensor for isinstance, or nothing."""
+    return loaded("torch.distributed.tensor", "DTensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's own entries of a DTensor, in its memory; any other tensor as it is."""
+    # to_local() of a parameter is another tensor in every call, but a backup knows its weights by identity
+    return tensor._local_tensor if isinstance(tensor, dtensors()) else tensor
+
+
+@torch.no_grad()
+def laid_out_as(param: Any, grad: Any) -> Tensor:
+    """A DTensor gradient spread as its parameter is, its parts summed; any other gradient as it is."""
+    if isinstance(grad, dtensors()) and grad.placements != param.placements:
+        return grad.redistribute(placements=param.placements)
+    return grad
+
+
+def refuse_partial(params: Sequence[Any]) -> None:
+    """Raise ValueError if a parameter is a sum over ranks."""
+    for p in params:
+        if isinstance(p, dtensors()) and any(placement.is_partial() for placement in p.placements):
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is a sum over ranks (Partial), of which nobody holds a weight "
+                "to perturb; redistribute it"
+            )
+
+
+class Spread(NamedTuple):
+    """How a tensor lies on several ranks: split along these dimensions of the mesh, copied along the others."""
+
+    mesh: Any
+    dims: tuple[int, ...]
+
+
+def spread(tensor: Tensor) -> Spread | None:
+    """How a DTensor is spread; None for any other tensor."""
+    if not isinstance(tensor, dtensors()):
+        return None
+    # the strided shards of two-dimensional meshes do not call themselves shards
+    return Spread(tensor.device_mesh, tuple(d for d, p in enumerate(tensor.placements) if not p.is_replicate()))
+
+
+def first_element(tensor: Any) -> int | None:
+    """Which element of the whole tensor, in memory order, this rank's first one is; None where that does not say all.
+
+    Shards of whole rows, as fully_shard makes them, are one stretch of a contiguous tensor. Shards of columns are not,
+    nor may those be that torch calls strided, of weights that are both tensor parallel and fully sharded. A complex
+    number counts as two elements.
+    """
+    if not isinstance(tensor, dtensors()) or all(p.is_replicate() for p in tensor.placements):
+        return 0
+    if not tensor.is_contiguous() or not all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
+        return None
+    row_length = prod(tensor.shape[1:]) * (2 if tensor.is_complex() else 1)
+    return _first_row(tensor.shape, tensor.device_mesh, tensor.placements) * row_length
+
+
+@lru_cache(1024)
+def _first_row(shape: torch.Size, mesh: Any, placements: Any) -> int:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(shape, mesh, placements)[1][0]
+
+
+def shard_number(spread: Spread | None) -> int:
+    """Which of a tensor's shards this rank holds, counted along the mesh; 0 for a whole one."""
+    number = 0
+    for d in spread.dims if spread else ():
+        number = number * spread.mesh.size(d) + spread.mesh.get_local_rank(d)  # type: ignore[union-attr]
+    return number
+
+
+@torch.no_grad()
+def norm_over_ranks(norm_of: Callable[[list[int]], Tensor], spreads: Sequence[Spread | None]) -> Tensor:
+    """Return the 2-norm over all entries of a list of tensors, each entry counted once however many ranks hold it.
+
+    Args:
+        norm_of: returns the norm over this rank's own entries of the tensors at these positions, 0-dim float64.
+        spreads: how each tensor is spread.
+    """
+    if not any(spreads):
+        return norm_of(list(range(len(spreads))))
+    alike = {spreads[rows[0]]: norm_of(rows).square() for rows in buckets(spreads)}
+    total = alike.pop(None, torch.zeros((), dtype=torch.float64))
+    for mesh, dims in _split_dims(spreads).items():
+        copies = {s: prod(mesh.size(d) for d in dims if d not in s.dims) for s in alike if s and s.mesh == mesh}
+        squares = torch.stack([alike[s] / n for s, n in copies.items()]).sum()
+        for d in dims:
+            all_reduce(squares, mesh.get_group(d), dist.ReduceOp.SUM, "the gradient norm")
+        total = squares + total.to(squares.device)
+    return total.sqrt()
+
+
+@torch.no_grad()
+def any_over_ranks(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Return the largest value that `flag` has on a rank that holds entries of these tensors."""
+    for mesh, dims in _split_dims([spread(t) for t in tensors]).items():
+        for d in dims:
+            all_reduce(flag, mesh.get_group(d), dist.ReduceOp.MAX, "the flag of a non-finite gradient")
+    return flag
+
+
+def _split_dims(spreads: Sequence[Spread | None]) -> dict[Any, list[int]]:
+    """For each mesh the dimensions along which any tensor is split."""
+    found: dict[Any, set[int]] = {}
+    for s in filter(None, spreads):
+        found.setdefault(s.mesh, set()).update(s.dims)
+    return {mesh: sorted(dims) for mesh, dims in found.items()}
+
+
+def all_reduce(tensor: Tensor, group: Any, op: Any, what: str) -> None:
+    """Reduce `tensor` in place within `group`, or raise RuntimeError that says what it was and on which rank."""
+    try:
+        dist.all_reduce(tensor, op, group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"fastsam could not reduce {what} on rank {dist.get_rank()}: another rank has stopped or waits elsewhere; "
+            "its own output says why"
+        ) from error
