@@ -192,10 +192,9 @@ class MSAM(SAM):
         # a batch that cannot be batched, such as a smaller last one, decides nothing
         if chosen is False or len(set(sizes)) > 1 or self._run.statistics.any_cumulative():
             return self._sequential_passes(loss_fn, batch, scaler, sizes)
-        if chosen:
-            return self._batched_passes(loss_fn, batch, scaler, len(sizes))
-        batched = len(self._probes[True]) < len(self._probes[False])
-        start = self._now()
+        # a choice from a checkpoint may meet a model that refuses it
+        batched = chosen or len(self._probes[True]) < len(self._probes[False])
+        start = 0.0 if chosen else self._now()
         try:
             if batched:
                 _check_batchable(self.model, self.bn_update)
@@ -208,6 +207,8 @@ class MSAM(SAM):
             self._run.abort()
             self._settle(False, str(error).removesuffix(f"; {WAY_OUT}"))
             return self._sequential_passes(loss_fn, batch, scaler, sizes)
+        if chosen:
+            return loss
         self._probes[batched].append(self._now() - start)
         if len(self._probes[True]) == PROBES:
             one, many = (min(times[1:]) for times in self._probes.values())

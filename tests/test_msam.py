@@ -1079,6 +1079,16 @@ def test_a_checkpoint_keeps_what_auto_chose(monkeypatch):
     assert again.execution_chosen == "batched: chosen before the checkpoint"
 
 
+def test_a_choice_from_a_checkpoint_gives_way_to_a_model_that_refuses_it():
+    model = Wrapper("no_sync")
+    opt = MSAM(model.inner.parameters(), SGD, num_shards=3, execution="auto", model=model, lr=0.1)
+    for group in opt.param_groups:
+        group["batched"] = True
+    x, y = batches(1)[0]
+    opt.step(losses_of(model.inner), x, y)
+    assert opt.execution_chosen.startswith("sequential: execution='batched' cannot swap the tensors below a Wrapper")
+
+
 def test_an_execution_that_was_asked_for_says_so():
     assert msam(mlp()).execution_chosen == "sequential: as asked"
     assert msam(mlp(), execution="batched").execution_chosen == "batched: as asked"
