@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastsam.kernels import dispatch
 from fastsam.kernels.reference import Past
+from fastsam.kernels.reference_loss import NEVER
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8)
 _WIDE, _PADDING = 8, 16
@@ -188,8 +189,10 @@ class History:
             return
         fields = leaving.arrive(wait=True)
         rows = torch.where(fields["tags"] > 0, self._rows(leaving.ids).to(self._home), self.layout.rows)
-        for name, field in self._slot(leaving.epoch).items():
-            field.index_copy_(0, rows, fields[name])
+        slot = self._slot(leaving.epoch)
+        slot["tags"].index_fill_(0, rows, NEVER)  # a row that an interrupt leaves half-written is nobody's past
+        for name in sorted(slot, key="tags".__eq__):
+            slot[name].index_copy_(0, rows, fields[name])
 
     def _blank(self, n: int) -> Fields:
         fields = self.layout.fields().items()

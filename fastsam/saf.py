@@ -234,12 +234,12 @@ class SAF(Trajectory):
             IndexError: a sample id was out of range since the last call.
         """
         super().set_epoch(epoch)
-        self.check_ids()
         self._rows_seen = 0
         if self._history is not None:
             self._history.flush()
         if self._shared:
             dist.barrier()
+        self.check_ids()  # behind the barrier, where nobody waits for a process that raises
 
     # sample ids
 

@@ -24,6 +24,8 @@ LARGEST_HALF = 65504.0
 SMALLEST_SCALE = 2.0**-126
 """Of an int8 history's rows: what keeps a division by it finite."""
 REDUCTIONS = ("none", "sum", "mean")
+NEVER = torch.iinfo(torch.int32).min
+"""The tag of a row while it is written."""
 
 
 class Past(NamedTuple):
@@ -341,17 +343,15 @@ def _read(past: Past, ids: Tensor | None, n_classes: int, dtype: torch.dtype) ->
 
 
 def _write(logits: Tensor, past: Past, rows: _Rows) -> None:
-    """Record the logits of the rows that take part."""
+    """Record the logits of the rows that take part; a row that an interrupt leaves half-written is nobody's past."""
     assert rows.ids is not None
     assert past.tags is not None
     ids, taking_part = rows.ids, rows.taking_part
     values, scales = _encode(logits, past.rows.dtype)
-    tables = [
-        (past.rows[:, : logits.shape[1]], values),
-        (past.tags, torch.full_like(ids, past.epoch, dtype=torch.int32)),
-    ]
+    tags = [(past.tags, torch.full_like(ids, tag, dtype=torch.int32)) for tag in (NEVER, past.epoch)]
+    tables = [tags[0], (past.rows[:, : logits.shape[1]], values), tags[1]]
     if past.scales is not None and scales is not None:
-        tables.append((past.scales, scales))
+        tables.insert(1, (past.scales, scales))
     if taking_part is None:
         for table, new in tables:
             table.index_copy_(0, ids, new)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from problems import assert_same, batches, mlp, snapshot
 from test_side_effects import NoHostReads
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsam.history
 from fastsam import ESAM, SAF, SAM, IndexedDataset
@@ -309,6 +310,50 @@ def test_a_row_recorded_after_it_was_fetched_has_no_past(backend, monkeypatch):
         ours(2 * z, Y[:4], torch.tensor([3, 9, 10, 11]))  # sample 3 has been met in this epoch now
         results.append(ours(3 * z, Y[:4], ids))
     assert torch.equal(*results)
+
+
+class InterruptAt(TorchDispatchMode):
+    """Raises KeyboardInterrupt before the given operation that writes into a tensor by index."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.left = number
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::index_copy_", "aten::index_fill_"):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+@pytest.mark.parametrize("target", [1, -100])
+def test_a_row_that_an_interrupt_leaves_half_written_is_nobodys_past(choose, storage, dtype, target):
+    choose("torch")
+    old, new, ids = torch.randn(4, C, dtype=torch.float64), torch.randn(4, C, dtype=torch.float64), torch.arange(4)
+    y = torch.tensor([0, target, 2, 0])
+    ours = saf(lag=1, start_epoch=0, lam=1.0, storage=storage, history_dtype=dtype, device="cpu")
+    ours(old, Y[:4], ids)
+    whole = {k: v.clone() for k, v in ours.state_dict()["_extra_state"]["history"].items()}
+    interrupted = 0
+    for number in range(20):
+        ours.set_epoch(1)
+        ours._history.load_state_dict(whole)
+        ours.set_epoch(2)
+        try:
+            with InterruptAt(number):
+                ours(new, y, ids)
+                ours._history.flush()
+        except KeyboardInterrupt:
+            interrupted += 1
+        tags = ours._history._fields["tags"][0, :4]
+        for row in range(4):
+            for name in ("records", "scales"):
+                field = ours._history._fields.get(name)
+                if field is not None and tags[row] == 1:  # still the past of epoch 2
+                    assert torch.equal(field[0, row], whole[name][0, row])
+    assert interrupted >= 3
 
 
 # memory
