@@ -260,7 +260,11 @@ class BatchLosses:
     """
 
     def __init__(
-        self, model: nn.Module, criterion: Criterion, amp_dtype: torch.dtype | None, device: torch.device
+        self,
+        model: Callable[[Tensor], Tensor],
+        criterion: Criterion,
+        amp_dtype: torch.dtype | None,
+        device: torch.device,
     ) -> None:
         self.model, self.criterion = model, criterion
         self.autocast: Any = nullcontext() if amp_dtype is None else torch.autocast(device.type, amp_dtype)
