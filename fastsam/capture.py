@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
 from fastsam.kernels import captured
 
@@ -16,7 +16,7 @@ class Recorder(Protocol):
     """Something that records the device's work and repeats it; `cuda_graph.CudaGraph` is one."""
 
     def rehearsal(self) -> Any:
-        """Context of a step that runs as usual, the way that it will be captured."""
+        """Context of a step that runs where it will be captured."""
 
     def recording(self) -> Any:
         """Context of a step whose work is recorded; nothing runs."""
@@ -35,16 +35,10 @@ class Recorder(Protocol):
 
 
 class Capture:
-    """One captured step.
+    """One captured step."""
 
-    Args:
-        device: where it runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.tables = captured.Tables()
-        self.advance = torch.zeros((), dtype=torch.int64, device=device)
-        """Steps taken since the capture: what captured launches add to the step that addresses random numbers."""
         self.calls: list[Callable[[], object]] = []
         """What Python has to do in every replay."""
         self._watched: list[tuple[Callable[[], Any], Any]] = []
@@ -59,31 +53,36 @@ class Capture:
 
 
 _current: Capture | None = None
-_recorder: Recorder | None = None
+_stage: tuple[Recorder, Tensor] | None = None
 
 
 @contextmanager
-def rehearsing(recorder: Recorder) -> Iterator[None]:
-    """Context of a step that is about to be captured as it runs here."""
-    global _recorder
-    _recorder = recorder
+def rehearsing(recorder: Recorder, advance: Tensor) -> Iterator[None]:
+    """Context of a step that runs, with the very launches that will be captured, so that all are compiled.
+
+    Args:
+        recorder: what will record it.
+        advance: int64, 0-dim on the device: what launches add to the step that addresses random numbers. 0 here.
+    """
+    global _stage
+    _stage = recorder, advance.zero_()
     try:
         with recorder.rehearsal():
             yield
     finally:
-        _recorder = None
+        _stage = None
 
 
 @contextmanager
-def capturing(capture: Capture, recorder: Recorder) -> Iterator[None]:
-    """Context of a step that is recorded rather than run."""
-    global _current, _recorder
-    _current, _recorder = capture, recorder
+def capturing(capture: Capture, recorder: Recorder, advance: Tensor) -> Iterator[None]:
+    """Context of a step that is recorded rather than run. `advance` is then the number of steps since."""
+    global _current, _stage
+    _current, _stage = capture, (recorder, advance)
     try:
         with recorder.recording(), captured.capturing(capture.tables):
             yield
     finally:
-        _current = _recorder = None
+        _current = _stage = None
 
 
 def current() -> Capture | None:
@@ -93,7 +92,12 @@ def current() -> Capture | None:
 
 def recorder() -> Recorder | None:
     """Return what records, in a capture or in a rehearsal for one."""
-    return _recorder
+    return _stage[0] if _stage else None
+
+
+def advance() -> Tensor | None:
+    """Return where a launch finds by how much its step has moved on; None outside of captures and rehearsals."""
+    return _stage[1] if _stage else None
 
 
 class Capturable:

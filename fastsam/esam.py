@@ -114,7 +114,7 @@ class ESAM(SAM):
 
     def _kept(self) -> list[bool]:
         """The tensor mask of this step, in group order: the same on every rank, backend and device."""
-        if self.mask == "element" or capture.current() is not None:  # whose kernels draw the mask
+        if self.mask == "element" or capture.recorder() is not None:  # whose kernels draw the mask
             return [True] * len(self._params())
         group = self.param_groups[0]
         betas = tuple(self.knob(group, "beta") for group in self.param_groups for _ in group["params"])
@@ -170,7 +170,7 @@ class ESAM(SAM):
     def _draw(self, ascended: Ascended) -> Draw | None:
         betas = tuple(self.knob(group, "beta") for group in ascended.groups)
         is_whole = self.mask == "tensor"
-        if all(beta == 1 for beta in betas) or (is_whole and capture.current() is None):
+        if all(beta == 1 for beta in betas) or (is_whole and capture.recorder() is None):
             return super()._draw(ascended)
         return self._draw_with(ascended, rounding=bool(self.stochastic_rounding), keep=betas, whole=is_whole)
 

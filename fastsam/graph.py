@@ -95,6 +95,7 @@ class GraphStep:
             raise ValueError(f"the step cannot be captured: {obstacle}; take it without graph_step")
         self.opt, self._loss_fn, self._scaler, self._clip_grad_norm = opt, loss_fn, scaler, clip_grad_norm
         self._layout = _layout(example_batch)
+        self._advance = torch.zeros((), dtype=torch.int64, device=flat(opt.param_groups)[0].device)
         self._to_rehearse = warmup
         self._recorded: RecordedStep | None = None
         self._wasted = 0
@@ -130,7 +131,7 @@ class GraphStep:
         if self._recorded is None:
             if self._to_rehearse > 0 or not self._stepper._is_settled():
                 return self._rehearse(recorder, batch)
-            self._recorded = RecordedStep(self._stepper, self._step, batch, recorder, self._scaler)
+            self._recorded = RecordedStep(self._stepper, self._step, batch, recorder, self._advance, self._scaler)
         self.replays += 1
         return self._recorded.replay(batch)
 
@@ -138,7 +139,7 @@ class GraphStep:
         return self._stepper.step(self._loss_fn, *batch, scaler=self._scaler, clip_grad_norm=self._clip_grad_norm)
 
     def _rehearse(self, recorder: Recorder, batch: tuple[Any, ...]) -> Tensor:
-        with capture.rehearsing(recorder):
+        with capture.rehearsing(recorder, self._advance):
             loss = self._step(*batch)
         self._to_rehearse -= 1
         return loss

@@ -29,6 +29,7 @@ class RecordedStep:
         step: takes the step on a batch and returns the loss.
         batch: of the layout that all replays have.
         recorder: records and replays.
+        advance: int64, 0-dim on the device, for launches that draw random numbers: steps since the recording.
         scaler: of the step, or None.
 
     Raises:
@@ -41,6 +42,7 @@ class RecordedStep:
         step: Callable[..., Tensor],
         batch: tuple[Any, ...],
         recorder: Recorder,
+        advance: Tensor,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self._stepper, self._recorder, self._scaler = stepper, recorder, scaler
@@ -50,12 +52,12 @@ class RecordedStep:
         self._given, self._numbers = self._what_is_given(), self._what_is_renewed()
         self._inputs = [t.clone() for t in tensors_of(batch)]
         self._counter: int | None = stepper.param_groups[0].get(STEP)
-        self._capture = Capture(self._inputs[0].device)
+        self._capture, self._advance = Capture(), advance
         self.replays = 0
         clear(self._params)  # autograd is to make gradients in the graph's memory
         torch.clear_autocast_cache()
         try:
-            with capture.capturing(self._capture, recorder):
+            with capture.capturing(self._capture, recorder, advance):
                 self._loss = step(*replace_tensors(batch, self._inputs))
         except BaseException as error:
             recorder.release()
@@ -68,7 +70,7 @@ class RecordedStep:
             ) from error
         finally:
             torch.clear_autocast_cache()  # of casts that lie in the graph's memory
-        self._advance = self._count_back()
+        self._counts = self._count_back()
         self._capture.tables.fill()
         self._grads = take(self._params)
         self._outcomes = [(holder, name, getattr(holder, name)) for holder, name in stepper._outcomes()]
@@ -92,9 +94,9 @@ class RecordedStep:
             self._numbers = numbers
         groups = self._stepper.param_groups
         if self._counter is not None:
-            self._capture.advance.fill_(groups[0][STEP] - self._counter)
+            self._advance.fill_(groups[0][STEP] - self._counter)
             for group in groups:
-                group[STEP] += self._advance
+                group[STEP] += self._counts
         self._recorder.replay()
         self.replays += 1
         put(self._params, self._grads)

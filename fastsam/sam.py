@@ -173,9 +173,7 @@ class SAM(TwoPassOptimizer):
             for i, start, spread in zip(ascended.indices, starts, ascended.spreads, strict=True)
         ]
         firsts = tuple(start or 0 for start in starts)
-        captured = capture.current()
-        advance = None if captured is None else captured.advance
-        return Draw(ascended.seed, ascended.step, tuple(indices), starts=firsts, advance=advance, **options)
+        return Draw(ascended.seed, ascended.step, tuple(indices), starts=firsts, advance=capture.advance(), **options)
 
     def _is_official(self) -> bool:
         return any(self.knob(group, "adaptive") == "official" for group in self.param_groups)

@@ -364,7 +364,8 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
         return not_in_a_kernel(base) if reads and not is_fusable(base) else None
 
     def _outcomes(self) -> list[tuple[Any, str]]:
-        return [(self._run, "last_grad_norm"), (self._run, "found_inf")]
+        # the backup may be another after a step without a graph, but a captured one has its address
+        return [(self._run, "last_grad_norm"), (self._run, "found_inf"), (self._run, "backup")]
 
     def _discard(self) -> None:
         self._run.discard()
