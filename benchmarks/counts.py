@@ -28,23 +28,25 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
-        self.reads += func._schema.name.removeprefix("aten::") in _READS
+        name = func._schema.name.removeprefix("aten::")
+        self.reads += name in _READS or (name == "index" and any(_is_mask(index) for index in args[1]))
         return func(*args, **(kwargs or {}))
 
 
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype == torch.bool
+
+
 def count(run: Callable[[], None], steps: int, model: nn.Module, rows: int, device: str, regime: str) -> dict[str, Any]:
-    """Return what one step does, as a mean over `steps`; `run` takes one."""
+    """Return what one step does, as a mean over `steps`, each of which `run` takes."""
     found: dict[str, Any] = dict.fromkeys(("passes", "launches", "operator calls", "host reads"))
 
     def all_steps() -> None:
         for _ in range(steps):
             run()
 
-    if regime == "eager":  # compiled and captured models call no hooks
-        with _passes(model) as passes:
-            all_steps()
-        units = {"weight gradients": len(list(model.parameters()))}
-        found["passes"] = {what: round(n / steps / units.get(what, rows), 3) for what, n in passes.items()}
+    if not steps:
+        return found
     if device == "cuda":
         found["host reads"] = round(_waits(all_steps) / steps, 2)
         found["launches"] = round((count_launches(all_steps, device) or 0) / steps, 2)
@@ -52,6 +54,11 @@ def count(run: Callable[[], None], steps: int, model: nn.Module, rows: int, devi
         with Operators() as operators:
             all_steps()
         found["operator calls"], found["host reads"] = operators.calls / steps, operators.reads / steps
+    if regime == "eager":  # compiled and captured models call no hooks
+        with _passes(model) as passes:
+            all_steps()
+        units = {"weight gradients": len(list(model.parameters()))}
+        found["passes"] = {what: round(n / steps / units.get(what, rows), 3) for what, n in passes.items()}
     return found
 
 

@@ -68,8 +68,7 @@ class Arm:
         self.times.append((time.perf_counter() - start) / steps)
 
     def count(self) -> dict[str, Any]:
-        # a tensor mask is random: its share of the weight gradients is a mean
-        steps, work = self._whole(10), self.work
+        steps, work = self._whole(self.work.options.counted), self.work
         return counts.count(self.step, steps, self.problem.model, work.rows, work.device, self.regime)
 
     def _whole(self, steps: int) -> int:
@@ -233,6 +232,8 @@ def parser(description: str | None, models: str, methods: Sequence[str]) -> argp
     parser.add_argument("--rows", type=int, help="batch size; default: the model's own for the device")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps of an arm in a round; 50 on a GPU")
+    parser.add_argument("--counted", type=int, default=10,
+                        help="steps whose launches and passes are counted; they vary where masks are random")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast; fp16 scales its loss")
     parser.add_argument("--channels-last", choices=("auto", "on", "off"), default="auto",
@@ -247,9 +248,9 @@ def run(module: str, methods: Mapping[str, Method], parser: argparse.ArgumentPar
         arguments: Sequence[str] | None) -> dict[str, Any]:  # fmt: skip
     """Measure what the arguments ask for; write and return the record."""
     options = parser.parse_args(arguments)
-    for name in ("rounds", "steps", "together"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    for name, least in (("rounds", 1), ("steps", 1), ("together", 1), ("counted", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
     chosen = {name: methods[name] for name in dict.fromkeys([*BASES, *options.methods])}
     record: dict[str, Any] = {
         "environment": environment(options.device, module, arguments),
