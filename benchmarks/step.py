@@ -231,9 +231,9 @@ def parser(description: str | None, models: str, methods: Sequence[str]) -> argp
     parser.add_argument("--regimes", type=_names(REGIMES), default=["eager"], help=f"of {', '.join(REGIMES)}")
     parser.add_argument("--rows", type=int, help="batch size; default: the model's own for the device")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="steps of an arm in a round; 50 on a GPU")
+    parser.add_argument("--steps", type=int, help="steps of an arm in a round; default: 50 on a GPU, 3 on the CPU")
     parser.add_argument("--counted", type=int, default=10,
-                        help="steps whose launches and passes are counted; they vary where masks are random")  # fmt: skip
+                        help="steps whose launches and passes are counted; random masks vary them")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast; fp16 scales its loss")
     parser.add_argument("--channels-last", choices=("auto", "on", "off"), default="auto",
@@ -248,6 +248,8 @@ def run(module: str, methods: Mapping[str, Method], parser: argparse.ArgumentPar
         arguments: Sequence[str] | None) -> dict[str, Any]:  # fmt: skip
     """Measure what the arguments ask for; write and return the record."""
     options = parser.parse_args(arguments)
+    if options.steps is None:
+        options.steps = 50 if options.device == "cuda" else 3
     for name, least in (("rounds", 1), ("steps", 1), ("together", 1), ("counted", 0)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
