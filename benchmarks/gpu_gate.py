@@ -28,8 +28,8 @@ Adam step, the longest, takes 12.5 % of it, and of the others more."""
 KERNEL_FLOOR = 0.02
 """What a fall has to exceed besides: a call on a hundred rows moves next to nothing, and its share is rounding."""
 STEP_MARGIN = 0.05
-"""By how much a step's ratio over the base may rise. One forward more in a SAM step is 17 %. The base's own noise, which
-stands in every record, is to be well below this; it is not known for any GPU yet."""
+"""By how much a step's ratio over the base may rise. One forward more in a SAM step is 17 %. The base's own noise,
+which stands in every record, is to be well below this; it is not known for any GPU yet."""
 STEPS = [
     "--models", "resnet18,resnet50,vit_s16", "--regimes", "eager,compiled,graph", "--amp", "bf16",
     "--rounds", "5", "--steps", "50", "--device", "cuda",

@@ -61,6 +61,7 @@ class Arm:
 
     def time(self, steps: int) -> None:
         steps = self._whole(steps)
+        self.work.wait()
         start = time.perf_counter()
         for _ in range(steps):
             self.step()
@@ -136,6 +137,8 @@ class Workload:
 def measure(work: Workload, methods: Mapping[str, Method], regime: str, stock: Arm, fused: Arm) -> dict[str, Any]:
     """Return one regime of a model: a row for each arm, why others are not there, and the noise."""
     options = work.options
+    if regime == "compiled":
+        torch._dynamo.reset()  # all modules share one cache, which every call searches
     base = stock if regime == "eager" else work.arm(METHODS["base"], regime)
     if isinstance(base, str):
         return {"arms": {}, "not run": {"base": base, **dict.fromkeys(methods, base)}, "noise": None}
