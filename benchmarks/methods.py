@@ -4,66 +4,17 @@ A new method is one more line of `METHODS`.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks import package_methods
 from benchmarks.eager_methods import EagerSAM, ForeachSAM, OfficialESAM, OfficialSAF
-from benchmarks.models import Batch
+from benchmarks.models import RHO, Batch, Problem, Step
 from fastsam import ESAM, MESA, MSAM, SAF, SAM
-
-RHO = 0.05
-Step = Callable[[Batch], Any]
-
-
-class Precision:
-    """Autocast, and for fp16 a loss scale."""
-
-    def __init__(self, amp: str, device: str) -> None:
-        self.device, self.dtype = device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-        self.scaler = torch.amp.GradScaler(device) if amp == "fp16" else None
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device, self.dtype) if self.dtype else nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
-
-    def step(self, opt: torch.optim.Optimizer) -> None:
-        if self.scaler:
-            self.scaler.step(opt)
-            self.scaler.update()
-        else:
-            opt.step()
-
-
-class Problem(NamedTuple):
-    """What a method takes its steps on."""
-
-    model: nn.Module
-    base: partial
-    """The base optimizer, without its parameters."""
-    batches: list[Batch]
-    """An epoch, for what remembers samples."""
-    classes: int
-    precision: Precision
-    capture: Callable | None = None
-    """`fastsam.graph_step`, where the whole step is to be one CUDA graph."""
-    compile: Callable[[nn.Module], None] | None = None
-    """Compiles a module in place, where the model is compiled."""
-
-    @property
-    def n_samples(self) -> int:
-        return sum(len(batch.y) for batch in self.batches)
-
-    def losses(self, x: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
-        with self.precision.autocast():
-            return F.cross_entropy(self.model(x), y, reduction=reduction)
 
 
 def single_pass(problem: Problem, opt: torch.optim.Optimizer, loss_of: Callable[[Tensor, Batch], Tensor]) -> Step:
@@ -198,83 +149,6 @@ def official_esam(problem: Problem) -> Step:
     return step
 
 
-def _package() -> ModuleType:
-    import pytorch_optimizer
-
-    return pytorch_optimizer
-
-
-def _closure(problem: Problem, batch: Batch) -> Tensor:
-    loss = problem.losses(batch.x, batch.y, "mean")
-    loss.backward()
-    return loss
-
-
-def kozistr_sam(problem: Problem) -> Step:
-    """SAM of pytorch_optimizer, whose `step` wants the first gradient to be there already."""
-    opt = _package().SAM(problem.model.parameters(), problem.base.func, rho=RHO, **problem.base.keywords)
-
-    def step(batch: Batch) -> None:
-        _closure(problem, batch)
-        opt.step(partial(_closure, problem, batch))
-        opt.zero_grad()
-
-    return step
-
-
-def kozistr_gsam(problem: Problem) -> Step:
-    """GSAM of pytorch_optimizer at a constant rho; its `step` runs both passes and expects each to clear gradients."""
-    package, base = _package(), problem.base(problem.model.parameters())
-    rate = problem.base.keywords["lr"]
-    constant = package.ProportionScheduler(
-        torch.optim.lr_scheduler.LambdaLR(base, lambda epoch: 1.0), rate, rate, max_value=RHO, min_value=RHO
-    )
-    opt = package.GSAM(problem.model.parameters(), base, problem.model, constant, alpha=0.4)
-
-    def step(batch: Batch) -> None:
-        def both() -> tuple[None, Tensor]:
-            base.zero_grad()
-            with torch.enable_grad():
-                return None, _closure(problem, batch)
-
-        opt.step(both)
-
-    return step
-
-
-def kozistr_wsam(problem: Problem) -> Step:
-    """WSAM of pytorch_optimizer, decoupled as by default; its `step` runs both passes, and clears between them."""
-    opt = _package().WSAM(
-        problem.model, problem.model.parameters(), problem.base.func, rho=RHO, **problem.base.keywords
-    )
-
-    def step(batch: Batch) -> None:
-        opt.step(partial(_closure, problem, batch))
-        opt.zero_grad()
-
-    return step
-
-
-LOOK = 5
-"""Steps from one of LookSAM's perturbations to the next."""
-
-
-def kozistr_looksam(problem: Problem) -> Step:
-    """LookSAM of pytorch_optimizer; its `step(closure)` would run two passes in every step, and so is not used."""
-    opt = _package().LookSAM(
-        problem.model.parameters(), problem.base.func, rho=RHO, k=LOOK, alpha=0.7, **problem.base.keywords
-    )
-
-    def step(batch: Batch) -> None:
-        _closure(problem, batch)
-        if opt.get_step() % LOOK == 0:
-            opt.first_step(zero_grad=True)
-            _closure(problem, batch)
-        opt.second_step(zero_grad=True)
-
-    return step
-
-
 _NOT_OURS = "not captured: fastsam.graph_step takes fastsam's optimizers and torch's own"
 _THEIRS = {"graph": _NOT_OURS, "fp16": "not run: its second step takes the base's without a GradScaler"}
 _BY_TENSORS = "other gradients are left out in each step; see 'esam, element mask'"
@@ -304,10 +178,10 @@ METHODS: dict[str, Method] = {
     "base, fused": Method(partial(plain, fused=True)),
     "davda54 eager sam": _baseline(partial(eager, sam=EagerSAM), {"graph": _NOT_OURS}),
     "torch foreach sam": _baseline(partial(eager, sam=ForeachSAM, foreach=True), {"graph": _NOT_OURS}),
-    "pytorch_optimizer sam": _baseline(kozistr_sam, _THEIRS),
-    "pytorch_optimizer gsam": _baseline(kozistr_gsam, _THEIRS),
-    "pytorch_optimizer wsam": _baseline(kozistr_wsam, _THEIRS),
-    "pytorch_optimizer looksam": _baseline(kozistr_looksam, _THEIRS, LOOK),
+    "pytorch_optimizer sam": _baseline(package_methods.sam, _THEIRS),
+    "pytorch_optimizer gsam": _baseline(package_methods.gsam, _THEIRS),
+    "pytorch_optimizer wsam": _baseline(package_methods.wsam, _THEIRS),
+    "pytorch_optimizer looksam": _baseline(package_methods.looksam, _THEIRS, package_methods.LOOK),
     "official-style esam": _baseline(official_esam, _RECOMPILES),
     "official-style saf": _baseline(official_saf, {"graph": "not captured: logits go to the host and back"}),
     "sam": Method(partial(ours, method=SAM)),

@@ -1,10 +1,12 @@
-"""Networks of the step benchmark, and the data, base optimizer and batch that each is measured with."""
+"""What the step benchmark runs on: networks with their data, base optimizers and batches, as a method gets them."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsam.models import MODELS as KNOWN
@@ -115,3 +117,51 @@ TASKS: dict[str, Task] = {
         vocabulary=_VOCABULARY,
     ),
 }  # fmt: skip
+
+RHO = 0.05
+Step = Callable[[Batch], Any]
+
+
+class Precision:
+    """Autocast, and for fp16 a loss scale."""
+
+    def __init__(self, amp: str, device: str) -> None:
+        self.device, self.dtype = device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        self.scaler = torch.amp.GradScaler(device) if amp == "fp16" else None
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device, self.dtype) if self.dtype else nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def step(self, opt: torch.optim.Optimizer) -> None:
+        if self.scaler:
+            self.scaler.step(opt)
+            self.scaler.update()
+        else:
+            opt.step()
+
+
+class Problem(NamedTuple):
+    """What a method takes its steps on."""
+
+    model: nn.Module
+    base: partial
+    """The base optimizer, without its parameters."""
+    batches: list[Batch]
+    """An epoch, for what remembers samples."""
+    classes: int
+    precision: Precision
+    capture: Callable | None = None
+    """`fastsam.graph_step`, where the whole step is to be one CUDA graph."""
+    compile: Callable[[nn.Module], None] | None = None
+    """Compiles a module in place, where the model is compiled."""
+
+    @property
+    def n_samples(self) -> int:
+        return sum(len(batch.y) for batch in self.batches)
+
+    def losses(self, x: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
+        with self.precision.autocast():
+            return F.cross_entropy(self.model(x), y, reduction=reduction)

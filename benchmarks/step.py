@@ -30,8 +30,8 @@ from torch import nn
 import fastsam
 from benchmarks import counts
 from benchmarks.environment import environment
-from benchmarks.methods import METHODS, Method, Precision, Problem
-from benchmarks.models import TASKS
+from benchmarks.methods import METHODS, Method
+from benchmarks.models import TASKS, Precision, Problem
 from benchmarks.step_report import draw, table
 
 REGIMES = ("eager", "compiled", "graph")

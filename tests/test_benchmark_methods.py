@@ -16,12 +16,12 @@ if not (ROOT / "benchmarks" / "methods.py").exists():
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
     from benchmarks import eager_methods, methods
-    from benchmarks.methods import METHODS, Precision, Problem
-    from benchmarks.models import TASKS, Batch
+    from benchmarks.methods import METHODS
+    from benchmarks.models import RHO, TASKS, Batch, Precision, Problem
     from benchmarks.parameter_lists import LISTS
 
 STEPS = 7  # LookSAM perturbs in the first and the sixth
-LR, RHO = 0.1, methods.RHO
+LR = 0.1
 SGD = partial(torch.optim.SGD, lr=LR, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
 
