@@ -79,5 +79,5 @@ def _draw_model(axes: Any, model: dict[str, Any]) -> None:
             axes.fill_betweenx([y + 0.5, y + len(arms) + 0.5], low, high, color="black", alpha=0.2, lw=0, zorder=3)
         ticks, y = [*ticks, *places], y + len(arms) + 1
     axes.set_yticks(ticks, [name for found in shown.values() for name in found["arms"]], fontsize="small")
-    axes.axvline(1, color="black", linewidth=0.8, zorder=1)
+    axes.axvline(1, color="0.6", linewidth=0.8, zorder=1)
     axes.set_ylim(y, -0.8)

@@ -184,6 +184,17 @@ def test_the_picture_needs_no_arm_of_every_regime(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
+def test_the_table_of_a_gpu():
+    row = {"milliseconds": 4.2, "over stock": 0.95, "over fused": 1.0, "over base": 2.0, "peak memory over base": 5e6,
+           "launches": 812.0, "operator calls": None, "host reads": 0.0, "passes": None}  # fmt: skip
+    found = {"arms": {"sam": row}, "not run": {"esam": "not captured: a reason"}}
+    head, columns, sam, esam = step_report.table("resnet18", "graph", {"base": "SGD", "rows": 128}, found).split("\n")
+    assert head.startswith("resnet18, graph: SGD, batch 128")
+    assert columns.split() == ["ms", "/", "stock", "/", "fused", "/", "base", "MB", "/base", "launches", "reads"]
+    assert sam.split() == ["sam", "4.20", "0.950", "1.000", "2.000", "5.0", "812.0", "0.0"]
+    assert esam.split() == ["esam", "not", "captured:", "a", "reason"]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--models", "alexnet"], "unknown 'alexnet'; choose from cnn; mlp"),
     (["--methods", "sam,looksam"], "unknown 'looksam'; choose from base; base again"),
