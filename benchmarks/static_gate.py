@@ -68,15 +68,20 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
         return [torch.ones(64, dtype=dtype)]
 
     draw, masked = Draw(0, 0, (0,)), Draw(0, 0, (0,), keep=(0.5,))
+    advance = torch.zeros((), dtype=torch.int64)
+    captured, whole = masked._replace(advance=advance), masked._replace(advance=advance, whole=True)
     for dtype in (f32, bf16, f64):
         variant(_short(dtype), norm.norm, ones(dtype))
         variant(f"{_short(dtype)} adaptive", norm.norm, ones(dtype), ones(dtype), [0.0])
         variant(_short(dtype), norm.found_nonfinite, ones(dtype))
-    variant("fp32 masked", norm.norm, ones(f32), draw=masked)
+    for label, numbers in (("masked", masked), ("masked captured", captured), ("whole captured", whole)):
+        variant(f"fp32 {label}", norm.norm, ones(f32), draw=numbers)
     for label, weight, grad, eta, numbers in (
         ("", f32, f32, None, None), ("adaptive", f32, f32, 0.0, None), ("masked", f32, f32, None, masked),
         ("", bf16, bf16, None, None), ("stochastic", bf16, bf16, None, draw), ("stochastic", f16, f16, None, draw),
         ("masked", bf16, bf16, None, masked), ("", f64, f64, None, None), ("bf16 gradient", f32, bf16, None, None),
+        ("masked captured", f32, f32, None, captured), ("whole captured", f32, f32, None, whole),
+        ("whole captured", bf16, bf16, None, whole),
     ):  # fmt: skip
         weights = ones(weight)
         backup = Backup(weights)
@@ -97,7 +102,6 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     for dtype, n_rows in ((f32, 256), (f32, 2048), (f32, 16384), (f32, 65536), (f64, 2048)):
         losses, chosen = torch.ones(n_rows, dtype=dtype), torch.ones(1, dtype=torch.int64)
         shape = select.shape_of(n_rows, dtype)
-        shape["threads"] = 32 * shape.pop("num_warps")
         args = losses, losses, chosen, 1, 1, n_rows, 1
         record(f"{_short(dtype)} {n_rows} rows", select._select_kernel, 1, *args, **shape, enable_fp_fusion=False)
     for average, value in ((f32, f32), (bf16, bf16), (f32, bf16)):

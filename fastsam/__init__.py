@@ -7,6 +7,7 @@ their docstrings and the README.
 from importlib.metadata import PackageNotFoundError, version
 
 from fastsam.esam import ESAM
+from fastsam.graph import GraphStep, graph_step
 from fastsam.kernels.dispatch import set_backend
 from fastsam.mesa import MESA
 from fastsam.msam import MSAM
@@ -19,4 +20,15 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["ESAM", "MESA", "MSAM", "SAF", "SAM", "IndexedDataset", "SampleToRankSampler", "set_backend"]
+__all__ = [
+    "ESAM",
+    "MESA",
+    "MSAM",
+    "SAF",
+    "SAM",
+    "GraphStep",
+    "IndexedDataset",
+    "SampleToRankSampler",
+    "graph_step",
+    "set_backend",
+]

@@ -1,5 +1,6 @@
 """The base optimizer's step on restored weights: fused with the restore where the base allows it."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fastsam.kernels import dispatch
+from fastsam.kernels.captured import Renewable
 from fastsam.kernels.reference import AdamOptions, SGDOptions
 from fastsam.kernels.tensor_list import Backup
 from fastsam.sharded import any_over_ranks, laid_out_as, local, spread
@@ -101,12 +103,24 @@ def is_stepped_plainly(base: Optimizer) -> bool:
 
 def is_fusable(base: Optimizer) -> bool:
     """Whether `restore_and_step` may stand in for this base's own step."""
+    hooks = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
+    return steps_in_a_kernel(base) and not hooks
+
+
+def steps_in_a_kernel(base: Optimizer) -> bool:
+    """Whether `restore_and_step` does what this optimizer's step does, but for its hooks."""
     return (
         type(base) in (SGD, Adam, AdamW)
         and is_stepped_plainly(base)
-        and not base._optimizer_step_pre_hooks
-        and not base._optimizer_step_post_hooks
         and all(_is_supported(group) for group in base.param_groups)
+    )
+
+
+def not_in_a_kernel(base: Optimizer) -> str:
+    """Say why `is_fusable` does not hold."""
+    return (
+        f"the base step is {type(base).__name__}'s own; fastsam's, which reads nothing on the host, stands for torch's "
+        "SGD, Adam and AdamW without step hooks, foreach=, fused=False, complex or sparse parameters"
     )
 
 
@@ -176,7 +190,19 @@ def _sgd_lists(base: Optimizer, stepped: Stepped) -> tuple[list[Tensor | None], 
             o = o._replace(dampening=0.0)  # torch does not damp the first gradient
         buffers.append(local(base.state[p]["momentum_buffer"]) if o.momentum != 0 else None)
         options.append(o)
-    return buffers, options
+    return buffers, _renewable(options, base, stepped, _sgd_options)
+
+
+def _renewable(
+    options: Sequence[Any], base: Optimizer, stepped: Stepped, options_of: Callable[[dict[str, Any]], Any]
+) -> Renewable:
+    """Return options that a replay of the step takes from the groups as they are by then."""
+
+    def again() -> list[Any]:
+        per_group = {id(group): options_of(group) for group in base.param_groups}
+        return [per_group[id(group)] for group, _ in stepped]
+
+    return Renewable(options, again)
 
 
 def _sgd_options(group: dict[str, Any]) -> SGDOptions:
@@ -210,7 +236,7 @@ def _adam_lists(
         [local(state["exp_avg_sq"]) for state in states],
         [local(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None for state in states],
         [state["step"] for state in states],
-        [per_group[id(group)] for group, _ in stepped],
+        _renewable([per_group[id(group)] for group, _ in stepped], base, stepped, _adam_options),
     )
 
 

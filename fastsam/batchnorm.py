@@ -45,6 +45,10 @@ class RunningStatistics:
     def put_back(self) -> None:
         """Undo what happened to the statistics since `save`. Idempotent."""
         _copy_all(*self._saved)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the copies."""
         self._saved = [], []
 
 

@@ -31,6 +31,7 @@ COMPILE_HELP = (
     "torch.compile the model: the first steps, and those after --resume, take up to minutes. Not for --mask tensor, "
     "which would recompile in each step. A GPU may pick other kernels the next time, and the run then not repeat."
 )
+GRAPH_HELP = "Take whole steps as CUDA graphs, bit for bit the same. On a CPU it changes nothing."
 SCORED_ON_HELP = "held_out: train without a tenth of the training set and score on it, to choose settings fairly."
 
 
@@ -131,6 +132,7 @@ def shared_options(command: Callable) -> Callable:
         _option("--amp", type=click.Choice(list(training.AMP)), default="off", help=AMP_HELP),
         click.option("--channels-last", is_flag=True, help=CHANNELS_LAST_HELP),
         click.option("--compile", is_flag=True, help=COMPILE_HELP),
+        click.option("--graph", is_flag=True, help=GRAPH_HELP),
         _option("--device", type=Device(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
         _option("--threads", type=positive, metavar="N", default=1, help=THREADS_HELP),
         click.option("--resume", is_flag=True, help="Go on where --out was interrupted, with its settings."),

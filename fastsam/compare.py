@@ -34,6 +34,7 @@ class Plan:
     amp: str
     channels_last: bool
     compile: bool
+    graph: bool
     device: str
     threads: int
 

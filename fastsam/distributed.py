@@ -58,22 +58,22 @@ class Replicas:
         size = dist.get_world_size(self._world) if _is_running() else 1
         sharing = _ranks_sharing(perturb_sync, size)
         self.is_local = sharing < size
+        self._is_sharded = bool(self._fsdp) or any(isinstance(p, dtensors()) for p in params)
         if size > 1:
-            self._check(model, params, perturb_sync)
+            self._check(model, perturb_sync)
         self._sharing = sharing
         self._group = _own_group(self._world, sharing) if 1 < sharing < size else self._world
 
-    def _check(self, model: nn.Module | None, params: Sequence[Tensor], perturb_sync: PerturbSync) -> None:
+    def _check(self, model: nn.Module | None, perturb_sync: PerturbSync) -> None:
         """Raise or warn where several ranks would not train as they were asked to."""
-        is_sharded = bool(self._fsdp) or any(isinstance(p, dtensors()) for p in params)
-        if self.is_local and (reason := self._reason_against_local_ascents(model, is_sharded)):
+        if self.is_local and (reason := self._reason_against_local_ascents(model)):
             raise ValueError(f"perturb_sync={perturb_sync!r} {reason}, or use perturb_sync='global'")
         if self.is_local and model is not None and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             warnings.warn(
                 f"SyncBatchNorm mixes the statistics of ranks whose weights differ under perturb_sync={perturb_sync!r}",
                 stacklevel=6,
             )
-        if model is not None and not self._ddp and not is_sharded:
+        if model is not None and not self._ddp and not self._is_sharded:
             warnings.warn(
                 f"{dist.get_world_size()} processes run, but model is a plain {type(model).__name__}: unless something "
                 "else reduces gradients, ranks drift apart. Pass the DistributedDataParallel module that the loss "
@@ -81,8 +81,8 @@ class Replicas:
                 stacklevel=6,
             )
 
-    def _reason_against_local_ascents(self, model: nn.Module | None, is_sharded: bool) -> str | None:
-        if is_sharded:
+    def _reason_against_local_ascents(self, model: nn.Module | None) -> str | None:
+        if self._is_sharded:
             return "needs all weights on every rank, but these are sharded; use DistributedDataParallel"
         if not self._ddp:
             return (
@@ -100,6 +100,11 @@ class Replicas:
     def may_skip_gradients(self) -> bool:
         """Whether a backward may leave some gradients out."""
         return not any(ddp.static_graph for ddp in self._ddp)
+
+    @property
+    def are_several(self) -> bool:
+        """Whether a step takes several processes."""
+        return bool(self._ddp) or self._is_sharded
 
     def overwrites_gradients(self, unreduced: bool) -> bool:
         """Whether a backward may write over gradients that were set aside, which DDP keeps in its buckets."""

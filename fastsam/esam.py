@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastsam import capture
 from fastsam.batch import check_losses, take_rows
 from fastsam.kernels import dispatch, philox
 from fastsam.kernels.philox import Draw
@@ -41,8 +42,9 @@ class ESAM(SAM):
             least where `model` has batch norm in training mode. 1 uses all and skips the selection forward. With less
             than 1 only `step(loss_fn, *batch)` works; the first group's value counts.
         mask: "tensor" draws for whole tensors and does not compute the ascent gradients of the others, which a
-            compiled model answers by recompiling; "element" draws for every element, saves nothing, and of sharded
-            weights takes those whose shards are whole rows, as fully_shard's are.
+            compiled model answers by recompiling, and for which graph_step computes all and draws on the device;
+            "element" draws for every element, saves nothing, and of sharded weights takes those whose shards are whole
+            rows, as fully_shard's are.
         norm: of the gradient in eps. "masked": of the perturbed part, as the authors' code; then ||eps|| = rho / beta.
             "full": of the whole gradient, which has to be computed; then the mean of eps over masks is SAM's.
             "estimated": of the perturbed part, over sqrt(beta).
@@ -112,7 +114,7 @@ class ESAM(SAM):
 
     def _kept(self) -> list[bool]:
         """The tensor mask of this step, in group order: the same on every rank, backend and device."""
-        if self.mask == "element":
+        if self.mask == "element" or capture.current() is not None:  # whose kernels draw the mask
             return [True] * len(self._params())
         group = self.param_groups[0]
         betas = tuple(self.knob(group, "beta") for group in self.param_groups for _ in group["params"])
@@ -167,9 +169,21 @@ class ESAM(SAM):
 
     def _draw(self, ascended: Ascended) -> Draw | None:
         betas = tuple(self.knob(group, "beta") for group in ascended.groups)
-        if self.mask == "tensor" or all(beta == 1 for beta in betas):
+        is_whole = self.mask == "tensor"
+        if all(beta == 1 for beta in betas) or (is_whole and capture.current() is None):
             return super()._draw(ascended)
-        return self._draw_with(ascended, rounding=bool(self.stochastic_rounding), keep=betas)
+        return self._draw_with(ascended, rounding=bool(self.stochastic_rounding), keep=betas, whole=is_whole)
+
+    def _obstacle(self, scaler: Any) -> str | None:
+        return "strict=True reads the device" if self.strict else super()._obstacle(scaler)
+
+    def _is_typical(self) -> bool:
+        # a step that perturbs nothing has one pass; of many tensors that never happens, and to look takes a while
+        chance = math.prod((1 - self.knob(g, "beta")) ** len(g["params"]) for g in self.param_groups)
+        return self.mask == "element" or chance < 2**-60 or not self._perturbs_nothing()
+
+    def _outcomes(self) -> list[tuple[Any, str]]:
+        return [*super()._outcomes(), (self, "last_selected_fraction")]
 
     def _skip_for(self) -> Tensor | None:
         # without a direction there are no sharpness-sensitive rows either

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastsam import capture
 from fastsam.kernels import dispatch
 from fastsam.kernels.reference import Past
 from fastsam.passes import Stage, found_inf_of, under_way
@@ -113,6 +114,8 @@ class MESA(Trajectory):
             ValueError: a wrong shape, or a teacher that answers in another one.
         """
         self._check(logits, targets)
+        if (captured := capture.current()) is not None:
+            captured.watch(lambda: (self.active, self.lam, self.tau, self.decay))
         if not self.active:
             return self._cross_entropy(logits, targets)
         past = self._teacher_logits(inputs, logits)
@@ -215,7 +218,12 @@ class MESA(Trajectory):
         Returns:
             A handle whose `remove()` ends it.
         """
-        return optimizer.register_step_post_hook(lambda stepped, *_: self.update(found_inf_of(stepped)))
+
+        def follow(stepped: torch.optim.Optimizer, *_: Any) -> None:
+            self.update(found_inf_of(stepped))
+
+        follow.can_be_captured = True  # type: ignore[attr-defined]
+        return optimizer.register_step_post_hook(follow)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the epoch; the teacher is part of the state dict as a module."""

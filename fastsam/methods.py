@@ -3,7 +3,6 @@
 Its name appears in `--help`, its knobs become options, and `fastsam compare` tunes and times it as the entry says.
 """
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 from fastsam.esam import ESAM
 from fastsam.mesa import MESA
 from fastsam.msam import MSAM
+from fastsam.passes import Stage, under_way
 from fastsam.saf import SAF
 from fastsam.sam import SAM
 from fastsam.samples import SampleToRankSampler
@@ -29,39 +29,10 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """Inputs of shape [n, ...], int64 labels of shape [n], and int64 sample ids of shape [n]."""
 Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`losses(*batch)` returns the per-sample losses, shape [n], of a batch of n."""
-Step = Callable[[Any, Losses, Batch, torch.amp.GradScaler | None], Tensor]
 
 
 class InputError(Exception):
     """The user asked for something that cannot be done; the message is one line that says what, and what to do."""
-
-
-def plain_step(optimizer: Optimizer, losses: Losses, batch: Batch, scaler: torch.amp.GradScaler | None) -> Tensor:
-    """Take a step of a plain torch optimizer.
-
-    Args:
-        optimizer: any first-order torch optimizer.
-        losses: per-sample losses of a batch.
-        batch: what they are called with.
-        scaler: a GradScaler, whose `update()` is the caller's, or None.
-
-    Returns:
-        The batch's mean loss, 0-dim, detached, on its device.
-    """
-    optimizer.zero_grad()
-    loss = losses(*batch).mean()
-    if scaler is None:
-        loss.backward()
-        optimizer.step()
-    else:
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-    return loss.detach()
-
-
-def own_step(optimizer: Any, losses: Losses, batch: Batch, scaler: torch.amp.GradScaler | None) -> Tensor:
-    """Take a step of a fastsam optimizer, which runs its passes itself. Arguments and result as in `plain_step`."""
-    return optimizer.step(losses, *batch, scaler=scaler)
 
 
 class Criterion(nn.Module):
@@ -128,26 +99,14 @@ class Task:
     sampler: SampleToRankSampler | None = None
 
 
-def shard_step(optimizer: MSAM, losses: Any, batch: Batch, scaler: torch.amp.GradScaler | None) -> Tensor:
-    """Take a step of mSAM, and let `BatchLosses` count every shard's first pass. Otherwise as `own_step`."""
-    is_first = itertools.cycle((True, False))
-
-    def counted(*shard: Tensor) -> Tensor:
-        losses.counting = next(is_first)
-        return losses(*shard)
-
-    return optimizer.step(counted, *batch, scaler=scaler)
-
-
 @dataclass(frozen=True)
 class Method:
-    """How one method is built, stepped, tuned and compared.
+    """How one method is built, tuned and compared.
 
     Args:
         summary: one line for `--help`.
         build: returns the optimizer for a model and this method's knobs.
         knobs: its settings with their defaults; each is an option of the command line.
-        step: takes one step; default: the optimizer's own `step(losses, *batch)`.
         criterion: returns the loss for a task and this method's knobs; default: cross-entropy.
         base: the method whose step time is 1 in comparisons; None for a base optimizer.
         tuned: the knob that a comparison chooses on held-out data; None for none.
@@ -158,7 +117,6 @@ class Method:
     summary: str
     build: Callable[[nn.Module, Knobs], Optimizer]
     knobs: Knobs
-    step: Step = own_step
     criterion: Callable[[Task, Knobs], Criterion] = lambda task, knobs: Criterion(task.label_smoothing)
     base: str | None = None
     tuned: str | None = None
@@ -191,13 +149,11 @@ METHODS: dict[str, Method] = {
         summary="SGD with momentum",
         build=_sgd,
         knobs=_SGD_KNOBS,
-        step=plain_step,
     ),
     "adamw": Method(
         summary="AdamW",
         build=lambda model, knobs: torch.optim.AdamW(model.parameters(), **knobs),
         knobs={"lr": 3e-3, "weight_decay": 0.01},
-        step=plain_step,
     ),
     "sam": Method(
         summary="Sharpness-Aware Minimization around SGD",
@@ -230,7 +186,6 @@ METHODS: dict[str, Method] = {
         summary="SGD, each picture compared with the model's own outputs --lag epochs ago, after epoch --start-epoch",
         build=_sgd,
         knobs={**_SGD_KNOBS, "lam": 0.3, "tau": 5.0, "lag": 3, "start_epoch": 5},
-        step=plain_step,
         criterion=_past_outputs,
         base="sgd",
         tuned="lam",
@@ -241,7 +196,6 @@ METHODS: dict[str, Method] = {
         build=_sgd,
         # the authors' decay of 0.9998 looks back over 5000 steps, eight times as many as the digits' 30 epochs have
         knobs={**_SGD_KNOBS, "lam": 0.8, "tau": 5.0, "decay": 0.995, "start_epoch": 5},
-        step=plain_step,
         criterion=_teacher,
         base="sgd",
         tuned="lam",
@@ -252,7 +206,6 @@ METHODS: dict[str, Method] = {
         build=lambda model, knobs: MSAM(model.parameters(), torch.optim.SGD, model=model, **knobs),
         # 16 rows in each shard of the default batch, as the paper's on CIFAR
         knobs={**_SGD_KNOBS, "rho": 0.05, "num_shards": 4},
-        step=shard_step,
         base="sgd",
         tuned="rho",
         grid=(0.05, 0.1, 0.2, 0.5),
@@ -297,7 +250,7 @@ def build_criterion(name: str, task: Task, knobs: Knobs) -> Criterion:
 
 
 class BatchLosses:
-    """Per-sample losses of a batch, for the step; counts the hits of each step's first forward pass on the side.
+    """Per-sample losses of a batch, for the step; counts the hits of first forward passes on the side.
 
     Args:
         model: what computes the logits, shape [n, classes].
@@ -307,22 +260,24 @@ class BatchLosses:
     """
 
     def __init__(
-        self, model: nn.Module, criterion: Criterion, amp_dtype: torch.dtype | None, device: torch.device
+        self,
+        model: Callable[[Tensor], Tensor],
+        criterion: Criterion,
+        amp_dtype: torch.dtype | None,
+        device: torch.device,
     ) -> None:
         self.model, self.criterion = model, criterion
         self.autocast: Any = nullcontext() if amp_dtype is None else torch.autocast(device.type, amp_dtype)
         self.hits = torch.zeros((), dtype=torch.int64, device=device)
-        self.rows, self.counting = 0, True
 
     def __call__(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """Return float32 losses of shape [n]; set `counting` before a step for its first call to be counted."""
+        """Return float32 losses of shape [n]."""
         with self.autocast:
             logits = self.model(x)
         logits = logits.float()  # 16 bits are too few for a log-softmax
-        if self.counting:
+        run = under_way()
+        if run is None or run.stage is Stage.ASCENT:
             self.hits += (logits.detach().argmax(dim=1) == y).sum()
-            self.rows += len(y)
-            self.counting = False
         with self.autocast:  # a teacher computes as its model does
             return self.criterion(logits, x, y, ids)
 

@@ -119,6 +119,9 @@ class MSAM(SAM):
         if batch:
             self._check_sizes(batch_size(batch))
 
+    def _is_settled(self) -> bool:
+        return self.execution_chosen is not None
+
     def _check_sizes(self, n: int) -> None:
         sizes = self._sizes(n)
         if 0 in sizes:

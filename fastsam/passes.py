@@ -193,6 +193,15 @@ class Run:
             dispatch.pick(self.backup.weights).restore_(self.backup)
             self.replicas.reshard()
 
+    def discard(self) -> None:
+        """Forget a step of which nothing has run, and so nothing is to be put back."""
+        self.backup.release()
+        self.statistics.forget()
+        self.later_draws = self.first_draws = None
+        self.aside = None
+        self.pairs, self.failed = 0, False
+        self.abort()
+
     def finish_pair(self) -> None:
         """Count a completed pair."""
         self.pairs += 1

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastsam import capture
 from fastsam.history import DTYPES, Fields, History, Layout, open_shared
 from fastsam.passes import Stage, under_way
 from fastsam.samples import SampleToRankSampler
@@ -170,6 +171,8 @@ class SAF(Trajectory):
         if logits.shape[1] != self.num_classes:
             raise ValueError(f"logits have {logits.shape[1]} classes, but SAF was made for {self.num_classes}")
         self._check_ids(sample_ids, len(logits))
+        if (captured := capture.current()) is not None:
+            captured.watch(lambda: (self.epoch, self.training, self.lam, self.tau))
         if not self.training or self.lam == 0:
             return self._cross_entropy(logits, targets)
         run = under_way()
@@ -179,6 +182,8 @@ class SAF(Trajectory):
                 "opt.step(losses, ...), or `with opt.ascent(): ...` and `with opt.descent(): ...`"
             )
         history = self._history or self._open(logits.device)
+        if captured is not None and not history.direct:
+            raise RuntimeError("SAF's records are not on the device as whole rows; use storage='device' without top_k")
         ids = self._rows_of(sample_ids, logits.device if history.direct else torch.device("cpu"))
         if run is None:
             return self._plain(history, logits, targets, ids)
@@ -207,6 +212,9 @@ class SAF(Trajectory):
 
     def _count(self, rows: int) -> None:
         """Notice that nobody calls `set_epoch`, without which there is no past."""
+        if (captured := capture.current()) is not None:
+            captured.calls.append(partial(self._count, rows))
+            return
         before, self._rows_seen = self._rows_seen, self._rows_seen + rows
         if before <= 2 * self._layout.rows < self._rows_seen:
             warnings.warn(
@@ -265,7 +273,7 @@ class SAF(Trajectory):
             raise TypeError(f"sample_ids must be integers, got {sample_ids.dtype}")
         if sample_ids.shape != (n,):
             raise ValueError(f"sample_ids must have shape [{n}], one for each row, got {list(sample_ids.shape)}")
-        if sample_ids.device.type == "cpu" and n:
+        if sample_ids.device.type == "cpu" and n and capture.current() is None:
             low, high = (int(end) for end in sample_ids.aminmax())
             if low < 0 or high >= self.num_samples:
                 bad = low if low < 0 else high

@@ -12,14 +12,17 @@ With adaptive=True it is ASAM (Kwon et al. 2021, https://arxiv.org/abs/2102.1160
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastsam import capture
 from fastsam.distributed import PerturbSync
 from fastsam.kernels import dispatch
+from fastsam.kernels.captured import Renewable
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import E0
 from fastsam.sharded import first_element, norm_over_ranks, shard_number
@@ -141,12 +144,17 @@ class SAM(TwoPassOptimizer):
 
         return norm_over_ranks(norm_of, ascended.spreads)
 
+    @property
+    def _renewed(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self._knob_keys["rho"],)
+
     def _move(self, ascended: Ascended, norm: Tensor) -> None:
         backup = self._run.backup_of(ascended.weights)
         adaptive, draw = self._adaptive(ascended), self._draw(ascended)
         e0 = OFFICIAL_E0 if self._is_official() else E0
         kernels = dispatch.pick(ascended.weights)
-        kernels.perturb_(ascended.weights, ascended.grads, backup, norm, self._radii(ascended), adaptive, draw, e0)
+        radii = Renewable(self._radii(ascended), partial(self._radii, ascended))
+        kernels.perturb_(ascended.weights, ascended.grads, backup, norm, radii, adaptive, draw, e0)
 
     def _radii(self, ascended: Ascended) -> list[float]:
         """Rho of each tensor; negative where the objective is maximized."""
@@ -165,7 +173,9 @@ class SAM(TwoPassOptimizer):
             for i, start, spread in zip(ascended.indices, starts, ascended.spreads, strict=True)
         ]
         firsts = tuple(start or 0 for start in starts)
-        return Draw(ascended.seed, ascended.step, tuple(indices), starts=firsts, **options)
+        captured = capture.current()
+        advance = None if captured is None else captured.advance
+        return Draw(ascended.seed, ascended.step, tuple(indices), starts=firsts, advance=advance, **options)
 
     def _is_official(self) -> bool:
         return any(self.knob(group, "adaptive") == "official" for group in self.param_groups)

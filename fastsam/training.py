@@ -21,8 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsam import ranks
 from fastsam.data import draw_moves, generator, load
+from fastsam.graph import GraphStep, graph_step
 from fastsam.methods import METHODS, BatchLosses, InputError, StepClock, Task, build, build_criterion
 from fastsam.models import MODELS, has_batch_norm
+from fastsam.plain import stepper_of
 from fastsam.report import replacing
 from fastsam.samples import SampleToRankSampler
 
@@ -55,6 +57,7 @@ class Config:
     amp: str = "off"
     channels_last: bool = False
     compile: bool = False
+    graph: bool = False
     device: str = "cpu"
     threads: int = 1
     ranks: int = 1
@@ -62,6 +65,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.batch_size % self.ranks:
             raise InputError(f"batch size {self.batch_size} cannot be cut into equal parts for {self.ranks} processes")
+        if self.graph and self.ranks > 1:
+            raise InputError("--graph captures steps of one process; leave it out, or start without torchrun")
         if self.compile and self.knobs.get("mask") == "tensor" and self.knobs["beta"] < 1:
             raise InputError(
                 f"{self.method} with --mask tensor cannot be compiled: it leaves other gradients out in each step, and "
@@ -164,12 +169,14 @@ class Run:
             torch.manual_seed(config.seed + ranks.rank())
         # a program for several shapes would depend on which came first, and a resume meets them in another order
         self.compiled: Any = torch.compile(trained, dynamic=False) if config.compile else trained
-        self.method = METHODS[config.method]
+        self.note = METHODS[config.method].note
         self.optimizer: Any = build(config.method, trained, config.knobs)
         smoothing = config.label_smoothing
         task = Task(trained, self.optimizer, len(self.data.x), self.data.classes, smoothing, self.sampler)
         self.criterion = build_criterion(config.method, task, config.knobs)
         self.scaler = torch.amp.GradScaler(config.device) if config.amp == "fp16" else None
+        self.losses = BatchLosses(self.compiled, self.criterion, AMP[config.amp], self.device)
+        self._graph_step: GraphStep | None = None
         self.shuffle = generator(config.seed, "order of the samples")
         self.moves = generator(config.seed, f"crops and flips of {ranks.rank()}" if self.sampler else "crops and flips")
         self.history: list[Epoch] = []
@@ -192,7 +199,7 @@ class Run:
     def train_epoch(self, watcher: Watcher) -> None:
         """Train one epoch, score it, and add it to the history."""
         clock = StepClock(self.device)
-        losses = BatchLosses(self.compiled, self.criterion, AMP[self.config.amp], self.device)
+        self.losses.hits.zero_()
         total = torch.zeros((), device=self.device)
         # drawn on the CPU for the whole epoch, so that no step waits for them
         order = self._order().to(self.device)
@@ -204,30 +211,39 @@ class Run:
         for i, (rows, how) in enumerate(zip(order[:n].split(size), moves[:n].split(size), strict=True)):
             batch = self._inputs(self.data.augmented(rows, how)), self.data.y[rows], rows
             self._set_learning_rate(i)
-            losses.counting = True
             start = clock.now()
-            loss = self.method.step(self.optimizer, losses, batch, self.scaler)
+            loss = self._step(batch)
             if self.scaler is not None:
                 self.scaler.update()
             clock.marks.append((start, clock.now()))
             total += loss * len(rows)
-            watcher.step(loss, self.method.note(self.optimizer))
+            watcher.step(loss, self.note(self.optimizer))
         step_ms = clock.median_ms()
         seconds = time.perf_counter() - begin
-        sums = torch.stack([total.double(), losses.hits.double(), losses.hits.new_tensor(losses.rows).double()])
-        loss_sum, hits, rows_seen = ranks.total(sums).tolist()
+        loss_sum, hits = ranks.total(torch.stack([total.double(), self.losses.hits.double()])).tolist()
         n *= self.config.ranks
         self.history.append(
             Epoch(
                 epoch=len(self.history) + 1,
                 train_loss=loss_sum / n,
-                train_accuracy=100 * hits / rows_seen,
+                train_accuracy=100 * hits / n,
                 accuracy=ranks.of_first(self.accuracy() if ranks.is_first() else None),
                 samples_per_second=n / seconds,
                 seconds=seconds,
                 step_ms=step_ms,
             )
         )
+
+    def _step(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Take a step and return the batch's mean loss, 0-dim on the device."""
+        if not self.config.graph:
+            return stepper_of(self.optimizer).step(self.losses, *batch, scaler=self.scaler)
+        if self._graph_step is None:
+            try:
+                self._graph_step = graph_step(self.optimizer, self.losses, *batch, scaler=self.scaler)
+            except (ValueError, RuntimeError) as error:
+                raise InputError(f"--graph: {error}") from error
+        return self._graph_step(*batch)
 
     def _order(self) -> Tensor:
         """Return the rows of this process's samples in this epoch's order."""

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastsam.base_step import update
+from fastsam.base_step import is_fusable, not_in_a_kernel, update
 from fastsam.batch import batch_size, check_losses
+from fastsam.capture import Capturable
 from fastsam.distributed import PerturbSync, check_perturb_sync
 from fastsam.gradients import clear, refuse_fresh
 from fastsam.passes import Stage
@@ -55,7 +56,7 @@ class Ascended:
         )
 
 
-class TwoPassOptimizer(PassOptimizer):
+class TwoPassOptimizer(PassOptimizer, Capturable):
     """A base optimizer whose gradient is taken at perturbed weights. Methods derive from it; see `SAM`."""
 
     # tells GradScaler.step to hand its scale and its found_inf to our step
@@ -350,6 +351,26 @@ class TwoPassOptimizer(PassOptimizer):
             f"{type(self.base_optimizer).__name__} step; nothing is perturbed",
             stacklevel=5,
         )
+
+    # what graph_step asks
+
+    def _obstacle(self, scaler: Any) -> str | None:
+        run, base = self._run, self.base_optimizer
+        if run.replicas.are_several:
+            return "it is taken by several processes"
+        if run.statistics.any_cumulative():
+            return "batch norm with momentum=None reads its counter on the host"
+        reads = self.check_finite or scaler is not None or not all(g.get("capturable") for g in base.param_groups)
+        return not_in_a_kernel(base) if reads and not is_fusable(base) else None
+
+    def _outcomes(self) -> list[tuple[Any, str]]:
+        return [(self._run, "last_grad_norm"), (self._run, "found_inf")]
+
+    def _discard(self) -> None:
+        self._run.discard()
+
+    def _replayed(self) -> None:
+        self._run.consumed.set(self.param_groups)
 
     def _forget_scaler(self) -> None:
         for holder in (self, self._scaler_target):

@@ -12,7 +12,7 @@ every stream has tables of its own.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from operator import attrgetter
@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsam.kernels import captured
+from fastsam.kernels.philox import Draw
 from fastsam.kernels.tensor_list import buckets, same_layout
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -87,6 +89,7 @@ class Launch:
         sets: tuple[int, ...] | None = None,
         hyperparameters: tuple[tuple[float, ...], ...] = ((),),
         *others: tuple[int, ...],
+        renewal: Callable[[], captured.Lines] | None = None,
     ) -> Table:
         """Return the table for chunks of `size` elements, uploading what has changed.
 
@@ -95,7 +98,10 @@ class Launch:
             sets: for each parameter which set of hyperparameters it uses; None means the first.
             hyperparameters: the sets.
             others: further integers of each parameter, in the columns behind the addresses.
+            renewal: in a capture, returns a set for each parameter, then and before each replay; outside None.
         """
+        if renewal is not None:
+            sets = tuple(range(len(self.rows)))  # those that are alike now may differ in a later replay
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         rows = self._tables.get((stream, sets, others))
         if rows is None:
@@ -105,7 +111,7 @@ class Launch:
         return Table(
             rows,
             _chunk_map(self.lengths, size, self.device, stream),
-            _hyperparameter_rows(hyperparameters, self.device, stream),
+            _live(renewal, self.device) if renewal else _hyperparameter_rows(hyperparameters, self.device, stream),
         )
 
 
@@ -182,7 +188,15 @@ def runs_here(*tensors: Tensor) -> bool:
 
 def _upload(kind: str, host: Tensor, device: torch.device) -> Tensor:
     uploads[kind] += 1
+    if (tables := captured.tables()) is not None:
+        return tables.upload(host, device)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _live(lines: Callable[[], captured.Lines], device: torch.device) -> Tensor:
+    tables = captured.tables()
+    assert tables is not None
+    return tables.live(lines, device)
 
 
 @lru_cache(_REMEMBERED)
@@ -207,6 +221,14 @@ def chunks_of(lengths: Sequence[int], size: int) -> np.ndarray:
     rows = np.repeat(np.arange(len(counts)), counts)
     firsts = np.repeat(np.cumsum(counts) - counts, counts)
     return np.stack((rows, np.arange(len(rows)) - firsts), axis=1).astype(np.int32)
+
+
+def forget() -> None:
+    """Drop all tables: those of a capture that failed were never filled."""
+    _splits.clear()
+    _hyperparameter_rows.cache_clear()
+    _chunk_map.cache_clear()
+    _counters.clear()
 
 
 def distinct(lines: Sequence[tuple[float, ...]]) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
@@ -251,6 +273,12 @@ def t_of(eta: float | None) -> tuple[float, float]:
     return (0.0, 0.0) if eta is None else (1.0, eta)
 
 
+def mask_constants(draw: Draw | None) -> dict[str, bool]:
+    """Return what a kernel with a random mask is compiled for: whether it is of elements, or of the whole tensor."""
+    is_masked = draw is not None and draw.keep is not None
+    return {"MASKED": is_masked and not draw.whole, "WHOLE": is_masked and draw.whole}  # type: ignore[union-attr]
+
+
 def to_device(scalar: Tensor | None, device: torch.device, dtype: torch.dtype | None = None) -> Tensor | None:
     """Return a 0-dim tensor on `device` without waiting for it; None stays None."""
     return None if scalar is None else scalar.to(device, dtype, non_blocking=True)
@@ -275,5 +303,7 @@ def launch(
         constants: what the kernel is compiled for.
     """
     if n_programs:
+        if (tables := captured.tables()) is not None:
+            tables.kept += [a for a in args if isinstance(a, Tensor)]
         num_warps = max(1, threads // (64 if torch.version.hip else 32))
         kernel[(n_programs,)](*args, num_warps=num_warps, enable_fp_fusion=enable_fp_fusion, **constants)

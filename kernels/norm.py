@@ -23,13 +23,14 @@ from fastsam.kernels.chunks import (
     counters,
     distinct,
     launch,
+    mask_constants,
     on_device,
     split,
     t_of,
     widest,
 )
 from fastsam.kernels.philox import Draw, threshold
-from fastsam.kernels.random_words import is_kept, join_seed, random_words, signed
+from fastsam.kernels.random_words import first_word, is_kept, join_seed, random_words, signed
 from fastsam.kernels.tensor_list import buckets
 
 _VECTORS = 4  # 128-bit accesses a thread: where one tensor is all, registers allow more of it
@@ -72,13 +73,19 @@ def _square_stretch(
     return total
 
 
-@triton.jit(do_not_specialize=["step", "seed_low", "seed_high"], do_not_specialize_on_alignment=["partials_ptr"])
+@triton.jit(
+    do_not_specialize=["step", "seed_low", "seed_high"],
+    do_not_specialize_on_alignment=["partials_ptr", "advance_ptr"],
+)
 def _squares_kernel(
-    rows_ptr, chunks_ptr, hyperparameters_ptr, partials_ptr, step, seed_low, seed_high,
+    rows_ptr, chunks_ptr, hyperparameters_ptr, partials_ptr, advance_ptr, step, seed_low, seed_high,
     GRAD: tl.constexpr, WEIGHT: tl.constexpr, WIDEST: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """partials[chunk] = sum of (m T g)^2 over the chunk, T = 1 or |w| + eta, m = 1 or a random mask.
+
+    The mask is of elements, or with WHOLE one draw for the whole tensor. With advance_ptr the step of random numbers
+    moves on by what lies there.
 
     Reads g, and w where T is not 1: 4 or 8 B per float32 element. Sums in float32 where that is safe, else in float64
     from the registers, so that slow double-precision units do not set the pace.
@@ -93,6 +100,10 @@ def _squares_kernel(
     eta = tl.load(set_ptr + 1)
     threshold = tl.load(set_ptr + 2)
     seed, step = join_seed(seed_low, seed_high), step.to(tl.uint32, bitcast=True)
+    if advance_ptr is not None:
+        step += tl.load(advance_ptr).to(tl.uint32)
+    if WHOLE:  # of a tensor that is left out nothing is read
+        length = tl.where(is_kept(first_word(seed, index, step), threshold), length, 0)
     addresses = g_base | w_base
     if MASKED:
         addresses |= first % 4  # words come four at a time
@@ -166,19 +177,19 @@ def _norm_on_one_device(
             "WEIGHT": ELEMENTS[each.dtypes[-1]],
             "WIDEST": widest(each.dtypes),
             "ADAPTIVE": is_adaptive,
-            "MASKED": keep is not None,
             "BLOCK_SIZE": size,
+            **mask_constants(draw),
         }
         works.append((work, constants))
     n_partials = sum(work.n_programs for work, _ in works)
     partials = torch.empty(n_partials, dtype=torch.float64, device=device)
     result = torch.empty((), dtype=torch.float64, device=device)
-    step, seed = (draw.step, draw.seed) if draw is not None and keep is not None else (0, 0)
+    step, seed, advance = (0, 0, None) if draw is None or keep is None else (draw.step, draw.seed, draw.advance)
     with on_device(device):
         first = 0
         for work, constants in works:
             words = signed(step), signed(seed), signed(seed >> 32)
-            launch(_squares_kernel, work.n_programs, *work, partials[first:], *words, **constants)
+            launch(_squares_kernel, work.n_programs, *work, partials[first:], advance, *words, **constants)
             first += work.n_programs
         launch(_finish_norm_kernel, 1, partials, result, n_partials, BLOCK_SIZE=_FINISH_BLOCK_SIZE)
     return result

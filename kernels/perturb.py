@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference
+from fastsam.kernels import captured, reference
 from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, widen
 from fastsam.kernels.chunks import (
     ELEMENTS,
@@ -20,6 +20,7 @@ from fastsam.kernels.chunks import (
     chunks_of,
     distinct,
     launch,
+    mask_constants,
     on_device,
     split,
     t_of,
@@ -28,7 +29,7 @@ from fastsam.kernels.chunks import (
     widest,
 )
 from fastsam.kernels.philox import Draw, threshold
-from fastsam.kernels.random_words import is_kept, join_seed, random_words, signed
+from fastsam.kernels.random_words import first_word, is_kept, join_seed, random_words, signed
 from fastsam.kernels.tensor_list import Backup, in_memory_order
 
 
@@ -82,13 +83,19 @@ def _perturb_stretch(
     tl.store(w_ptr, tl.where(scale == 0, w, perturbed), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tick", "step", "seed_low", "seed_high"], do_not_specialize_on_alignment=["norm_ptr"])
+@triton.jit(
+    do_not_specialize=["tick", "step", "seed_low", "seed_high"],
+    do_not_specialize_on_alignment=["norm_ptr", "advance_ptr"],
+)
 def _perturb_kernel(
-    rows_ptr, chunks_ptr, hyperparameters_ptr, norm_ptr, marks_ptr, tick, step, seed_low, seed_high,
+    rows_ptr, chunks_ptr, hyperparameters_ptr, norm_ptr, marks_ptr, advance_ptr, tick, step, seed_low, seed_high,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr, ADAPTIVE: tl.constexpr,
-    MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """backup = w; w += rho m T^2 g / (norm + e0), T = 1 or |w| + eta, m = 1 or a random mask. Overwrites w.
+
+    The mask is of elements, or with WHOLE one draw for the whole tensor. With advance_ptr the step of random numbers
+    moves on by what lies there.
 
     Reads w, g; writes w, backup: 16 B per float32 element. After each stretch of copies and before the change of its
     weights, a chunk's mark becomes (tick of this launch, number of elements copied).
@@ -108,6 +115,10 @@ def _perturb_kernel(
     eta = tl.load(set_ptr + 3).to(COMPUTE)
     threshold = tl.load(set_ptr + 4)
     seed, step = join_seed(seed_low, seed_high), step.to(tl.uint32, bitcast=True)
+    if advance_ptr is not None:
+        step += tl.load(advance_ptr).to(tl.uint32)
+    if WHOLE:
+        scale = tl.where(is_kept(first_word(seed, index, step), threshold), scale, 0.0).to(COMPUTE)
     mark_ptr = marks_ptr + tl.program_id(0)
     mark = tick.to(tl.int64) << 32
     addresses = w_base | g_base | b_base
@@ -162,6 +173,7 @@ def perturb_(
     etas = (None,) * len(weights) if adaptive is None else tuple(adaptive)
     keep = None if draw is None else draw.keep
     launches, rest = split(weights, grads, backup.tensors)
+    captured.refuse_twin(rest, weights)
     if rest:
         chosen: Any = ([items[i] for i in rest] for items in (weights, grads, rho, etas))
         some_weights, some_grads, some_rho, some_etas = chosen
@@ -175,34 +187,43 @@ def perturb_(
         size = block_size(*each.dtypes)
         stochastic = draw is not None and draw.rounding and dtype.itemsize == 2
         is_drawn = draw is not None and (stochastic or keep is not None)
-        step, seed = (draw.step, draw.seed) if draw is not None and is_drawn else (0, 0)
+        step, seed, advance = (draw.step, draw.seed, draw.advance) if draw is not None and is_drawn else (0, 0, None)
         zeros = (0,) * len(each.rows)
         numbers = map(each.of, draw.addresses()) if draw is not None and is_drawn else (zeros, zeros)
-        used_etas = each.of(etas)
-        work = each.table(size, *_sets(each.of(rho), used_etas, None if keep is None else each.of(keep), e0), *numbers)
+        others = each.of(etas), None if keep is None else each.of(keep), e0
+        renewal = captured.renewal(rho, partial(_lines_of, each, others))
+        work = each.table(size, *_sets(each.of(rho), *others), *numbers, renewal=renewal)
         marks = backup.marks.get(each.rows)
         if marks is None or marks.shape[0] != work.n_programs:
             marks = backup.marks[each.rows] = torch.zeros(work.n_programs, dtype=torch.int64, device=each.device)
         marked.append((each, size, marks))
         with on_device(each.device):
             launch(
-                _perturb_kernel, work.n_programs, *work, to_device(norm, each.device), marks,
+                _perturb_kernel, work.n_programs, *work, to_device(norm, each.device), marks, advance,
                 tick, signed(step), signed(seed), signed(seed >> 32),
                 WEIGHT=ELEMENTS[dtype], GRAD=ELEMENTS[grad_dtype], WIDEST=widest(each.dtypes), COMPUTE=wide(dtype),
-                ADAPTIVE=any(eta is not None for eta in used_etas), MASKED=keep is not None, STOCHASTIC=stochastic,
-                BLOCK_SIZE=size,
+                ADAPTIVE=any(eta is not None for eta in others[0]), STOCHASTIC=stochastic, BLOCK_SIZE=size,
+                **mask_constants(draw),
                 enable_fp_fusion=False,  # product and sum rounded as the twin does, or stochastic rounding would differ
             )  # fmt: skip
     backup.trust()
     torch.autograd.graph.increment_version(weights)
 
 
-@lru_cache(32)
-def _sets(
+def _lines(
     rho: tuple[float, ...], etas: tuple[float | None, ...], keep: tuple[float, ...] | None, e0: float
-) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+) -> list[tuple[float, ...]]:
     thresholds = [0.0] * len(rho) if keep is None else [float(threshold(k)) for k in keep]
-    return distinct([(r, e0, *t_of(eta), limit) for r, eta, limit in zip(rho, etas, thresholds, strict=True)])
+    return [(r, e0, *t_of(eta), limit) for r, eta, limit in zip(rho, etas, thresholds, strict=True)]
+
+
+@lru_cache(32)
+def _sets(*arguments: Any) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+    return distinct(_lines(*arguments))
+
+
+def _lines_of(each: Launch, others: Any, rho: Sequence[float]) -> list[tuple[float, ...]]:
+    return _lines(each.of(rho), *others)
 
 
 def _copied(backup: Backup, marked: list[tuple[Launch, int, Tensor]], tick: int) -> list[tuple[Tensor, Tensor]]:

@@ -25,8 +25,10 @@ class Draw(NamedTuple):
     """Which random numbers a launch uses, and what for.
 
     `seed`, `step` and one tensor index for every tensor of its list address them. `rounding` rounds 16-bit weights
-    stochastically; `keep`, for every tensor the probability of keeping an element, masks the others out. `starts` says
-    which element of the whole each tensor's first one is, where tensors are parts; None means 0 for all.
+    stochastically; `keep`, for every tensor the probability of keeping an element, masks the others out; with `whole`
+    the word of a tensor's first element decides on all of it. `starts` says which element of the whole each tensor's
+    first one is, where tensors are parts; None means 0 for all. `advance`, a 0-dim int64 tensor on the device, is added
+    to the step where the launch runs, so that replays of one launch draw other numbers.
     """
 
     seed: int
@@ -35,6 +37,8 @@ class Draw(NamedTuple):
     rounding: bool = True
     keep: tuple[float, ...] | None = None
     starts: tuple[int, ...] | None = None
+    whole: bool = False
+    advance: Tensor | None = None
 
     def take(self, rows: Sequence[int]) -> "Draw":
         """Return the draw for the tensors at these positions of the list alone."""

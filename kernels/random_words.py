@@ -40,6 +40,14 @@ def random_words(seed, index, step, start, ALIGNED: tl.constexpr, LANES: tl.cons
 
 
 @triton.jit
+def first_word(seed, index, step):
+    """The word of a tensor's first element, which decides on the whole tensor where it is masked as one."""
+    zero = (index * 0).to(tl.uint32)
+    first, _, _, _ = tl.philox(seed, zero, index, step, zero)
+    return first
+
+
+@triton.jit
 def is_kept(words, threshold):
     """Whether each word lies below the threshold, which is a float64 because it may be 2^32."""
     return words.to(tl.int64) < threshold.to(tl.int64)

@@ -181,24 +181,26 @@ def _perturb_one(
     wide = _wide(weight.dtype)
     w = weight.to(wide)
     # the scale goes first: scale * g is moderate where g alone times w^2 may leave float32's range
+    if draw is not None and draw.keep is not None and draw.whole:
+        scale = torch.where(_mask(draw, position, weight), scale, 0.0)
     eps = grad.to(wide) * (scale.to(wide) if isinstance(scale, Tensor) else scale)
     if isinstance(scale, Tensor):
         eps = torch.where(scale == 0, 0.0, eps)
     if eta is not None:
         t = w.abs().add_(eta)
         eps = eps * t * t
-    if draw is not None and draw.keep is not None:
+    if draw is not None and draw.keep is not None and not draw.whole:
         eps = torch.where(_mask(draw, position, weight), eps, 0)
     moved = w + eps
     if draw is not None and draw.rounding and weight.dtype in (torch.float16, torch.bfloat16):
         moved = _round_stochastically(moved, weight.dtype, _words(draw, position, weight))
-    weight.copy_(moved)
+    weight.copy_(torch.where(scale == 0, w, moved) if isinstance(scale, Tensor) else moved)
 
 
 def _words(draw: Draw, position: int, like: Tensor) -> Tensor:
     """The random words of one tensor, int64 in its shape, counted in its memory order."""
     index, start = (column[position] for column in draw.addresses())
-    words = philox.words(like.numel(), index, draw.step, draw.seed, start=start, device=like.device)
+    words = philox.words(like.numel(), index, _step(draw), draw.seed, start=start, device=like.device)
     placed = torch.empty_like(like, dtype=torch.int64)
     if is_dense(placed):
         in_memory_order(placed).copy_(words)
@@ -207,8 +209,15 @@ def _words(draw: Draw, position: int, like: Tensor) -> Tensor:
 
 
 def _mask(draw: Draw, position: int, like: Tensor) -> Tensor:
-    keep = 1.0 if draw.keep is None else draw.keep[position]
-    return _words(draw, position, like) < philox.threshold(keep)
+    """Which elements are kept, in the tensor's shape; 0-dim where one draw decides on all of them."""
+    limit = philox.threshold(1.0 if draw.keep is None else draw.keep[position])
+    if draw.whole:
+        return philox.words(1, draw.indices[position], _step(draw), draw.seed, device=like.device)[0] < limit
+    return _words(draw, position, like) < limit
+
+
+def _step(draw: Draw) -> int:
+    return draw.step + (0 if draw.advance is None else int(draw.advance))
 
 
 def _round_stochastically(values: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:

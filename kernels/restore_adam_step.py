@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference
+from fastsam.kernels import captured, reference
 from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
 from fastsam.kernels.chunks import counters, launch, on_device, split, to_device
 from fastsam.kernels.reference import AdamOptions
@@ -19,6 +19,7 @@ from fastsam.kernels.restore_step import (
     learning_rate,
     step_constants,
     step_hyperparameters,
+    step_renewal,
 )
 
 
@@ -139,6 +140,7 @@ def restore_adam_step_(
     """
     refused = tuple([largest is not None or not w.numel() for largest, w in zip(max_exp_avg_sqs, weights, strict=True)])
     launches, rest = split(weights, sources, grads, exp_avgs, exp_avg_sqs, refused=refused)
+    captured.refuse_twin(rest, weights)
     if rest:
         lists: Any = (weights, sources, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, options)
         some = ([items[i] for i in rest] for items in lists)
@@ -147,7 +149,8 @@ def restore_adam_step_(
     for each in launches:
         sets, lines, rates, _kept = step_hyperparameters(options, each, _after_lr)
         constants = step_constants(each, each.dtypes[3])
-        work = each.table(constants["BLOCK_SIZE"], sets, lines, each.of(counts), rates)
+        renewal = step_renewal(options, each, _after_lr)
+        work = each.table(constants["BLOCK_SIZE"], sets, lines, each.of(counts), rates, renewal=renewal)
         with on_device(each.device), counters(len(each.rows), each.device) as arrivals:
             launch(
                 _restore_adam_step_kernel, work.n_programs, *work, arrivals,

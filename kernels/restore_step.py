@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference
+from fastsam.kernels import captured, reference
 from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
 from fastsam.kernels.chunks import (
     ELEMENTS,
@@ -105,15 +105,26 @@ def step_hyperparameters(
     sets = tuple([positions.setdefault(id(o), len(positions)) for o in own])
     firsts = [own[sets.index(i)] for i in range(len(positions))]
     dtype = torch.float64 if each.dtypes[0] == torch.float64 else torch.float32  # what the kernel computes in
-    lines, bases, kept = [], [], []
+    bases, kept = [], []
     for o in firsts:
-        # a number on the host is free to read; what is on a device stays there
-        is_tensor = isinstance(o.lr, Tensor) and o.lr.device.type in ("cuda", each.device.type)
-        tensors = [t for t in [to_device(o.lr, each.device, dtype) if is_tensor else None] if t is not None]
-        lines.append((0.0 if is_tensor else float(o.lr), *rest_of(o)))
+        tensors = [t for t in [to_device(o.lr, each.device, dtype) if _stays(o.lr, each) else None] if t is not None]
         bases.append(tensors[0].data_ptr() if tensors else 0)
         kept += tensors
-    return sets, tuple(lines), tuple([bases[i] for i in sets]), kept
+    return sets, tuple(_lines(each, rest_of, firsts)), tuple([bases[i] for i in sets]), kept
+
+
+def _lines(each: Launch, rest_of: Callable[[Any], tuple[float, ...]], options: Sequence[Any]) -> list[Any]:
+    return [(0.0 if _stays(o.lr, each) else float(o.lr), *rest_of(o)) for o in options]
+
+
+def _stays(lr: float | Tensor, each: Launch) -> bool:
+    """Whether a learning rate stays where it is, on a device; a number on the host is free to read."""
+    return isinstance(lr, Tensor) and lr.device.type in ("cuda", each.device.type)
+
+
+def step_renewal(options: Sequence[Any], each: Launch, rest_of: Callable[[Any], tuple[float, ...]]) -> Any:
+    """Return what renews the hyperparameters in replays; None outside of a capture."""
+    return captured.renewal(options, lambda now: _lines(each, rest_of, each.of(now)))
 
 
 def step_constants(each: Launch, state_dtype: torch.dtype) -> dict[str, Any]:
@@ -217,6 +228,7 @@ def restore_sgd_step_(
     One launch for each dtype combination, with and without momentum.
     """
     launches, rest = split(weights, sources, grads, momentum_buffers)
+    captured.refuse_twin(rest, weights)
     if rest:
         lists: Any = (weights, sources, grads, momentum_buffers, options)
         some = ([items[i] for i in rest] for items in lists)
@@ -224,7 +236,8 @@ def restore_sgd_step_(
     for each in launches:
         sets, lines, rates, _kept = step_hyperparameters(options, each, _after_lr)
         constants = step_constants(each, each.dtypes[3])
-        work = each.table(constants["BLOCK_SIZE"], sets, lines, rates)
+        renewal = step_renewal(options, each, _after_lr)
+        work = each.table(constants["BLOCK_SIZE"], sets, lines, rates, renewal=renewal)
         with on_device(each.device):
             launch(
                 _restore_sgd_step_kernel, work.n_programs, *work,

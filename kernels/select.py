@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels import reference
-from fastsam.kernels.chunks import INTERPRETED, on_device
+from fastsam.kernels.chunks import INTERPRETED, launch, on_device
 
 MOST_ROWS = 65536
 """One program takes them all, so its time grows with their number."""
@@ -181,8 +181,8 @@ def select_largest_increase(after: Tensor, before: Tensor, k: int) -> Tensor:
         return reference.select_largest_increase(after, before, k)
     chosen = torch.empty(k, dtype=torch.int64, device=after.device)
     with on_device(after.device):
-        _select_kernel[(1,)](
-            after, before, chosen, after.stride(0), before.stride(0), n_rows, k,
+        launch(
+            _select_kernel, 1, after, before, chosen, after.stride(0), before.stride(0), n_rows, k,
             **shape_of(n_rows, after.dtype), enable_fp_fusion=False,
         )  # fmt: skip
     return chosen
@@ -193,11 +193,10 @@ def shape_of(n_rows: int, dtype: torch.dtype) -> dict[str, Any]:
     key = tl.int64 if dtype == torch.float64 else tl.int32
     most = _BYTES_IN_REGISTERS // key.itemsize
     size = next((size for size in _BLOCK_SIZES if size >= n_rows), most)
-    threads = min(size // _ELEMENTS_PER_THREAD, _MOST_THREADS)
     return {
         "KEY": key,
         "LOOPS": n_rows > size,
         "BLOCK_SIZE": size,
         "STORE_SIZE": min(size, _STORE_SIZE),
-        "num_warps": max(1, threads // (64 if torch.version.hip else 32)),
+        "threads": min(size // _ELEMENTS_PER_THREAD, _MOST_THREADS),
     }

@@ -55,7 +55,7 @@ def backend(request, choose):
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels launched so far, in order."""
-    from fastsam.kernels import ema, norm, perturb, restore_adam_step, restore_step, trajectory_loss
+    from fastsam.kernels import ema, norm, perturb, restore_adam_step, restore_step, select, trajectory_loss
 
     names = []
 
@@ -65,7 +65,7 @@ def launches(monkeypatch):
         with _disable_current_modes():  # what the interpreter does with torch is no operation of ours
             launch(kernel, n_programs, *args, **constants)
 
-    for module in (ema, norm, perturb, restore_adam_step, restore_step, trajectory_loss):
+    for module in (ema, norm, perturb, restore_adam_step, restore_step, select, trajectory_loss):
         monkeypatch.setattr(module, "launch", counted)
     return names
 

@@ -92,6 +92,54 @@ def test_norm_of_a_mask(keep):
         assert (twin == 0) == (keep == 0)
 
 
+@pytest.mark.usefixtures("no_scalars")
+@pytest.mark.parametrize("rounding", [True, False])
+def test_one_draw_for_each_tensor(rounding):
+    n = len(tensors(DTYPES))
+    draw = Draw(5, 6, tuple(range(n)), rounding, keep=(0.5,) * n, whole=True)
+    first = philox.first_words(n, 6, 5).tolist()
+    kept = [word < philox.threshold(0.5) for word in first]
+    assert any(kept)
+    assert not all(kept)
+    grads = tensors(DTYPES)
+    chosen = [g for g, is_kept in zip(grads, kept, strict=True) if is_kept]
+    for g, is_kept in zip(grads, kept, strict=True):
+        if not is_kept:
+            g.fill_(torch.nan)  # counts in nothing
+    norm = kernels.norm(grads, draw=draw)
+    assert norm.item() == pytest.approx(reference.norm(chosen).item(), rel=UNIT)
+    assert norm.item() == pytest.approx(reference.norm(grads, draw=draw).item(), rel=UNIT)
+    found = []
+    for launcher in (kernels, reference):
+        weights = tensors(DTYPES, seed=1)
+        for w in weights:
+            w[w < 0] = -0.0  # which adding 0 would change
+        before = copies(weights)
+        launcher.perturb_(weights, grads, Backup(weights), norm, [0.3] * n, None, draw)
+        moved = [not torch.equal(a, b) for a, b in zip(weights, before, strict=True) if a.numel() > 10]
+        assert moved == [is_kept for is_kept, w in zip(kept, weights, strict=True) if w.numel() > 10]
+        assert_same_bits(*[[t for t, k in zip(some, kept, strict=True) if not k] for some in (weights, before)])
+        found.append(weights)
+    assert_same_bits(*found)
+
+
+@pytest.mark.usefixtures("no_scalars")
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_launch_whose_step_moves_on_draws_what_a_later_step_does(whole):
+    grads, n = tensors(DTYPES, sizes=(63, 4096)), len(tensors(DTYPES, sizes=(63, 4096)))
+    norm = torch.ones((), dtype=torch.float64, device=DEVICE)
+    advance = torch.tensor(2**31 + 3, device=DEVICE)
+    later = Draw(5, 2**31 + 9, tuple(range(n)), keep=(0.5,) * n, whole=whole)
+    moved_on = later._replace(step=6, advance=advance)
+    for launcher in (kernels, reference):
+        found = []
+        for draw in (later, moved_on):
+            weights = tensors(DTYPES, seed=1, sizes=(63, 4096))
+            launcher.perturb_(weights, grads, Backup(weights), norm, [0.3] * n, None, draw)
+            found.append([*weights, launcher.norm(grads, draw=draw)])
+        assert_same_bits(*found)
+
+
 @pytest.mark.usefixtures("small_chunks")
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 5), st.sampled_from(DTYPES)), min_size=1, max_size=4))

@@ -4,10 +4,12 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from kernel_cases import kernels
 
-from fastsam import compare, training
+from fastsam import compare, graph, training
 from fastsam.data import DATA_SETS, DataSet, Pictures, digits, draw_moves, generator, load, with_label_noise
 from fastsam.methods import METHODS, BatchLosses, Criterion, InputError, knobs_for
+from fastsam.plain import stepper_of
 from fastsam.training import CHECKPOINT, Config, Run, Watcher, read_checkpoint, train
 
 
@@ -329,25 +331,62 @@ def test_batch_norm_refuses_batches_of_one():
         Run(config(model="cnn", batch_size=1))
 
 
-def test_hits_are_counted_in_the_first_forward_pass_alone():
-    model = torch.nn.Linear(2, 2)
-    losses = BatchLosses(model, Criterion(0.0), None, torch.device("cpu"))
-    x = torch.randn(8, 2)
-    y = model(x).argmax(dim=1)
-    losses(x, y, None)
-    losses(x, 1 - y, None)
-    assert (losses.hits.item(), losses.rows) == (8, 8)
-
-
-def test_hits_of_msam_are_counted_in_every_shards_first_pass():
+@pytest.mark.parametrize("method", ["sgd", "sam", "esam", "msam"])
+def test_hits_are_counted_in_first_forward_passes_alone(method):
     model = torch.nn.Linear(2, 2)
     losses = BatchLosses(model, Criterion(0.0), None, torch.device("cpu"))
     x = torch.randn(9, 2)
     y = model(x).argmax(dim=1)
     y[4] = 1 - y[4]
-    method, knobs = METHODS["msam"], knobs_for("msam", {"rho": 100.0})
-    method.step(method.build(model, knobs), losses, (x, y, None), None)
-    assert (losses.hits.item(), losses.rows) == (8, 9)
+    knobs = knobs_for(method, {"rho": 100.0} if method != "sgd" else {"lr": 100.0})
+    stepper_of(METHODS[method].build(model, knobs)).step(losses, x, y, None)
+    assert losses.hits.item() == 8
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam", "mesa"])
+def test_on_the_cpu_graph_changes_nothing(method, make):
+    wanted = config(method, data="fake:100x1x4x4", batch_size=40)
+    expected = train(wanted, make("eager"))
+    found = train(replace(wanted, graph=True), make("graph"))
+    assert numbers(found) == numbers(expected)
+
+
+@pytest.mark.skipif(kernels is None or not kernels.INTERPRETED, reason="records what Triton's interpreter runs")
+@pytest.mark.parametrize("method", ["esam", "saf"])
+def test_captured_training_goes_on_over_epochs_and_resumes_bit_for_bit(method, make, monkeypatch, choose):
+    from recorded_work import RecordedWork
+
+    choose("triton")
+    knobs = knobs_for(method, {"mask": "element"} if method == "esam" else {"lag": 1, "start_epoch": 1})
+    wanted = config(method, data="fake:70x1x4x4", batch_size=16, epochs=3, graph=True, knobs=knobs)
+    replays = []
+    replay = RecordedWork.replay
+    monkeypatch.setattr(RecordedWork, "replay", lambda self: (replays.append(self), replay(self)))
+    monkeypatch.setattr(graph, "recorder_for", lambda params, batch: RecordedWork(monkeypatch))
+    through, broken = make("through"), make("broken")
+    expected = train(wanted, through)
+    assert len(replays) == {"esam": 3 * 4 - 3, "saf": 1 + 3 + 3}[method]  # of 4 full batches each
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, broken, watcher=Stop(after=8))
+    assert numbers(train(wanted, broken, resume=True)) == numbers(expected)
+    assert_equal(state(broken), state(through))
+    if method == "esam":
+        eager = train(replace(wanted, graph=False), make("eager"))
+        assert numbers(eager) == numbers(expected)
+
+
+def test_steps_of_several_processes_are_not_captured():
+    with pytest.raises(InputError, match="--graph captures steps of one process"):
+        config(graph=True, ranks=2)
+
+
+def test_what_cannot_be_captured_is_one_line(make, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise ValueError("the step cannot be captured: for some reason")
+
+    monkeypatch.setattr(training, "graph_step", refuse)
+    with pytest.raises(InputError, match="--graph: the step cannot be captured: for some reason"):
+        train(config(graph=True), make("out"))
 
 
 # comparisons

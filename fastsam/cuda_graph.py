@@ -1,0 +1,146 @@
+"""A CUDA graph that keeps to the random numbers of the steps it stands for.
+
+A graph's random numbers start where the generator stands when it is replayed, and only go on from there. A second pass
+that draws the first one's numbers again has to rewind: its work gets a generator state of its own, which every replay
+places where the first pass began. How far that is from the start of the step, a step run beforehand tells.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class CudaGraph:
+    """Records work on a stream of its own and replays it on the current one; a `capture.Recorder`.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        # tables and scratch that are kept per stream are then there when the capture begins
+        self._stream = torch.cuda.Stream(self._device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._draws = _Draws(torch.cuda.default_generators[self._device.index])
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Run as usual, on the stream of the capture."""
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream), self._draws.rehearsal():
+            yield
+        here.wait_stream(self._stream)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record; the graph is there if nothing was raised."""
+        here = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # other threads, such as a loader's that pins memory, may go on with what a capture forbids
+            work = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+            with self._draws.recording(graph), work:
+                yield
+        finally:
+            torch.cuda.set_stream(here)  # torch leaves its own stream behind where the end of a capture fails
+        self._graph = graph
+
+    def replay(self) -> None:
+        """Launch the graph on the current stream."""
+        assert self._graph is not None
+        with self._draws.replay():
+            self._graph.replay()
+
+    def release(self) -> None:
+        """Drop the graph."""
+        self._graph, self._draws.states = None, []
+
+    def mark(self) -> Any:
+        """Note how far the step has drawn."""
+        return self._draws.mark()
+
+    def rewind(self, mark: Any) -> None:
+        """Draw from here on what was drawn after the mark."""
+        self._draws.rewind(mark)
+
+
+class _Draws:
+    """Where in a generator's sequence a step's parts draw.
+
+    Args:
+        generator: the device's default one.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._marks: list[int] = []
+        self._rewinds: list[int] = []
+        self._total = 0
+        self._start: int | None = None
+        self._seen: tuple[int, list[int]] | None = None
+        self.states: list[torch.Generator] = []
+
+    @property
+    def _draws_nothing(self) -> bool:
+        return self._total == 0 and not any(self._marks)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        self._marks, self._rewinds, self._start = [], [], self._generator.get_offset()
+        yield
+        self._total, self._start = self._generator.get_offset() - self._start, None
+
+    def mark(self) -> int:
+        """Return the mark's number."""
+        if self._seen is None:
+            assert self._start is not None
+            self._marks.append(self._generator.get_offset() - self._start)
+            return len(self._marks) - 1
+        n_marks, rewinds = self._seen
+        self._seen = n_marks + 1, rewinds
+        return n_marks
+
+    def rewind(self, mark: int) -> None:
+        if self._seen is None:
+            self._rewinds.append(mark)
+            return
+        rewinds = self._seen[1]
+        rewinds.append(mark)
+        if len(rewinds) <= len(self.states):
+            self._generator.graphsafe_set_state(self.states[len(rewinds) - 1])
+
+    @contextmanager
+    def recording(self, graph: Any) -> Iterator[None]:
+        own = self._generator.graphsafe_get_state()
+        self.states = [] if self._draws_nothing else [self._generator.clone_state() for _ in self._rewinds]
+        for state in self.states:
+            graph.register_generator_state(state)
+        self._seen = 0, []
+        try:
+            yield
+            if self._seen != (len(self._marks), self._rewinds):
+                raise RuntimeError("the step draws its random numbers in another order than when it last ran")
+        except BaseException:
+            # a state that a failed capture has claimed refuses to draw outside of one
+            own = own.clone_state()
+            raise
+        finally:
+            self._generator.graphsafe_set_state(own)
+            self._seen = None
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        if not self.states:
+            yield
+            return
+        start, seed = self._generator.get_offset(), self._generator.initial_seed()
+        for state, mark in zip(self.states, self._rewinds, strict=True):
+            if state.initial_seed() != seed:
+                state.manual_seed(seed)
+            state.set_offset(start + self._marks[mark])
+        yield
+        self._generator.set_offset(start + self._total)

@@ -1,0 +1,212 @@
+"""Whole training steps as CUDA graphs: passes, perturbation, restore, base step and losses in a single launch.
+
+    step = graph_step(opt, losses, x, y)
+    for x, y in loader:
+        loss = step(x, y)                                # instead of opt.step(losses, x, y)
+
+The first calls run as usual: they are training steps like any other, make the optimizer's state, and compile the
+kernels. Then a step is captured, which runs nothing, and from there on each call replays it: the same kernels with the
+same numbers, so that training goes on bit for bit. What may change from step to step lies on the device and is renewed
+before a replay: learning rates, momenta, decays and radii of all groups, the loss scale, and the counters that address
+ESAM's masks and stochastic rounding.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastsam import capture
+from fastsam.batch import batch_size, tensors_of
+from fastsam.capture import Recorder
+from fastsam.cuda_graph import CudaGraph
+from fastsam.gradients import flat
+from fastsam.kernels import dispatch
+from fastsam.plain import stepper_of
+from fastsam.recorded_step import RecordedStep
+
+_MOST_WASTED = 4
+"""So many captures one after the other that served less than two steps, and no more are made."""
+
+
+def graph_step(
+    opt: Optimizer,
+    loss_fn: Callable[..., Tensor],
+    *example_batch: Any,
+    scaler: torch.amp.GradScaler | None = None,
+    clip_grad_norm: float | None = None,
+    warmup: int = 3,
+) -> "GraphStep":
+    """Return a function that takes a batch and takes a training step, on a GPU as one CUDA graph.
+
+    Args:
+        opt: a fastsam optimizer, or torch's SGD, Adam or AdamW (for SAF and MESA, or to compare with), whose step on a
+            GPU is then taken in fastsam's kernel, equal to torch's to rounding.
+        loss_fn: `loss_fn(*batch)` returns per-sample losses of shape [n], without backward. It must not read the
+            device on the host, and what it decides in Python is decided once; but dropout draws anew in every step,
+            and SAF and MESA may change their epoch.
+        example_batch: a batch as most will be, on the model's device; its values do not matter. Other shapes, such as
+            that of a last partial batch, run without a graph.
+        scaler: a GradScaler; call its `update()` after each step, as always.
+        clip_grad_norm: largest 2-norm of the final gradient.
+        warmup: calls that run as usual before the first capture, >= 1. One does before every further capture.
+
+    Returns:
+        A `GraphStep`. On the CPU it takes every step as usual.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a batch without tensors.
+        ValueError: an argument out of range, leading sizes of the batch that differ or another device than the
+            model's, or an optimizer whose step cannot be captured: over several processes or devices,
+            ESAM(strict=True), batch norm with momentum=None, a base that reads the device, or step hooks other than
+            MESA's, which no replay would run.
+        RuntimeError: Triton's kernels do not run on this GPU.
+    """
+    return GraphStep(opt, loss_fn, example_batch, scaler, clip_grad_norm, warmup)
+
+
+class GraphStep:
+    """Takes training steps by replaying a captured one; see `graph_step`.
+
+    A call returns the first pass's mean loss, 0-dim, detached, on its device. p.grad, `opt.last_grad_norm` and all
+    counters are then as after `opt.step`; the memory of p.grad is the graph's, and the next replay writes over it.
+
+    A step is captured anew, after one that runs as usual, when groups or their other settings, an epoch of SAF or MESA,
+    the model's mode, or the parameters' memory or requires_grad have changed, or a state dict was loaded. For whatever
+    else `loss_fn` depends on, call `reset()` to make it count.
+    """
+
+    def __init__(
+        self,
+        opt: Optimizer,
+        loss_fn: Callable[..., Tensor],
+        example_batch: tuple[Any, ...],
+        scaler: torch.amp.GradScaler | None = None,
+        clip_grad_norm: float | None = None,
+        warmup: int = 3,
+    ) -> None:
+        _check_arguments(opt, loss_fn, example_batch, clip_grad_norm, warmup)
+        self._recorder = recorder = recorder_for(flat(opt.param_groups), example_batch)
+        self._stepper: Any = stepper_of(opt, fused=recorder is not None)
+        if recorder is not None and (obstacle := _hooks(opt) or self._stepper._obstacle(scaler)):
+            raise ValueError(f"the step cannot be captured: {obstacle}; take it without graph_step")
+        self.opt, self._loss_fn, self._scaler, self._clip_grad_norm = opt, loss_fn, scaler, clip_grad_norm
+        self._layout = _layout(example_batch)
+        self._to_rehearse = warmup
+        self._recorded: RecordedStep | None = None
+        self._wasted = 0
+        self.replays = 0
+        """How many of the steps were replays."""
+        # another state has other tensors
+        getattr(opt, "base_optimizer", opt).register_load_state_dict_post_hook(lambda *_: self.reset())
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is a captured step."""
+        return self._recorded is not None
+
+    def reset(self) -> None:
+        """Drop the captured step, and its memory; the next call runs as usual, and from then on all is as before."""
+        if self._recorder is not None and self._recorded is not None:
+            self._recorded = None
+            self._recorder.release()
+            self._to_rehearse = 1
+
+    def __call__(self, *batch: Any) -> Tensor:
+        """Take a step on a batch and return its mean loss.
+
+        Raises:
+            RuntimeError: the step cannot be captured; weights, states and counters are what they were.
+            Exception: what the optimizer's `step` raises.
+        """
+        recorder = self._recorder
+        if recorder is None or _layout(batch) != self._layout or not self._stepper._is_typical():
+            return self._step(*batch)
+        if self._recorded is not None and (change := self._recorded.change()):
+            self._drop(change)
+        if self._recorded is None:
+            if self._to_rehearse > 0 or not self._stepper._is_settled():
+                return self._rehearse(recorder, batch)
+            self._recorded = RecordedStep(self._stepper, self._step, batch, recorder, self._scaler)
+        self.replays += 1
+        return self._recorded.replay(batch)
+
+    def _step(self, *batch: Any) -> Tensor:
+        return self._stepper.step(self._loss_fn, *batch, scaler=self._scaler, clip_grad_norm=self._clip_grad_norm)
+
+    def _rehearse(self, recorder: Recorder, batch: tuple[Any, ...]) -> Tensor:
+        with capture.rehearsing(recorder):
+            loss = self._step(*batch)
+        self._to_rehearse -= 1
+        return loss
+
+    def _drop(self, change: str) -> None:
+        """Drop a captured step that no longer holds, and give up where that comes to nothing again and again."""
+        assert self._recorded is not None
+        self._wasted = self._wasted + 1 if self._recorded.replays < 2 else 0
+        self.reset()
+        if self._wasted == _MOST_WASTED:
+            self._recorder = None
+            warnings.warn(
+                f"graph_step goes on without a graph: {change} changes so often that a capture serves a step or none",
+                stacklevel=3,
+            )
+
+
+def recorder_for(params: list[Tensor], batch: tuple[Any, ...]) -> Recorder | None:
+    """Return what records steps on the parameters' device; None where steps run as usual.
+
+    Raises:
+        ValueError: parameters or batch are on several devices.
+        RuntimeError: Triton's kernels do not run on the device.
+    """
+    devices = {p.device for p in params}
+    device = next(iter(devices))
+    if not any(d.type == "cuda" for d in devices):
+        return None
+    if len(devices) > 1:
+        raise ValueError(f"the step cannot be captured: parameters are on {len(devices)} devices; all must be on one")
+    if other := next((t.device for t in tensors_of(batch) if t.device != device), None):
+        raise ValueError(f"a tensor of the example batch is on {other}, the parameters on {device}; move the batch")
+    if not hasattr(dispatch.pick(params), "INTERPRETED"):
+        raise RuntimeError(
+            "graph_step needs the Triton kernels, which do not run here (no Triton, a GPU older than Ampere, or "
+            "set_backend('torch')); take the steps without it"
+        )
+    return CudaGraph(device)
+
+
+def _check_arguments(opt: Any, loss_fn: Any, batch: tuple[Any, ...], clip_grad_norm: Any, warmup: Any) -> None:
+    if not isinstance(opt, Optimizer):
+        raise TypeError(f"opt must be a torch optimizer, got {type(opt).__name__}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of the batch, got {type(loss_fn).__name__}")
+    batch_size(batch)
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm must be positive, got {clip_grad_norm}")
+    if isinstance(warmup, bool) or not isinstance(warmup, int):
+        raise TypeError(f"warmup must be an integer, got {warmup!r}")
+    if warmup < 1:
+        raise ValueError(f"warmup must be at least 1, got {warmup}: the first step makes what a capture needs")
+
+
+def _hooks(opt: Optimizer) -> str | None:
+    """Return what is wrong with the hooks around the optimizer's step: a replay runs what was captured of them."""
+    before, after = opt._optimizer_step_pre_hooks.values(), opt._optimizer_step_post_hooks.values()
+    if any(not getattr(hook, "can_be_captured", False) for hook in (*before, *after)):
+        return f"{type(opt).__name__} has step hooks, which a replay would not run"
+    return None
+
+
+def _layout(batch: Any) -> Any:
+    """Everything about a nested batch but the numbers in its tensors."""
+    if isinstance(batch, Tensor) and batch.dim() > 0:
+        return batch.shape, batch.stride(), batch.dtype, batch.device
+    if isinstance(batch, Mapping):
+        return type(batch), tuple((key, _layout(value)) for key, value in batch.items())
+    if isinstance(batch, (list, tuple)):
+        return type(batch), tuple(map(_layout, batch))
+    return batch if isinstance(batch, (str, int, float, type(None))) else id(batch)
