@@ -25,9 +25,8 @@ def single_pass(problem: Problem, opt: torch.optim.Optimizer, loss_of: Callable[
         with precision.autocast():
             return loss_of(problem.model(x), Batch(x, y, ids, ids))
 
-    if problem.capture:
-        captured = problem.capture(opt, loss, *problem.batches[0][:3], scaler=precision.scaler)
-        return lambda batch: captured(*batch[:3])
+    if problem.is_captured:
+        return problem.capture(opt, loss, parts=3)
 
     def step(batch: Batch) -> None:
         opt.zero_grad()
@@ -40,7 +39,7 @@ def single_pass(problem: Problem, opt: torch.optim.Optimizer, loss_of: Callable[
 
 
 def _reduction(problem: Problem) -> Any:
-    return "none" if problem.capture else "mean"
+    return "none" if problem.is_captured else "mean"
 
 
 def plain(problem: Problem, **options: Any) -> Step:
@@ -54,9 +53,8 @@ def ours(problem: Problem, method: Callable, **options: Any) -> Step:
     """One of fastsam's optimizers."""
     model, base, scaler = problem.model, problem.base, problem.precision.scaler
     opt = method(model.parameters(), base.func, rho=RHO, model=model, **options, **base.keywords)
-    if problem.capture:
-        captured = problem.capture(opt, problem.losses, *problem.batches[0][:2], scaler=scaler)
-        return lambda batch: captured(batch.x, batch.y)
+    if problem.is_captured:
+        return problem.capture(opt, problem.losses, parts=2)
 
     def step(batch: Batch) -> None:
         opt.step(problem.losses, batch.x, batch.y, scaler=scaler)

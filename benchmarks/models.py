@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsam import graph_step
 from fastsam.models import MODELS as KNOWN
 from fastsam.models import vit
 
@@ -143,7 +145,8 @@ class Precision:
             opt.step()
 
 
-class Problem(NamedTuple):
+@dataclass
+class Problem:
     """What a method takes its steps on."""
 
     model: nn.Module
@@ -153,10 +156,11 @@ class Problem(NamedTuple):
     """An epoch, for what remembers samples."""
     classes: int
     precision: Precision
-    capture: Callable | None = None
-    """`fastsam.graph_step`, where the whole step is to be one CUDA graph."""
+    is_captured: bool = False
+    """The whole step is to be one CUDA graph."""
     compile: Callable[[nn.Module], None] | None = None
     """Compiles a module in place, where the model is compiled."""
+    graphs: list[Any] = field(default_factory=list)
 
     @property
     def n_samples(self) -> int:
@@ -165,3 +169,16 @@ class Problem(NamedTuple):
     def losses(self, x: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
         with self.precision.autocast():
             return F.cross_entropy(self.model(x), y, reduction=reduction)
+
+    def capture(self, opt: torch.optim.Optimizer, losses: Callable[..., Tensor], parts: int) -> Step:
+        """Return steps that are captured, with per-sample `losses` of the first so many parts of a batch."""
+        scaler = self.precision.scaler
+        graph = graph_step(opt, losses, *self.batches[0][:parts], scaler=scaler)
+        self.graphs.append(graph)
+
+        def step(batch: Batch) -> None:
+            graph(*batch[:parts])
+            if scaler:
+                scaler.update()
+
+        return step

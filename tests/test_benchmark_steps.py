@@ -14,7 +14,7 @@ if not (ROOT / "benchmarks" / "step.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
-    from benchmarks import counts, methods, msam_curve, step, step_report
+    from benchmarks import counts, methods, models, msam_curve, step, step_report
 
 COMMON = ["--device", "cpu", "--rounds", "2", "--steps", "1", "--counted", "1"]
 
@@ -27,31 +27,6 @@ def run(tmp_path, *arguments):
     step.main([*COMMON, *arguments, "--out", str(out)])
     assert out.with_suffix(".png").stat().st_size > 1000
     return json.loads(out.read_text())
-
-
-@pytest.fixture
-def capture(monkeypatch):
-    """Stands in for `fastsam.graph_step`, which runs eagerly on the CPU; holds the losses' arguments and the knobs."""
-    seen = []
-
-    def graph_step(opt, loss_fn, *batch, scaler=None, clip_grad_norm=None, warmup=3):
-        seen.append((type(opt).__name__, len(batch)))
-
-        def captured(*batch):
-            if isinstance(opt, fastsam.SAM):
-                return opt.step(loss_fn, *batch, scaler=scaler)
-            opt.zero_grad()
-            losses = loss_fn(*batch)
-            assert losses.shape == batch[1].shape
-            losses.mean().backward()
-            opt.step()
-            return losses.mean().detach()
-
-        captured(*batch)
-        return captured
-
-    monkeypatch.setattr(step, "GRAPH_STEP", graph_step)
-    return seen
 
 
 def test_every_method_steps_and_costs_the_passes_it_should(tmp_path, capsys):
@@ -109,19 +84,37 @@ def test_the_compiled_regime_compiles_the_model_and_the_teacher(monkeypatch):
     assert compiled == [{"dynamic": False, "backend": "eager"}] * 2
 
 
-def test_the_graph_regime_captures_ours_and_the_base(capture, tmp_path):
+def test_the_graph_regime_captures_ours_and_the_base(monkeypatch, tmp_path):
+    captured = []
+
+    def watched(opt, losses, *batch, **keywords):
+        captured.append((type(opt).__name__, len(batch)))
+        return fastsam.graph_step(opt, losses, *batch, **keywords)
+
+    monkeypatch.setattr(models, "graph_step", watched)
     record = run(tmp_path, "--models", "mlp", "--rows", "4", "--regimes", "eager,graph", "--together", "2",
-                 "--methods", "davda54 eager sam,sam,esam,esam+ element mask,saf,mesa")  # fmt: skip
+                 "--methods", "davda54 eager sam,sam,esam,esam+ element mask,msam+ 4 shards,saf,mesa")  # fmt: skip
     regimes = record["models"]["mlp"]["regimes"]
-    assert len(regimes["eager"]["arms"]) == 9
+    assert len(regimes["eager"]["arms"]) == 10
     graph = regimes["graph"]
     bases = ["eager base", "eager base, fused", "base", "base again", "base, fused"]
-    assert list(graph["arms"]) == [*bases, "sam", "esam, element mask", "saf", "mesa"]
+    assert list(graph["arms"]) == [*bases, "sam", "esam, element mask", "msam, 4 shards", "saf", "mesa"]
     assert {name: reason.split(":")[0] for name, reason in graph["not run"].items()} == {
         "davda54 eager sam": "not captured", "esam": "not captured"
     }  # fmt: skip
-    assert capture == [("SGD", 3)] * 3 + [("SAM", 2), ("ESAM", 2)] + [("SGD", 3)] * 2
+    assert captured == [("SGD", 3)] * 3 + [("SAM", 2), ("ESAM", 2), ("MSAM", 2)] + [("SGD", 3)] * 2
     assert graph["noise"] is not None
+
+
+def test_captured_steps_train_as_others_do():
+    weights = {}
+    for regime in ("eager", "graph"):
+        options = step.parser(None, "mlp", list(step.METHODS)).parse_args([*COMMON, "--rows", "4"])
+        methods_ = [step.METHODS[name] for name in ("base", "sam", "saf", "mesa")]
+        arms = [step.Workload("mlp", options).arm(method, regime) for method in methods_]
+        weights[regime] = [torch.nn.utils.parameters_to_vector(arm.problem.model.parameters()) for arm in arms]
+    for eager, graph in zip(*weights.values(), strict=True):
+        torch.testing.assert_close(eager, graph)
 
 
 def test_a_method_that_fails_is_reported_and_the_others_run(monkeypatch, tmp_path, capsys):
@@ -160,9 +153,9 @@ def test_only_whole_periods_are_timed_and_counted():
     arm = step.Arm(step.Workload("mlp", options), step.METHODS["base"]._replace(period=4), "eager")
     taken = arm.taken
     arm.time(5)
-    assert (taken, arm.taken) == (12, 20)
+    assert (taken, arm.taken) == (8, 16)
     arm.count()
-    assert (arm.taken - 20) % 4 == 0
+    assert (arm.taken - 16) % 4 == 0
 
 
 def test_operators_that_read_are_counted():
