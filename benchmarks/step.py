@@ -8,9 +8,10 @@ alike; ratios are medians of the ratios within a round. Three denominators: the 
 mode (over stock), its fused form (over fused), and the base optimizer in the regime of the method itself (over base),
 which is the method's own price. "base again" is a second arm of that base: what differs by less than the two is noise.
 
-Regimes: eager; compiled, the model under torch.compile; graph, the whole step in one CUDA graph. What cannot run in one
-is listed with the reason. Beside the time stand peak memory over the base, launches, host reads and the passes that
-ran: rows through forward passes, with and without a graph, and rows and tensors through backward passes.
+Regimes: eager; compiled, the model under torch.compile; graph, the whole step in one CUDA graph, in which the base too
+steps in fastsam's kernel. What cannot run in one is listed with the reason. Beside the time stand peak memory over the
+base, launches, host reads and the passes that ran: rows through forward passes, with and without a graph, and rows and
+tensors through backward passes.
 """
 
 import argparse

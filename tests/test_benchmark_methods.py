@@ -7,8 +7,9 @@ import problems
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_cases import DEVICE, kernels
 
-from fastsam import ESAM, SAF
+from fastsam import ESAM, SAF, graph
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks" / "methods.py").exists():
@@ -26,10 +27,10 @@ SGD = partial(torch.optim.SGD, lr=LR, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
 
 
-def make_problem(base=SGD):
+def make_problem(base=SGD, dtype=torch.float64):
     ids = torch.arange(2 * 12).split(12)
-    batches = [Batch(x, y, i, i) for (x, y), i in zip(problems.batches(2), ids, strict=True)]
-    return Problem(problems.mlp(), base, batches, 3, Precision("off", "cpu"))
+    batches = [Batch(x, y, i, i) for (x, y), i in zip(problems.batches(2, dtype=dtype), ids, strict=True)]
+    return Problem(problems.mlp(dtype), base, batches, 3, Precision("off", "cpu"))
 
 
 def trained(name, base=SGD):
@@ -206,6 +207,29 @@ def test_vit_s16_has_its_size():
     # no class token, whose place a mean over the patches takes: 2 x 384 parameters less than the list
     n = sum(p.numel() for p in task.build(task.shape, task.classes).parameters())
     assert n == sum(torch.Size(shape).numel() for shape in LISTS["vit_s16"]()) - 2 * 384
+
+
+CAPTURED = [name for name, method in METHODS.items() if "graph" not in method.cannot]
+
+
+@pytest.mark.skipif(kernels is None or DEVICE == "cuda", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("name", CAPTURED)
+def test_methods_of_the_graph_regime_can_be_captured(name, monkeypatch, choose):
+    from recorded_work import RecordedWork  # a stand-in for CUDA graphs
+
+    choose("triton")
+    weights = []
+    for is_captured in (False, True):
+        work = RecordedWork(monkeypatch)
+        monkeypatch.setattr(graph, "recorder_for", lambda params, batch, work=work: work)
+        problem = make_problem(dtype=torch.float32)
+        problem.is_captured = is_captured
+        step = METHODS[name].build(problem)
+        for i in range(6):  # three as usual, then replays; SAF, whose epochs have two batches here, is captured twice
+            step(problem.batches[i % 2])
+        assert [g.replays > 0 for g in problem.graphs] == [True] * is_captured
+        weights.append(torch.nn.utils.parameters_to_vector(problem.model.parameters()).detach())
+    torch.testing.assert_close(*weights)
 
 
 def test_every_method_says_where_it_cannot_run():
