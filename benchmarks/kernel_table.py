@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.eager_sam import EagerSAM
+from benchmarks.eager_methods import EagerSAM
 from benchmarks.parameter_lists import LISTS, Shape
 from fastsam.kernels import reference
 from fastsam.kernels.philox import Draw

@@ -15,16 +15,12 @@ host's own time is a column of its own. Bytes are the kernel's minimum, whatever
 import argparse
 import itertools
 import json
-import platform
 import random
-import re
-import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -33,12 +29,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import kernel_table
+from benchmarks.counts import count_launches
+from benchmarks.environment import ROOT, environment, recorded
 from benchmarks.kernel_table import Call, Kernel, UnavailableError, bytes_moved
 from benchmarks.loss_table import LOSSES
 from benchmarks.parameter_lists import LISTS
 from fastsam.kernels import dispatch, reference
 
-ROOT = Path(__file__).parents[1]
 KERNELS = {**kernel_table.KERNELS, **LOSSES}
 OURS, AGAIN, TWIN = "ours", "ours again", "torch.compile of the twin"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -188,20 +185,6 @@ class Clock:
         return start.elapsed_time(end) / 1e3
 
 
-def count_launches(call: Any, device: str) -> int | None:
-    """Return how many kernels, copies and fills one call runs on the device."""
-    if device == "cpu":
-        return None
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    return sum(e.device_type == DeviceType.CUDA and not e.is_user_annotation for e in seen.events())
-
-
 def measure(name: str, workload: str, dtype: str, plan: Plan, clock: Clock) -> dict[str, Any]:
     """Return one result of the record: a kernel on a workload in a dtype, arm by arm."""
     kernel = KERNELS[name]
@@ -279,32 +262,6 @@ def tests_pass(device: str) -> bool:
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
-def environment(device: str) -> dict[str, Any]:
-    def output(*command: str) -> str:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        except FileNotFoundError:
-            return "unknown"
-        return done.stdout.strip().split("\n")[0] or "unknown"
-
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = "none"
-    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "torch": torch.__version__,
-        "triton": version,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "driver": driver if device == "cuda" else "none",
-        "commit": output("git", "describe", "--always", "--dirty"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def cases(kernels: list[str], lists: list[str], dtypes: list[str]) -> Iterator[tuple[str, str, str]]:
     """Which kernel is measured on what; one that is not over parameters has workloads of its own, all of them."""
     for name in kernels:
@@ -359,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not tests_pass(device):
         print(f"benchmarks.kernels: tests are red on {device}: nothing is timed", file=sys.stderr)
         return 1
-    about = environment(device)
+    about = environment(device, "benchmarks.kernels", arguments)
     is_complete = not (options.kernels or options.lists or options.dtype)
     lists = options.lists or (["resnet18"] if options.dry_run else list(LISTS))
     plan = plan_for(device, options.rounds or (3 if options.dry_run else 15))
@@ -371,12 +328,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     out = options.out
     if out is None and is_complete and not options.dry_run:
-        out = ROOT / "benchmarks" / "results" / f"kernels_{re.sub(r'[^a-z0-9]+', '_', about['device'].lower())}.json"
+        out = recorded("kernels", about["device"])
     if out is None:
         print("nothing recorded: " + ("a dry run" if options.dry_run else "not all was measured; pass --out"))
         return 0
-    command = shlex.join(["python", "-m", "benchmarks.kernels", *(sys.argv[1:] if arguments is None else arguments)])
-    record = {"environment": {**about, "command": command}, "dry run": options.dry_run, "results": results}
+    record = {"environment": about, "dry run": options.dry_run, "results": results}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n")
     print(f"recorded in {out}")

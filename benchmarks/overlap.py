@@ -29,7 +29,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.step import environment
+from benchmarks.environment import environment
 from fastsam import SAM
 
 WAYS = ("every shard", "flat", "fastsam")
@@ -185,7 +185,7 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         about = {"backward, ms": options.backward, "rounds": options.rounds, "processes": 2}
-        record = {"environment": environment("cpu"), "options": about, "rows": rows}
+        record = {"environment": environment("cpu", "benchmarks.overlap", None), "options": about, "rows": rows}
         options.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

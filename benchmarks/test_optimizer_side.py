@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.eager_sam import EagerSAM
+from benchmarks.eager_methods import EagerSAM
 from benchmarks.parameter_lists import LISTS
 from fastsam import SAM
 
