@@ -42,11 +42,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TESTS = {
     "cuda": [
         *("test_kernels.py", "test_kernel_steps.py", "test_kernel_launches.py", "test_select.py"),
-        *("test_trajectory_loss.py", "test_ema.py"),
+        *("test_trajectory_loss.py", "test_ema.py", "test_graph.py"),
     ],
     "cpu": ["test_reference.py"],
 }
-"""The tests of the kernels, and of the twins."""
+"""The tests of the kernels and of captured steps, and of the twins."""
 _UNITS = 4  # in the last place of the dtype, root mean square
 _MOST_LEAD = 0.02  # seconds
 

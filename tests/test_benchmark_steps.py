@@ -98,11 +98,10 @@ def test_the_graph_regime_captures_ours_and_the_base(monkeypatch, tmp_path):
     assert len(regimes["eager"]["arms"]) == 10
     graph = regimes["graph"]
     bases = ["eager base", "eager base, fused", "base", "base again", "base, fused"]
-    assert list(graph["arms"]) == [*bases, "sam", "esam, element mask", "msam, 4 shards", "saf", "mesa"]
-    assert {name: reason.split(":")[0] for name, reason in graph["not run"].items()} == {
-        "davda54 eager sam": "not captured", "esam": "not captured"
-    }  # fmt: skip
-    assert captured == [("SGD", 3)] * 3 + [("SAM", 2), ("ESAM", 2), ("MSAM", 2)] + [("SGD", 3)] * 2
+    assert list(graph["arms"]) == [*bases, "sam", "esam", "esam, element mask", "msam, 4 shards", "saf", "mesa"]
+    assert list(graph["not run"]) == ["davda54 eager sam"]
+    assert graph["not run"]["davda54 eager sam"].startswith("not captured")
+    assert captured == [("SGD", 3)] * 3 + [("SAM", 2), ("ESAM", 2), ("ESAM", 2), ("MSAM", 2)] + [("SGD", 3)] * 2
     assert graph["noise"] is not None
 
 

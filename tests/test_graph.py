@@ -19,6 +19,7 @@ if kernels is None:
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 ROWS, CLASSES, BATCHES = 8, 3, 4
+draws_of = torch.cuda if DEVICE == "cuda" else torch
 
 
 def net(seed=0, dtype=torch.float32):
@@ -258,15 +259,15 @@ def test_a_checkpoint_in_between_goes_on_bit_for_bit(recorder):
     torch.manual_seed(6)
     problem.train(step, 6)
     assert step.captured
-    draws, state = torch.get_rng_state(), copy.deepcopy(problem.opt.state_dict())
+    draws, state = draws_of.get_rng_state(), copy.deepcopy(problem.opt.state_dict())
     weights = snapshot(problem.model)
     problem.train(step, 3, first=6)  # goes astray
     problem.model.load_state_dict(weights)
     problem.opt.load_state_dict(state)
     assert not step.captured
-    torch.set_rng_state(draws)
+    draws_of.set_rng_state(draws)
     losses = expected.train(expected.eager(), 5, first=6)
-    torch.set_rng_state(draws)
+    draws_of.set_rng_state(draws)
     assert_trained_alike(expected, problem, losses, problem.train(step, 5, first=6))
     assert step.captured
 
@@ -346,16 +347,16 @@ def test_losses_that_read_the_device_are_refused_and_nothing_has_happened(record
     torch.manual_seed(6)
     problem.train(step, 2)
     reads = True
-    draws = torch.get_rng_state()
+    draws = draws_of.get_rng_state()
     with pytest.raises(RuntimeError, match=r"the step cannot be captured: .*Nothing was run") as raised:
         step(*data()[2])
     assert raised.value.__cause__ is not None
-    assert torch.equal(torch.get_rng_state(), draws)
+    assert torch.equal(draws_of.get_rng_state(), draws)
     assert_same(problem.model, snapshot(expected.model))
     assert_same_state(problem.opt.state_dict(), expected.opt.state_dict())
     reads = False
     losses = expected.train(expected.eager(), 6, first=2)
-    torch.set_rng_state(draws)
+    draws_of.set_rng_state(draws)
     assert_trained_alike(expected, problem, losses, problem.train(step, 6, first=2))
     assert step.replays == 6
 
