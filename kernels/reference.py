@@ -84,20 +84,23 @@ def norm(
             measured[i] = weights[i].double().abs().add_(eta).mul_(grads[i])
         if draw is not None and draw.keep is not None:
             measured[i] = torch.where(_mask(draw, i, grads[i]), measured[i], 0)
-    parts: list[Tensor] = []
-    for rows in buckets(_place(g) for g in measured):
-        norms = torch._foreach_norm(_pieces([measured[i] for i in rows]), 2, dtype=torch.float64)
-        parts.append(torch.linalg.vector_norm(torch.stack(norms)))
+    parts = [_norm_of([measured[i] for i in rows]) for rows in buckets(_place(g) for g in measured)]
     device = grads[0].device
     return torch.linalg.vector_norm(torch.stack([part.to(device) for part in parts]))
 
 
-def _pieces(tensors: list[Tensor]) -> list[Tensor]:
-    """The same entries in lists that the CPU's norm, which writes a float64 copy of its input, keeps in the cache."""
+def _norm_of(tensors: list[Tensor]) -> Tensor:
+    """The float64 norm of all tensors, which share a device and a dtype."""
     if tensors[0].device.type != "cpu":
-        return tensors
-    size = PIECE * torch.get_num_threads()
-    return [piece for t in tensors for piece in (in_memory_order(t).split(size) if t.numel() > size else (t,))]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)))
+    # the CPU's norm would write a float64 copy of all it is given, to memory that is fresh from the system each time
+    scratch = torch.empty(PIECE * torch.get_num_threads(), dtype=torch.float64)
+    squares: list[Tensor] = []
+    for t in tensors:
+        for piece in in_memory_order(t).split(len(scratch)):
+            wide = scratch[: len(piece)].copy_(piece)
+            squares.append(torch.dot(wide, wide))
+    return torch.stack(squares).sum().sqrt()
 
 
 @torch.no_grad()
