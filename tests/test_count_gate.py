@@ -7,6 +7,7 @@ import pytest
 from kernel_cases import kernels
 
 from fastsam import SAM
+from fastsam.kernels import reference
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks" / "count_gate.py").exists():
@@ -86,6 +87,11 @@ def test_one_extra_launch_turns_it_red(run, plant):
 def test_one_host_read_turns_it_red(run, plant):
     plant(kernels, "perturb_", lambda weights, grads, backup, norm, *args: norm.item())
     assert run("sam") == (1, ["MORE sam: reads: _local_scalar_dense 0 -> 1"])
+
+
+def test_one_host_read_of_the_twin_turns_it_red(run, plant):
+    plant(reference, "perturb_", lambda weights, grads, backup, norm, *args: norm.item())
+    assert run("sam") == (1, ["MORE sam: twin reads: _local_scalar_dense 0 -> 1"])
 
 
 @pytest.mark.parametrize(
