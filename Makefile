@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 OUT ?= runs/compare-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: compare test test-wheel lint gate cpu-gate bench bench-gpu readme clean
+.PHONY: compare test test-wheel lint gate count-gate cpu-gate bench bench-gpu readme clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ lint: $(VENV)/.ready  ## style and types; mypy sees kernels/ where it is install
 
 gate: $(VENV)/.ready  ## compile every Triton kernel for GPUs that need not be here and compare with the baseline
 	$(BIN)/python -m benchmarks.static_gate $(ARGS)
+
+count-gate: $(VENV)/.ready  ## launches, operations and host reads of a step of every method, against the record
+	$(BIN)/python -m benchmarks.count_gate $(ARGS)
 
 cpu-gate: $(VENV)/.ready  ## CPU time and memory traffic beside eager SAM and the base optimizer, within bounds
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu_gate $(ARGS)

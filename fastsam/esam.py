@@ -77,7 +77,6 @@ class ESAM(SAM):
         check_choice("selection", selection, ("reforward", "reuse"))
         self.mask, self.norm, self.selection, self.strict = mask, norm, selection, strict
         self.last_selected_fraction = 1.0
-        self._last_mask: tuple[Any, list[bool]] = (None, [])
         self._own_knobs = {"beta": beta, "gamma": gamma}
         super().__init__(params, base_optimizer, rho, adaptive, **keywords)
 
@@ -118,12 +117,8 @@ class ESAM(SAM):
             return [True] * len(self._params())
         group = self.param_groups[0]
         betas = tuple(self.knob(group, "beta") for group in self.param_groups for _ in group["params"])
-        key = group[STEP], group[SEED], betas
-        if self._last_mask[0] != key:  # a step asks several times
-            words = philox.first_words(len(betas), group[STEP], group[SEED]).tolist()  # on the CPU in any case
-            kept = [word < philox.threshold(beta) for word, beta in zip(words, betas, strict=True)]
-            self._last_mask = key, kept
-        return self._last_mask[1]
+        words = philox.first_words(len(betas), group[STEP], group[SEED])
+        return [word < philox.threshold(beta) for word, beta in zip(words, betas, strict=True)]
 
     def _perturbs_nothing(self) -> bool:
         wanted = zip(self._kept(), super()._chosen(), self._params(), strict=True)

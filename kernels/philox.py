@@ -11,6 +11,7 @@ A word depends on its position alone, so draws do not change with block size, ba
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_STEPS_AT_ONCE = 64
 
 
 class Draw(NamedTuple):
@@ -75,13 +77,21 @@ def words(
     """
     quads = torch.arange(start // 4, (start + n_elements + 3) // 4, device=device)
     index = torch.full_like(quads, tensor_index & _MASK)
-    return torch.stack(_rounds(quads, index, step, seed), dim=1).reshape(-1)[start % 4 :][:n_elements]
+    rounds = _rounds(quads, index, torch.full_like(quads, step & _MASK), seed)
+    return torch.stack(rounds, dim=1).reshape(-1)[start % 4 :][:n_elements]
 
 
-def first_words(n_tensors: int, step: int, seed: int) -> Tensor:
-    """Return the random word of element 0 of each of the tensors 0 to `n_tensors` - 1: int64, on the CPU."""
-    indices = torch.arange(n_tensors)
-    return _rounds(torch.zeros_like(indices), indices, step, seed)[0]
+def first_words(n_tensors: int, step: int, seed: int) -> list[int]:
+    """Return the random word of element 0 of each of the tensors 0 to `n_tensors` - 1."""
+    return _first_words(n_tensors, step // _STEPS_AT_ONCE, seed)[step % _STEPS_AT_ONCE]
+
+
+@lru_cache(16)
+def _first_words(n_tensors: int, block: int, seed: int) -> list[list[int]]:
+    """The same for a block of steps: ten rounds are some 200 small operations, however many numbers each is of."""
+    steps = torch.arange(block * _STEPS_AT_ONCE, (block + 1) * _STEPS_AT_ONCE).repeat_interleave(n_tensors)
+    indices = torch.arange(n_tensors).repeat(_STEPS_AT_ONCE)
+    return _rounds(torch.zeros_like(indices), indices, steps, seed)[0].view(_STEPS_AT_ONCE, n_tensors).tolist()
 
 
 def threshold(keep: float) -> int:
@@ -89,8 +99,8 @@ def threshold(keep: float) -> int:
     return math.floor(keep * 2**32) if keep < 1 else 2**32
 
 
-def _rounds(quads: Tensor, indices: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c0, c1, c2, c3 = quads & _MASK, indices, torch.full_like(quads, step & _MASK), quads >> 32
+def _rounds(quads: Tensor, indices: Tensor, steps: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c0, c1, c2, c3 = quads & _MASK, indices, steps & _MASK, quads >> 32
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)

@@ -18,6 +18,8 @@ from fastsam.kernels.tensor_list import Backup, buckets, in_memory_order, is_den
 READ_SCALARS = True
 PIECE = 2**16
 """Elements that one thread sums at a time in `norm`: half a megabyte in float64, which a core's cache holds."""
+SMALL = 2**12
+"""Elements up to which tensors on the CPU cost `norm` more in calls than in memory."""
 E0 = 1e-12
 """Added to the norm in the denominator of every perturbation."""
 
@@ -84,20 +86,34 @@ def norm(
             measured[i] = weights[i].double().abs().add_(eta).mul_(grads[i])
         if draw is not None and draw.keep is not None:
             measured[i] = torch.where(_mask(draw, i, grads[i]), measured[i], 0)
-    parts: list[Tensor] = []
-    for rows in buckets(_place(g) for g in measured):
-        norms = torch._foreach_norm(_pieces([measured[i] for i in rows]), 2, dtype=torch.float64)
-        parts.append(torch.linalg.vector_norm(torch.stack(norms)))
+    parts = [_norm_of([measured[i] for i in rows]) for rows in buckets(_place(g) for g in measured)]
     device = grads[0].device
     return torch.linalg.vector_norm(torch.stack([part.to(device) for part in parts]))
 
 
-def _pieces(tensors: list[Tensor]) -> list[Tensor]:
-    """The same entries in lists that the CPU's norm, which writes a float64 copy of its input, keeps in the cache."""
-    if tensors[0].device.type != "cpu":
-        return tensors
-    size = PIECE * torch.get_num_threads()
-    return [piece for t in tensors for piece in (in_memory_order(t).split(size) if t.numel() > size else (t,))]
+def _norm_of(tensors: list[Tensor]) -> Tensor:
+    """The float64 norm of all tensors, which share a device and a dtype."""
+    large = [t for t in tensors if t.device.type == "cpu" and t.numel() > SMALL]
+    small = [t for t in tensors if t.device.type != "cpu" or t.numel() <= SMALL]
+    norms = _norms_of_pieces(large) if large else []
+    if small:
+        norms += torch._foreach_norm(small, 2, dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _norms_of_pieces(tensors: list[Tensor]) -> list[Tensor]:
+    """Float64 norms of pieces of tensors on the CPU.
+
+    torch's own norm writes a float64 copy of all that it is given, to memory that may be fresh from the system every
+    time; here one scratch, which stays in the cache, serves all pieces.
+    """
+    scratch = torch.empty(PIECE * torch.get_num_threads(), dtype=torch.float64)
+    squares: list[Tensor] = []
+    for t in tensors:
+        for piece in in_memory_order(t).split(len(scratch)):
+            wide = scratch[: len(piece)].copy_(piece)
+            squares.append(torch.dot(wide, wide))
+    return list(torch._foreach_sqrt(squares))
 
 
 @torch.no_grad()

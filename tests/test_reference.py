@@ -89,6 +89,15 @@ def test_norm(dtypes, adaptive, scale):
     assert all(map(torch.equal, weights, before))
 
 
+def test_norm_allocates_one_piece_however_many_there_are():
+    grads = [torch.ones(5 * reference.PIECE + 1), torch.ones(3, 5).t()]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        found = reference.norm(grads)
+    assert found.item() == pytest.approx((5 * reference.PIECE + 16) ** 0.5, rel=1e-15)
+    piece = 8 * reference.PIECE * torch.get_num_threads()
+    assert piece <= sum(max(event.self_cpu_memory_usage, 0) for event in profile.events()) < piece + 1000
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_non_finite_entries_are_found(dtype, bad):
