@@ -54,6 +54,8 @@ def philox_by_numpy(element, index, step, seed):
 
 def test_philox_known_answer():
     # the first known-answer vector of the Random123 distribution
+    for step in (0, 63, 64, 2**31, 2**32 - 1, 2**32 + 5):
+        assert philox.first_words(5, step, 9) == [philox.words(1, i, step, 9).item() for i in range(5)]
     assert philox.words(4, 0, 0, 0).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
