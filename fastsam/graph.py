@@ -12,6 +12,7 @@ ESAM's masks and stochastic rounding.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,8 +102,9 @@ class GraphStep:
         self._wasted = 0
         self.replays = 0
         """How many of the steps were replays."""
+        ours = weakref.ref(self)  # a hook is not to keep a graph's memory
         # another state has other tensors
-        getattr(opt, "base_optimizer", opt).register_load_state_dict_post_hook(lambda *_: self.reset())
+        getattr(opt, "base_optimizer", opt).register_load_state_dict_post_hook(lambda *_: _reset(ours()))
 
     @property
     def captured(self) -> bool:
@@ -155,6 +157,11 @@ class GraphStep:
                 f"graph_step goes on without a graph: {change} changes so often that a capture serves a step or none",
                 stacklevel=3,
             )
+
+
+def _reset(step: GraphStep | None) -> None:
+    if step is not None:
+        step.reset()
 
 
 def recorder_for(params: list[Tensor], batch: tuple[Any, ...]) -> Recorder | None:

@@ -37,9 +37,9 @@ def under_way() -> "Run | None":
 
 
 def found_inf_of(optimizer: Any) -> Tensor | None:
-    """Return a 0-dim tensor that is not 0 if a fastsam optimizer skipped its last step; None if nobody has looked."""
+    """Return a 0-dim tensor that is not 0 if the step that is just over was skipped; None if nobody has looked."""
     run = getattr(optimizer, "_run", None)
-    return run.found_inf if isinstance(run, Run) else None
+    return run.found_inf if isinstance(run, Run) else getattr(optimizer, "found_inf", None)  # as GradScaler says it
 
 
 class Run:

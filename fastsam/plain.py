@@ -69,5 +69,9 @@ class PlainStep(Capturable):
             self.optimizer.step()
             return
         restore_and_step(self.optimizer, Backup([]), grad_scale, found_inf)
-        for hook in self.optimizer._optimizer_step_post_hooks.values():
-            hook(self.optimizer, (), {})
+        vars(self.optimizer)["found_inf"] = found_inf  # for hooks, which run after a skipped step too
+        try:
+            for hook in self.optimizer._optimizer_step_post_hooks.values():
+                hook(self.optimizer, (), {})
+        finally:
+            del vars(self.optimizer)["found_inf"]

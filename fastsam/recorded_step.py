@@ -45,7 +45,8 @@ class RecordedStep:
         advance: Tensor,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        self._stepper, self._recorder, self._scaler = stepper, recorder, scaler
+        self._stepper, self._recorder = stepper, recorder
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._params, self._target = flat(stepper.param_groups), id(stepper._scaler_target)
         base = getattr(stepper, "base_optimizer", None) or stepper.optimizer
         self._renewed = (*(_RENEWED if steps_in_a_kernel(base) else ()), *stepper._renewed)

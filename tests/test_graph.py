@@ -1,7 +1,9 @@
 """A captured step is the step that it was captured from: bit for bit, whatever changes between replays."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -393,6 +395,41 @@ def test_a_forgotten_update_of_the_scaler_is_noticed(recorder):
     step(*data()[0])
     with pytest.raises(RuntimeError, match=r"since the GradScaler's last update\(\)"):
         step(*data()[0])
+
+
+def test_a_scaler_that_is_off_is_none(recorder):
+    problem = PROBLEMS["sam, scaler"]()
+    problem.scaler = torch.amp.GradScaler(DEVICE, enabled=False)
+    step = problem.graphed()
+    problem.train(step, 6)
+    assert step.replays == 3
+
+
+def test_a_teacher_does_not_follow_a_skipped_step(recorder):
+    problem = mesa(lambda model: torch.optim.SGD(model.parameters(), **SGD))()
+    problem.scaler = torch.amp.GradScaler(DEVICE, init_scale=256.0)
+    step = problem.graphed()
+    problem.set_epoch(3)
+    for i in range(6):
+        before = snapshot(problem.teacher)
+        x, y, ids = data()[0]
+        step(torch.full_like(x, torch.inf) if i in (1, 5) else x, y, ids)
+        problem.scaler.update()
+        moved = not torch.equal(problem.teacher[0].weight, before["0.weight"])
+        assert moved == (i not in (1, 5))
+    assert step.replays == 3
+
+
+def test_a_step_that_nobody_holds_frees_its_graph(recorder):
+    problem = PROBLEMS["sam"]()
+    step = problem.graphed()
+    problem.train(step, 4)
+    gone = weakref.ref(step)
+    del step
+    gc.collect()
+    assert gone() is None
+    problem.opt.load_state_dict(problem.opt.state_dict())
+    copy.deepcopy(problem.opt)
 
 
 def test_auto_is_captured_once_it_has_settled(recorder):
