@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 
 
-def tensors_of(batch: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a nested batch that have a leading dimension; all else passes through untouched."""
+def tensors_of(batch: Any, scalars: bool = False) -> Iterator[Tensor]:
+    """Yield the tensors of a nested batch that have a leading dimension; all else passes through untouched.
+
+    Args:
+        batch: tensors, or nested dicts, lists and tuples of them.
+        scalars: yield 0-dim tensors too.
+    """
     if isinstance(batch, Tensor):
-        if batch.dim() > 0:
+        if scalars or batch.dim() > 0:
             yield batch
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from tensors_of(value)
+            yield from tensors_of(value, scalars)
     elif isinstance(batch, (list, tuple)):
         for value in batch:
-            yield from tensors_of(value)
+            yield from tensors_of(value, scalars)
 
 
 def batch_size(batch: tuple[Any, ...]) -> int:
@@ -61,22 +66,23 @@ def split_rows(batch: Any, sizes: Sequence[int]) -> list[Any]:
     return [_on_tensors(batch, partial(Tensor.narrow, dim=0, start=end - n, length=n)) for end, n in ends]
 
 
-def replace_tensors(batch: Any, tensors: Iterable[Tensor]) -> Any:
+def replace_tensors(batch: Any, tensors: Iterable[Tensor], scalars: bool = False) -> Any:
     """Return a nested batch of the same structure with these in place of what `tensors_of` yields, in its order."""
     replacements = iter(tensors)
-    return _on_tensors(batch, lambda _: next(replacements))
+    return _on_tensors(batch, lambda _: next(replacements), scalars)
 
 
-def _on_tensors(batch: Any, cut: Callable[[Tensor], Tensor]) -> Any:
+def _on_tensors(batch: Any, cut: Callable[[Tensor], Tensor], scalars: bool = False) -> Any:
     """Return a nested batch of the same structure, with `cut` applied to the tensors of `tensors_of`."""
     if isinstance(batch, Tensor):
-        return cut(batch) if batch.dim() > 0 else batch
+        return cut(batch) if scalars or batch.dim() > 0 else batch
+    inner = partial(_on_tensors, cut=cut, scalars=scalars)
     if isinstance(batch, Mapping):
-        return type(batch)({key: _on_tensors(value, cut) for key, value in batch.items()})  # type: ignore[call-arg]
+        return type(batch)({key: inner(value) for key, value in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_on_tensors(value, cut) for value in batch))
+        return type(batch)(*map(inner, batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(_on_tensors(value, cut) for value in batch)
+        return type(batch)(map(inner, batch))
     return batch
 
 

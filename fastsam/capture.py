@@ -34,70 +34,89 @@ class Recorder(Protocol):
         """Go on with the random numbers that followed a mark of this step."""
 
 
+class Watched:
+    """What Python looked at in a step and went by."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Callable[[], Any], Any]] = []
+
+    def add(self, read: Callable[[], Any]) -> None:
+        """Watch what `read()` returns."""
+        self._seen.append((read, read()))
+
+    def holds(self) -> bool:
+        """Whether all of it is as it was."""
+        return all(read() == then for read, then in self._seen)
+
+
 class Capture:
     """One captured step."""
 
     def __init__(self) -> None:
         self.tables = captured.Tables()
+        self.watched = Watched()
         self.calls: list[Callable[[], object]] = []
         """What Python has to do in every replay."""
-        self._watched: list[tuple[Callable[[], Any], Any]] = []
-
-    def watch(self, read: Callable[[], Any]) -> None:
-        """Make the step be captured anew when `read()` no longer returns what it does now."""
-        self._watched.append((read, read()))
-
-    def holds(self) -> bool:
-        """Whether all that is watched is as it was."""
-        return all(read() == then for read, then in self._watched)
 
 
-_current: Capture | None = None
-_stage: tuple[Recorder, Tensor] | None = None
+class _Stage:
+    def __init__(self, recorder: Recorder, advance: Tensor, watched: Watched, capture: Capture | None = None) -> None:
+        self.recorder, self.advance, self.watched, self.capture = recorder, advance, watched, capture
+
+
+_stage: _Stage | None = None
 
 
 @contextmanager
-def rehearsing(recorder: Recorder, advance: Tensor) -> Iterator[None]:
+def _on_stage(stage: _Stage) -> Iterator[None]:
+    global _stage
+    _stage = stage
+    try:
+        yield
+    finally:
+        _stage = None
+
+
+@contextmanager
+def rehearsing(recorder: Recorder, advance: Tensor) -> Iterator[Watched]:
     """Context of a step that runs, with the very launches that will be captured, so that all are compiled.
 
     Args:
         recorder: what will record it.
         advance: int64, 0-dim on the device: what launches add to the step that addresses random numbers. 0 here.
     """
-    global _stage
-    _stage = recorder, advance.zero_()
-    try:
-        with recorder.rehearsal():
-            yield
-    finally:
-        _stage = None
+    watched = Watched()
+    with _on_stage(_Stage(recorder, advance.zero_(), watched)), recorder.rehearsal():
+        yield watched
 
 
 @contextmanager
 def capturing(capture: Capture, recorder: Recorder, advance: Tensor) -> Iterator[None]:
     """Context of a step that is recorded rather than run. `advance` is then the number of steps since."""
-    global _current, _stage
-    _current, _stage = capture, (recorder, advance)
-    try:
-        with recorder.recording(), captured.capturing(capture.tables):
-            yield
-    finally:
-        _current = _stage = None
+    stage = _Stage(recorder, advance, capture.watched, capture)
+    with _on_stage(stage), recorder.recording(), captured.capturing(capture.tables):
+        yield
 
 
 def current() -> Capture | None:
     """Return the capture that is under way, if any."""
-    return _current
+    return _stage.capture if _stage else None
 
 
 def recorder() -> Recorder | None:
     """Return what records, in a capture or in a rehearsal for one."""
-    return _stage[0] if _stage else None
+    return _stage.recorder if _stage else None
 
 
 def advance() -> Tensor | None:
     """Return where a launch finds by how much its step has moved on; None outside of captures and rehearsals."""
-    return _stage[1] if _stage else None
+    return _stage.advance if _stage else None
+
+
+def watch(read: Callable[[], Any]) -> None:
+    """Let a captured step hold only as long as `read()` returns what it does now."""
+    if _stage:
+        _stage.watched.add(read)
 
 
 class Capturable:

@@ -31,23 +31,26 @@ class CudaGraph:
         """Run as usual, on the stream of the capture."""
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream), self._draws.rehearsal():
-            yield
-        here.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream), self._draws.rehearsal():
+                yield
+        finally:
+            here.wait_stream(self._stream)  # for a restore too
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record; the graph is there if nothing was raised."""
-        here = torch.cuda.current_stream(self._device)
-        graph = torch.cuda.CUDAGraph()
-        try:
+        with torch.cuda.device(self._device):
+            here = torch.cuda.current_stream()
+            graph = torch.cuda.CUDAGraph()
             # other threads, such as a loader's that pins memory, may go on with what a capture forbids
             work = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
-            with self._draws.recording(graph), work:
-                yield
-        finally:
-            torch.cuda.set_stream(here)  # torch leaves its own stream behind where the end of a capture fails
-        self._graph = graph
+            try:
+                with self._draws.recording(graph), work:
+                    yield
+            finally:
+                torch.cuda.set_stream(here)  # torch leaves its own stream behind where the end of a capture fails
+            self._graph = graph
 
     def replay(self) -> None:
         """Launch the graph on the current stream."""
@@ -91,8 +94,10 @@ class _Draws:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         self._marks, self._rewinds, self._start = [], [], self._generator.get_offset()
-        yield
-        self._total, self._start = self._generator.get_offset() - self._start, None
+        try:
+            yield
+        finally:
+            self._total, self._start = self._generator.get_offset() - self._start, None
 
     def mark(self) -> int:
         """Return the mark's number."""
@@ -110,24 +115,23 @@ class _Draws:
             return
         rewinds = self._seen[1]
         rewinds.append(mark)
-        if len(rewinds) <= len(self.states):
-            self._generator.graphsafe_set_state(self.states[len(rewinds) - 1])
+        if len(rewinds) < len(self.states):
+            self._generator.graphsafe_set_state(self.states[len(rewinds)])
 
     @contextmanager
     def recording(self, graph: Any) -> Iterator[None]:
+        # not the generator's own state, which a failed capture would spoil and other graphs may hold
         own = self._generator.graphsafe_get_state()
-        self.states = [] if self._draws_nothing else [self._generator.clone_state() for _ in self._rewinds]
-        for state in self.states:
+        states = [self._generator.clone_state() for _ in range(1 + len(self._rewinds))]
+        self.states = [] if self._draws_nothing else states
+        for state in self.states[1:]:
             graph.register_generator_state(state)
+        self._generator.graphsafe_set_state(states[0])  # the beginning of a capture registers this one
         self._seen = 0, []
         try:
             yield
             if self._seen != (len(self._marks), self._rewinds):
                 raise RuntimeError("the step draws its random numbers in another order than when it last ran")
-        except BaseException:
-            # a state that a failed capture has claimed refuses to draw outside of one
-            own = own.clone_state()
-            raise
         finally:
             self._generator.graphsafe_set_state(own)
             self._seen = None
@@ -138,9 +142,9 @@ class _Draws:
             yield
             return
         start, seed = self._generator.get_offset(), self._generator.initial_seed()
-        for state, mark in zip(self.states, self._rewinds, strict=True):
+        for state, drawn in zip(self.states, [0, *(self._marks[mark] for mark in self._rewinds)], strict=True):
             if state.initial_seed() != seed:
                 state.manual_seed(seed)
-            state.set_offset(start + self._marks[mark])
+            state.set_offset(start + drawn)
         yield
         self._generator.set_offset(start + self._total)

@@ -174,7 +174,8 @@ class ESAM(SAM):
 
     def _is_typical(self) -> bool:
         # a step that perturbs nothing has one pass; of many tensors that never happens, and to look takes a while
-        chance = math.prod((1 - self.knob(g, "beta")) ** len(g["params"]) for g in self.param_groups)
+        groups = [group for group in self.param_groups if self.knob(group, "perturb")]
+        chance = math.prod((1 - self.knob(g, "beta")) ** sum(p.requires_grad for p in g["params"]) for g in groups)
         return self.mask == "element" or chance < 2**-60 or not self._perturbs_nothing()
 
     def _outcomes(self) -> list[tuple[Any, str]]:

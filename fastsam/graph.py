@@ -17,17 +17,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam import capture
-from fastsam.batch import batch_size, tensors_of
-from fastsam.capture import Recorder
+from fastsam.batch import batch_size, replace_tensors, tensors_of
+from fastsam.capture import Recorder, Watched
 from fastsam.cuda_graph import CudaGraph
+from fastsam.given import Given
 from fastsam.gradients import flat
 from fastsam.kernels import dispatch
 from fastsam.plain import stepper_of
-from fastsam.recorded_step import RecordedStep
+from fastsam.recorded_step import CaptureError, RecordedStep
 
 _MOST_WASTED = 4
 """So many captures one after the other that served less than two steps, and no more are made."""
@@ -75,9 +77,9 @@ class GraphStep:
     A call returns the first pass's mean loss, 0-dim, detached, on its device. p.grad, `opt.last_grad_norm` and all
     counters are then as after `opt.step`; the memory of p.grad is the graph's, and the next replay writes over it.
 
-    A step is captured anew, after one that runs as usual, when groups or their other settings, an epoch of SAF or MESA,
-    the model's mode, or the parameters' memory or requires_grad have changed, or a state dict was loaded. For whatever
-    else `loss_fn` depends on, call `reset()` to make it count.
+    A step is captured anew, after one that runs as usual, when groups, settings or hooks of the optimizer, the mode of
+    its `model=`, an autocast around the call, an epoch of SAF or MESA, requires_grad, or the memory of parameters and
+    state have changed, or a state dict was loaded. For whatever else `loss_fn` depends on, call `reset()`.
     """
 
     def __init__(
@@ -92,12 +94,14 @@ class GraphStep:
         _check_arguments(opt, loss_fn, example_batch, clip_grad_norm, warmup)
         self._recorder = recorder = recorder_for(flat(opt.param_groups), example_batch)
         self._stepper: Any = stepper_of(opt, fused=recorder is not None)
-        if recorder is not None and (obstacle := _hooks(opt) or self._stepper._obstacle(scaler)):
+        if recorder is not None and (obstacle := _obstacle(opt) or self._stepper._obstacle(scaler)):
             raise ValueError(f"the step cannot be captured: {obstacle}; take it without graph_step")
         self.opt, self._loss_fn, self._scaler, self._clip_grad_norm = opt, loss_fn, scaler, clip_grad_norm
         self._layout = _layout(example_batch)
         self._advance = torch.zeros((), dtype=torch.int64, device=flat(opt.param_groups)[0].device)
+        self._given = Given(self._stepper)
         self._to_rehearse = warmup
+        self._rehearsed: tuple[dict[str, Any], Watched] | None = None
         self._recorded: RecordedStep | None = None
         self._wasted = 0
         self.replays = 0
@@ -113,10 +117,10 @@ class GraphStep:
 
     def reset(self) -> None:
         """Drop the captured step, and its memory; the next call runs as usual, and from then on all is as before."""
+        self._to_rehearse = max(self._to_rehearse, 1)
         if self._recorder is not None and self._recorded is not None:
             self._recorded = None
             self._recorder.release()
-            self._to_rehearse = 1
 
     def __call__(self, *batch: Any) -> Tensor:
         """Take a step on a batch and return its mean loss.
@@ -131,19 +135,32 @@ class GraphStep:
         if self._recorded is not None and (change := self._recorded.change()):
             self._drop(change)
         if self._recorded is None:
-            if self._to_rehearse > 0 or not self._stepper._is_settled():
+            if not self._is_rehearsed():
                 return self._rehearse(recorder, batch)
-            self._recorded = RecordedStep(self._stepper, self._step, batch, recorder, self._advance, self._scaler)
+            if obstacle := _obstacle(self.opt):
+                raise CaptureError(f"the step cannot be captured: {obstacle}")
+            self._recorded = RecordedStep(
+                self._stepper, self._step, batch, recorder, self._advance, self._given, self._scaler
+            )
         self.replays += 1
         return self._recorded.replay(batch)
 
     def _step(self, *batch: Any) -> Tensor:
         return self._stepper.step(self._loss_fn, *batch, scaler=self._scaler, clip_grad_norm=self._clip_grad_norm)
 
+    def _is_rehearsed(self) -> bool:
+        """Whether the next step would do what the last one did, so that all it needs is there."""
+        if self._to_rehearse > 0 or self._rehearsed is None or not self._stepper._is_settled():
+            return False
+        given, watched = self._rehearsed
+        return given == self._given.now() and watched.holds()
+
     def _rehearse(self, recorder: Recorder, batch: tuple[Any, ...]) -> Tensor:
-        with capture.rehearsing(recorder, self._advance):
-            loss = self._step(*batch)
+        copies = [t.clone() for t in tensors_of(batch, scalars=True)]  # aligned as those of a capture
+        with capture.rehearsing(recorder, self._advance) as watched:
+            loss = self._step(*replace_tensors(batch, copies, scalars=True))
         self._to_rehearse -= 1
+        self._rehearsed = self._given.now(), watched
         return loss
 
     def _drop(self, change: str) -> None:
@@ -177,7 +194,7 @@ def recorder_for(params: list[Tensor], batch: tuple[Any, ...]) -> Recorder | Non
         return None
     if len(devices) > 1:
         raise ValueError(f"the step cannot be captured: parameters are on {len(devices)} devices; all must be on one")
-    if other := next((t.device for t in tensors_of(batch) if t.device != device), None):
+    if other := next((t.device for t in tensors_of(batch, scalars=True) if t.device != device), None):
         raise ValueError(f"a tensor of the example batch is on {other}, the parameters on {device}; move the batch")
     if not hasattr(dispatch.pick(params), "INTERPRETED"):
         raise RuntimeError(
@@ -201,20 +218,34 @@ def _check_arguments(opt: Any, loss_fn: Any, batch: tuple[Any, ...], clip_grad_n
         raise ValueError(f"warmup must be at least 1, got {warmup}: the first step makes what a capture needs")
 
 
-def _hooks(opt: Optimizer) -> str | None:
-    """Return what is wrong with the hooks around the optimizer's step: a replay runs what was captured of them."""
+def _obstacle(opt: Optimizer) -> str | None:
+    """Return why no step of any optimizer could be captured here."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return "it is taken by several processes"
     before, after = opt._optimizer_step_pre_hooks.values(), opt._optimizer_step_post_hooks.values()
     if any(not getattr(hook, "can_be_captured", False) for hook in (*before, *after)):
         return f"{type(opt).__name__} has step hooks, which a replay would not run"
     return None
 
 
+class _Same:
+    """Equals what holds the very same object."""
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.item is self.item
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def _layout(batch: Any) -> Any:
     """Everything about a nested batch but the numbers in its tensors."""
-    if isinstance(batch, Tensor) and batch.dim() > 0:
+    if isinstance(batch, Tensor):
         return batch.shape, batch.stride(), batch.dtype, batch.device
     if isinstance(batch, Mapping):
-        return type(batch), tuple((key, _layout(value)) for key, value in batch.items())
+        return type(batch), [(key, _layout(value)) for key, value in batch.items()]
     if isinstance(batch, (list, tuple)):
-        return type(batch), tuple(map(_layout, batch))
-    return batch if isinstance(batch, (str, int, float, type(None))) else id(batch)
+        return type(batch), list(map(_layout, batch))
+    return (type(batch), batch) if isinstance(batch, (str, int, float, type(None))) else _Same(batch)

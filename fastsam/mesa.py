@@ -114,8 +114,7 @@ class MESA(Trajectory):
             ValueError: a wrong shape, or a teacher that answers in another one.
         """
         self._check(logits, targets)
-        if (captured := capture.current()) is not None:
-            captured.watch(lambda: (self.active, self.lam, self.tau, self.decay))
+        capture.watch(lambda: (self.active, self.lam, self.tau, self.decay))
         if not self.active:
             return self._cross_entropy(logits, targets)
         past = self._teacher_logits(inputs, logits)

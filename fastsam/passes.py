@@ -244,6 +244,11 @@ class ScalerTarget:
         """The optimizer's groups, for the scaler to unscale."""
         return self._optimizer.param_groups
 
+    def forget(self) -> None:
+        """Drop what a scaler has set."""
+        self.__dict__.pop("grad_scale", None)
+        self.__dict__.pop("found_inf", None)
+
     def step(self) -> None:
         """Called by the scaler, with its scale and its finding set as attributes."""
         self._optimizer._update(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))

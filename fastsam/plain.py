@@ -64,6 +64,10 @@ class PlainStep(Capturable):
     def _obstacle(self, scaler: Any) -> str | None:
         return None if steps_in_a_kernel(self.optimizer) else not_in_a_kernel(self.optimizer)
 
+    def _discard(self) -> None:
+        if self.fused:
+            self._scaler_target.forget()
+
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if not self.fused:
             self.optimizer.step()

@@ -171,8 +171,7 @@ class SAF(Trajectory):
         if logits.shape[1] != self.num_classes:
             raise ValueError(f"logits have {logits.shape[1]} classes, but SAF was made for {self.num_classes}")
         self._check_ids(sample_ids, len(logits))
-        if (captured := capture.current()) is not None:
-            captured.watch(lambda: (self.epoch, self.training, self.lam, self.tau))
+        capture.watch(lambda: (self.epoch, self.training, self.lam, self.tau))
         if not self.training or self.lam == 0:
             return self._cross_entropy(logits, targets)
         run = under_way()
@@ -182,7 +181,7 @@ class SAF(Trajectory):
                 "opt.step(losses, ...), or `with opt.ascent(): ...` and `with opt.descent(): ...`"
             )
         history = self._history or self._open(logits.device)
-        if captured is not None and not history.direct:
+        if capture.current() is not None and not history.direct:
             raise RuntimeError("SAF's records are not on the device as whole rows; use storage='device' without top_k")
         ids = self._rows_of(sample_ids, logits.device if history.direct else torch.device("cpu"))
         if run is None:

@@ -12,6 +12,7 @@ With adaptive=True it is ASAM (Kwon et al. 2021, https://arxiv.org/abs/2102.1160
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
@@ -153,7 +154,8 @@ class SAM(TwoPassOptimizer):
         adaptive, draw = self._adaptive(ascended), self._draw(ascended)
         e0 = OFFICIAL_E0 if self._is_official() else E0
         kernels = dispatch.pick(ascended.weights)
-        radii = Renewable(self._radii(ascended), partial(self._radii, ascended))
+        # a capture keeps the groups to look into, and no gradients, whose memory others may use
+        radii = Renewable(self._radii(ascended), partial(self._radii, replace(ascended, weights=[], grads=[])))
         kernels.perturb_(ascended.weights, ascended.grads, backup, norm, radii, adaptive, draw, e0)
 
     def _radii(self, ascended: Ascended) -> list[float]:

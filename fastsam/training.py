@@ -25,6 +25,7 @@ from fastsam.graph import GraphStep, graph_step
 from fastsam.methods import METHODS, BatchLosses, InputError, StepClock, Task, build, build_criterion
 from fastsam.models import MODELS, has_batch_norm
 from fastsam.plain import stepper_of
+from fastsam.recorded_step import CaptureError
 from fastsam.report import replacing
 from fastsam.samples import SampleToRankSampler
 
@@ -243,7 +244,10 @@ class Run:
                 self._graph_step = graph_step(self.optimizer, self.losses, *batch, scaler=self.scaler)
             except (ValueError, RuntimeError) as error:
                 raise InputError(f"--graph: {error}") from error
-        return self._graph_step(*batch)
+        try:
+            return self._graph_step(*batch)
+        except CaptureError as error:
+            raise InputError(f"--graph: {error}") from error
 
     def _order(self) -> Tensor:
         """Return the rows of this process's samples in this epoch's order."""

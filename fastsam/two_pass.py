@@ -369,6 +369,7 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
 
     def _discard(self) -> None:
         self._run.discard()
+        self._forget_scaler()
 
     def _replayed(self) -> None:
         self._run.consumed.set(self.param_groups)

@@ -25,7 +25,7 @@ class Renewable(list):
 
 
 class Tables:
-    """The tables of one capture, and every tensor that its launches were given."""
+    """The tables of one capture, and other scratch that its launches need for as long as it is replayed."""
 
     def __init__(self) -> None:
         self.kept: list[Tensor] = []
@@ -78,6 +78,12 @@ def capturing(tables: Tables) -> Iterator[None]:
         yield
     finally:
         _open = None
+
+
+def keep(*tensors: Tensor) -> None:
+    """Let a capture keep tensors that its launches were given, and that others may drop."""
+    if _open is not None:
+        _open.kept += tensors
 
 
 def tables() -> Tables | None:

@@ -108,11 +108,13 @@ class Launch:
             columns = self.lengths, sets or (0,) * len(self.rows), *self._addresses, *others
             rows = _upload("rows", torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64), self.device)
             _remember(self._tables, (stream, sets, others), rows)
-        return Table(
+        table = Table(
             rows,
             _chunk_map(self.lengths, size, self.device, stream),
             _live(renewal, self.device) if renewal else _hyperparameter_rows(hyperparameters, self.device, stream),
         )
+        captured.keep(*table)
+        return table
 
 
 _splits: dict[Hashable, tuple[list[Launch], list[int]]] = {}
@@ -207,7 +209,9 @@ def _hyperparameter_rows(sets: tuple[tuple[float, ...], ...], device: torch.devi
 def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return these numbers as a float64 tensor on the device, uploaded when they are new."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _hyperparameter_rows((values,), device, stream)[0]
+    rows = _hyperparameter_rows((values,), device, stream)
+    captured.keep(rows)
+    return rows[0]
 
 
 @lru_cache(_REMEMBERED)
@@ -247,6 +251,7 @@ def counters(n: int, device: torch.device) -> Iterator[Tensor]:
     lent = _counters.pop((device, stream, n), None)
     if lent is None:
         lent = torch.zeros(n, dtype=torch.int64, device=device)
+    captured.keep(lent)
     yield lent
     _counters[device, stream, n] = lent  # not reached, so not reused, where the launch failed half-way
 
@@ -303,7 +308,5 @@ def launch(
         constants: what the kernel is compiled for.
     """
     if n_programs:
-        if (tables := captured.tables()) is not None:
-            tables.kept += [a for a in args if isinstance(a, Tensor)]
         num_warps = max(1, threads // (64 if torch.version.hip else 32))
         kernel[(n_programs,)](*args, num_warps=num_warps, enable_fp_fusion=enable_fp_fusion, **constants)

@@ -166,7 +166,9 @@ def _norm_on_one_device(
     keep = None if draw is None else draw.keep
     works = []
     for each in launches:
-        size = block_size(*each.dtypes, vectors=2 if is_adaptive or keep is not None else _VECTORS)
+        mask = mask_constants(draw)
+        # chunks of whole masks are those of none: sums are the same bits
+        size = block_size(*each.dtypes, vectors=2 if is_adaptive or mask["MASKED"] else _VECTORS)
         sets, lines = _sets(each.of(etas), None if keep is None else each.of(keep))
         zeros = (0,) * len(each.rows)
         numbers = map(each.of, draw.addresses()) if draw is not None and keep is not None else (zeros, zeros)
@@ -178,7 +180,7 @@ def _norm_on_one_device(
             "WIDEST": widest(each.dtypes),
             "ADAPTIVE": is_adaptive,
             "BLOCK_SIZE": size,
-            **mask_constants(draw),
+            **mask,
         }
         works.append((work, constants))
     n_partials = sum(work.n_programs for work, _ in works)

@@ -196,6 +196,7 @@ def perturb_(
         marks = backup.marks.get(each.rows)
         if marks is None or marks.shape[0] != work.n_programs:
             marks = backup.marks[each.rows] = torch.zeros(work.n_programs, dtype=torch.int64, device=each.device)
+        captured.keep(marks)
         marked.append((each, size, marks))
         with on_device(each.device):
             launch(

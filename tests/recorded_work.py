@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastsam import capture
 from fastsam.kernels import (
-    captured,
     chunks,
     ema,
     norm,
@@ -96,7 +95,6 @@ class RecordedWork:
 
     def launch(self, kernel, n_programs, *args, **constants):
         # not run: its tables are empty until the recording is over
-        captured.tables().kept.extend(a for a in args if isinstance(a, torch.Tensor))
         self.work.append(lambda: chunks.launch(kernel, n_programs, *args, **constants))
 
     @torch.no_grad()

@@ -1,0 +1,82 @@
+"""What a captured step takes for given: everything outside the loss that Python went by, and is cheap to look at."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastsam.base_step import steps_in_a_kernel
+from fastsam.gradients import flat
+from fastsam.wrapping import STEP
+
+_RENEWED = ("lr", "momentum", "dampening", "weight_decay", "betas", "eps")
+"""Settings of SGD, Adam and AdamW that a replay reads from tables on the device."""
+_address: Any = Tensor.data_ptr
+_requires_grad, _training = operator.attrgetter("requires_grad"), operator.attrgetter("training")
+
+
+class Given:
+    """Looks at whatever takes steps.
+
+    Args:
+        stepper: a fastsam optimizer, or a `PlainStep`.
+    """
+
+    def __init__(self, stepper: Any) -> None:
+        self._stepper = stepper
+        self._base: Optimizer = getattr(stepper, "base_optimizer", None) or stepper.optimizer
+        self._optimizers = [self._base] + ([stepper] if isinstance(stepper, Optimizer) else [])
+        model = getattr(stepper, "model", None)
+        self._modules = [] if model is None else list(model.modules())
+
+    @property
+    def _renewed(self) -> tuple[str, ...]:
+        return (*(_RENEWED if steps_in_a_kernel(self._base) else ()), *self._stepper._renewed)
+
+    def now(self) -> dict[str, Any]:
+        """Return what a capture made now would be good for, by words for it."""
+        followed, groups = {"params", STEP, *self._renewed}, self._stepper.param_groups
+        params = flat(groups)
+        device = params[0].device.type
+        states = [t for p in params for t in self._base.state.get(p, {}).values() if isinstance(t, Tensor)]
+        hooks = [(*o._optimizer_step_pre_hooks, *o._optimizer_step_post_hooks) for o in self._optimizers]
+        options = {k: v for k, v in vars(self._stepper).items() if isinstance(v, (bool, int, float, str))}
+        # not what a step leaves there
+        given = {f"the optimizer's {k}": v for k, v in options.items() if not k.startswith(("_", "last_"))}
+        for i, group in enumerate(groups):
+            given |= {f"{key} of group {i}": value for key, value in group.items() if key not in followed}
+            given[f"the kind of lr of group {i}"] = _kind(group.get("lr"))
+            given[f"whether group {i} has momentum"] = bool(group.get("momentum"))
+        return given | {
+            "the parameters' memory": tuple(map(_address, params)),
+            "requires_grad of the parameters": tuple(map(_requires_grad, params)),
+            "the optimizer's state": tuple(map(_address, states)),
+            "the optimizer's step hooks": hooks,
+            "the mode of the model": tuple(map(_training, self._modules)),
+            "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        }
+
+    def numbers(self) -> list[Any]:
+        """Return what the tables of a capture follow. A tensor on the device is followed by the kernel itself."""
+        renewed = self._renewed
+        return [_on_host(group.get(key)) for group in self._stepper.param_groups for key in renewed]
+
+
+def change(now: dict[str, Any], then: dict[str, Any]) -> str | None:
+    """Return the first thing that is another now, in words; None if all is as it was."""
+    if now == then:
+        return None
+    return next(name for name in (*now, *then) if name not in now or name not in then or now[name] != then[name])
+
+
+def _kind(lr: Any) -> Any:
+    """Where the kernels find a learning rate: behind the address of a tensor, or in their tables."""
+    return lr.data_ptr() if isinstance(lr, Tensor) else None
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" else None
+    return value
