@@ -142,8 +142,9 @@ class GraphStep:
             self._recorded = RecordedStep(
                 self._stepper, self._step, batch, recorder, self._advance, self._given, self._scaler
             )
+        loss = self._recorded.replay(batch)
         self.replays += 1
-        return self._recorded.replay(batch)
+        return loss
 
     def _step(self, *batch: Any) -> Tensor:
         return self._stepper.step(self._loss_fn, *batch, scaler=self._scaler, clip_grad_norm=self._clip_grad_norm)
