@@ -30,10 +30,8 @@ class Given:
         self._optimizers = [self._base] + ([stepper] if isinstance(stepper, Optimizer) else [])
         model = getattr(stepper, "model", None)
         self._modules = [] if model is None else list(model.modules())
-
-    @property
-    def _renewed(self) -> tuple[str, ...]:
-        return (*(_RENEWED if steps_in_a_kernel(self._base) else ()), *self._stepper._renewed)
+        # what these depend on is looked at too
+        self._renewed = (*(_RENEWED if steps_in_a_kernel(self._base) else ()), *stepper._renewed)
 
     def now(self) -> dict[str, Any]:
         """Return what a capture made now would be good for, by words for it."""
@@ -60,8 +58,7 @@ class Given:
 
     def numbers(self) -> list[Any]:
         """Return what the tables of a capture follow. A tensor on the device is followed by the kernel itself."""
-        renewed = self._renewed
-        return [_on_host(group.get(key)) for group in self._stepper.param_groups for key in renewed]
+        return [_on_host(group.get(key)) for group in self._stepper.param_groups for key in self._renewed]
 
 
 def change(now: dict[str, Any], then: dict[str, Any]) -> str | None:
