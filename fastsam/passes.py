@@ -237,7 +237,11 @@ class ScalerTarget:
     _step_supports_amp_scaling = True
 
     def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
+        self._reference = weakref.ref(optimizer)  # whose own part this is
+
+    @property
+    def _optimizer(self) -> Any:
+        return self._reference()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

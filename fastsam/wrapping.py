@@ -5,6 +5,7 @@ param groups, so that every checkpoint format that carries an optimizer carries 
 """
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,17 @@ STEP, SEED = "fastsam_step", "fastsam_seed"
 _WRAPS = "_fastsam_wraps"
 FROM_BASE: Any = object()
 """Stands for `params` where the base optimizer exists already."""
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without keeping its owner, who is to go when nobody else holds it, and its unfinished step with it."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        bound = reference()
+        return None if bound is None else bound(*args)
+
+    return call
 
 
 class WrappedOptimizer(Optimizer):
@@ -51,8 +63,8 @@ class WrappedOptimizer(Optimizer):
     def _attach(self) -> None:
         Optimizer.__setstate__(self, {})  # torch's own way to set up hooks without new groups
         setattr(self.base_optimizer, _WRAPS, True)
-        self.base_optimizer.register_load_state_dict_pre_hook(self._before_load)
-        self.base_optimizer.register_load_state_dict_post_hook(self._after_load)
+        self.base_optimizer.register_load_state_dict_pre_hook(_weakly(self._before_load))
+        self.base_optimizer.register_load_state_dict_post_hook(_weakly(self._after_load))
 
     def __getstate__(self) -> dict[str, Any]:
         transient = ("step", "_loading", "grad_scale", "found_inf")

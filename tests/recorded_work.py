@@ -124,7 +124,8 @@ class RecordedWork:
 def everything_undone():
     """Context after which every tensor that exists now holds what it holds now."""
     alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"]
-    storages = {storage_of(t): t.untyped_storage() for t in alive if t.layout == torch.strided}
+    real = [t for t in alive if t.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(t)]
+    storages = {storage_of(t): t.untyped_storage() for t in real}
     memory = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
     before, draws = [bytes_.clone() for bytes_ in memory], torch.get_rng_state()
     try:

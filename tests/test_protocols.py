@@ -1,5 +1,7 @@
 """The order of calls: what may follow what, gradients that are already there, closures of frameworks."""
 
+import gc
+
 import pytest
 import torch
 from problems import batches, largest_difference, losses_of, mlp
@@ -7,6 +9,7 @@ from test_exactness import with_closure, with_contexts, with_loss_function
 from torch import nn
 
 from fastsam import SAM
+from fastsam.passes import under_way
 
 X, Y = batches(1)[0]
 
@@ -320,3 +323,24 @@ def test_clipping_limits_the_final_gradient_alone(backend):
     other.step()
     assert largest_difference(model, plain) == 0
     assert opt.last_grad_norm > 0.1
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_is_dropped_takes_its_unfinished_step_with_it(base):
+    """Losses ask which step is under way; one that nobody can finish must not be the answer."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = mlp()
+        opt = SAM(model.parameters(), base, model=model, lr=0.1)
+        opt.step(losses_of(model), X, Y, scaler=torch.amp.GradScaler("cpu", enabled=False))
+        opt.load_state_dict(opt.state_dict())
+        backward(model)
+        opt.first_step()
+        assert under_way() is opt._run
+        kept = opt.base_optimizer
+        del opt
+        assert under_way() is None
+        kept.load_state_dict(kept.state_dict())
+    finally:
+        gc.enable()
