@@ -1,7 +1,7 @@
 """fastsam: sharpness-aware training for PyTorch, exact and drop-in. (Not Segment Anything.)
 
-`SAM` and `ESAM` are `torch.optim.Optimizer`s around a base optimizer, `SAF` and `MESA` losses for any optimizer; see
-their docstrings and the README.
+`SAM`, `ESAM` and `MSAM` are `torch.optim.Optimizer`s around a base optimizer, `SAF` and `MESA` losses for any
+optimizer, and `graph_step` takes whole steps as CUDA graphs; see their docstrings and the README.
 """
 
 from importlib.metadata import PackageNotFoundError, version
