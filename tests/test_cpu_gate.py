@@ -52,7 +52,7 @@ def test_one_extra_pass_over_memory_turns_the_bytes_red(slow_perturb, monkeypatc
 
 
 def test_extra_passes_over_memory_turn_the_time_red(slow_perturb, monkeypatch, capsys):
-    slow_perturb(temporaries=16)  # so many that no noise hides them
+    slow_perturb(temporaries=6)
     ratio = "optimizer side, sgd: SAM / eager SAM"
     assert run(monkeypatch, capsys, [ratio], [], "--rounds", "3") == (1, ["TOO MUCH"])
 
