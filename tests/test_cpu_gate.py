@@ -1,71 +1,60 @@
 """The CPU gate goes red for what makes a step slower, and does not mistake noise for that."""
 
+import os
+import subprocess
+import sys
 from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastsam.kernels import reference
-from fastsam.two_pass import TwoPassOptimizer
-
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks" / "cpu_gate.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
+    import slowed_gate
+
     from benchmarks import cpu_gate
     from benchmarks.cpu_gate import Ratio, measure
 
 
-@pytest.fixture
-def slow_perturb(monkeypatch):
-    """Lets perturb_ first make some temporaries of the weights' size."""
-    perturb_ = reference.perturb_
-
-    def plant(temporaries):
-        def slower(weights, *args):
-            for _ in range(temporaries):
-                torch._foreach_add([w.detach() for w in weights], 0)
-            perturb_(weights, *args)
-
-        monkeypatch.setattr(reference, "perturb_", slower)
-
-    return plant
+def bytes_of(base, monkeypatch, capsys):
+    """Run the gate on one base optimizer's bytes; return its exit status and the last words of the row."""
+    monkeypatch.setattr(cpu_gate, "RATIOS", {})
+    monkeypatch.setattr(cpu_gate, "BYTES", {base: cpu_gate.BYTES[base]})
+    status = cpu_gate.main([])
+    return status, " ".join(capsys.readouterr().out.split()[-2:])
 
 
-def run(monkeypatch, capsys, ratios, bytes_of, *arguments):
-    """Run a part of the gate; return its exit status and the last words of its rows."""
-    monkeypatch.setattr(cpu_gate, "RATIOS", {name: cpu_gate.RATIOS[name] for name in ratios})
-    monkeypatch.setattr(cpu_gate, "BYTES", {base: cpu_gate.BYTES[base] for base in bytes_of})
-    status = cpu_gate.main(list(arguments))
-    return status, [" ".join(row.split()[-2:]) for row in capsys.readouterr().out.splitlines()[1:]]
+@pytest.mark.parametrize(("base", "row"), [("sgd", "68.10 ok"), ("adamw", "76.10 ok")])
+def test_bytes_are_within_their_bounds(base, row, monkeypatch, capsys):
+    assert bytes_of(base, monkeypatch, capsys) == (0, row)
 
 
-def test_bytes_are_within_their_bounds(monkeypatch, capsys):
-    assert run(monkeypatch, capsys, [], ["sgd", "adamw"]) == (0, ["68.10 ok", "76.10 ok"])
+def test_one_extra_pass_over_memory_turns_the_bytes_red(monkeypatch, capsys):
+    monkeypatch.setattr(*slowed_gate.temporaries(1))
+    assert bytes_of("sgd", monkeypatch, capsys) == (1, "TOO MUCH")
 
 
-def test_one_extra_pass_over_memory_turns_the_bytes_red(slow_perturb, monkeypatch, capsys):
-    slow_perturb(temporaries=1)
-    assert run(monkeypatch, capsys, [], ["sgd"]) == (1, ["TOO MUCH"])
-
-
-def test_extra_passes_over_memory_turn_the_time_red(slow_perturb, monkeypatch, capsys):
-    slow_perturb(temporaries=6)
-    ratio = "optimizer side, sgd: SAM / eager SAM"
-    assert run(monkeypatch, capsys, [ratio], [], "--rounds", "3") == (1, ["TOO MUCH"])
-
-
-def test_a_second_pass_run_twice_turns_it_red(monkeypatch, capsys):
-    second_pass = TwoPassOptimizer._second_pass
-
-    def slower(*args):
-        second_pass(*args)
-        second_pass(*args)
-
-    monkeypatch.setattr(TwoPassOptimizer, "_second_pass", slower)
-    assert run(monkeypatch, capsys, ["whole step: SAM / sgd"], [], "--rounds", "5") == (1, ["TOO MUCH"])
+@pytest.mark.parametrize(
+    ("plant", "count", "ratio", "rounds"),
+    [
+        ("temporaries", 12, "optimizer side, sgd: SAM / eager SAM", 3),  # as long again as all of eager SAM
+        ("second_passes", 3, "whole step: SAM / sgd", 5),
+    ],
+)
+def test_what_takes_longer_turns_the_time_red(plant, count, ratio, rounds):
+    found = subprocess.run(
+        [sys.executable, slowed_gate.__file__, plant, str(count), ratio, "--rounds", str(rounds)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (found.returncode, found.stderr) == (1, "")
+    assert next(row for row in found.stdout.splitlines() if row.startswith(ratio)).endswith("TOO MUCH")
 
 
 def test_what_operations_touch_is_counted():
