@@ -67,9 +67,11 @@ def update(
 def _final_gradients(base: Optimizer) -> list[Tensor]:
     """All gradients that there are, spread over ranks as their parameters are."""
     stepped = [p for group in base.param_groups for p in group["params"] if p.grad is not None]
-    for p in stepped:
-        p.grad = laid_out_as(p, p.grad)
-    return [p.grad for p in stepped]
+    grads = [laid_out_as(p, p.grad) for p in stepped]
+    for p, grad in zip(stepped, grads, strict=True):
+        if p.grad is not grad:
+            p.grad = grad
+    return grads
 
 
 def _entries(grad: Tensor) -> Tensor:
@@ -180,15 +182,18 @@ def _skips_first_damped_step(base: Optimizer, stepped: Stepped, found_inf: Tenso
 
 
 def _sgd_lists(base: Optimizer, stepped: Stepped) -> tuple[list[Tensor | None], list[SGDOptions]]:
-    per_group = {id(group): _sgd_options(group) for group, _ in stepped}
+    per_group = {id(group): _sgd_options(group) for group in base.param_groups}
     buffers: list[Tensor | None] = []
     options: list[SGDOptions] = []
     for group, p in stepped:
-        o = per_group[id(group)]
-        if o.momentum != 0 and base.state[p].get("momentum_buffer") is None:
-            base.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            o = o._replace(dampening=0.0)  # torch does not damp the first gradient
-        buffers.append(local(base.state[p]["momentum_buffer"]) if o.momentum != 0 else None)
+        o, buffer = per_group[id(group)], None
+        if o.momentum != 0:
+            state = base.state[p]
+            buffer = state.get("momentum_buffer")
+            if buffer is None:
+                buffer = state["momentum_buffer"] = torch.zeros_like(p)
+                o = o._replace(dampening=0.0)  # torch does not damp the first gradient
+        buffers.append(None if buffer is None else local(buffer))
         options.append(o)
     return buffers, _renewable(options, base, stepped, _sgd_options)
 
@@ -219,7 +224,7 @@ def _sgd_options(group: dict[str, Any]) -> SGDOptions:
 def _adam_lists(
     base: Optimizer, stepped: Stepped
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], list[Tensor], list[AdamOptions]]:
-    per_group = {id(group): _adam_options(group) for group, _ in stepped}
+    per_group = {id(group): _adam_options(group) for group in base.param_groups}
     states = []
     for group, p in stepped:
         state = base.state[p]

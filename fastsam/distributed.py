@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsam.kernels.tensor_list import buckets
-from fastsam.sharded import all_reduce, dtensors, loaded, refuse_partial
+from fastsam.sharded import all_reduce, is_dtensor, loaded, refuse_partial
 
 PerturbSync = Literal["global", "replica"] | int
 
@@ -58,7 +58,7 @@ class Replicas:
         size = dist.get_world_size(self._world) if _is_running() else 1
         sharing = _ranks_sharing(perturb_sync, size)
         self.is_local = sharing < size
-        self._is_sharded = bool(self._fsdp) or any(isinstance(p, dtensors()) for p in params)
+        self._is_sharded = bool(self._fsdp) or any(map(is_dtensor, params))
         if size > 1:
             self._check(model, perturb_sync)
         self._sharing = sharing

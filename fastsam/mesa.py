@@ -21,7 +21,7 @@ from fastsam import capture
 from fastsam.kernels import dispatch
 from fastsam.kernels.reference import Past
 from fastsam.passes import Stage, found_inf_of, under_way
-from fastsam.sharded import dtensors
+from fastsam.sharded import is_dtensor
 from fastsam.trajectory import Trajectory, check_number, uncompiled
 
 
@@ -83,7 +83,7 @@ class MESA(Trajectory):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_number("decay", decay, lambda value: 0 < value < 1, "in (0, 1)")
         student = _unwrap(model)
-        if any(isinstance(p, dtensors()) for p in student.parameters()):
+        if any(map(is_dtensor, student.parameters())):
             raise ValueError("the model's parameters are DTensors, which MESA cannot average; use SAF, or DDP")
         self.decay, self.teacher_dtype = decay, teacher_dtype
         self._student = (student,)  # in a tuple, so that it is not a part of this module

@@ -164,7 +164,8 @@ class SAM(TwoPassOptimizer):
         return [-r if group.get("maximize") else r for r, group in zip(radii, ascended.groups, strict=True)]
 
     def _draw(self, ascended: Ascended) -> Draw | None:
-        return self._draw_with(ascended) if self.stochastic_rounding else None
+        rounds = self.stochastic_rounding and any(w.dtype.itemsize == 2 for w in ascended.weights)
+        return self._draw_with(ascended) if rounds else None
 
     def _draw_with(self, ascended: Ascended, **options: Any) -> Draw:
         """Random numbers by each element's place in its whole tensor; a shard that is not one stretch has its own."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsam.kernels.tensor_list import buckets
 
@@ -18,29 +18,32 @@ def loaded(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, ())
 
 
-def dtensors() -> Any:
-    """DTensor for isinstance, or nothing."""
-    return loaded("torch.distributed.tensor", "DTensor")
+def is_dtensor(tensor: Any) -> bool:
+    """Whether this is a DTensor. Every step asks it of every tensor, several times: plain ones answer at once."""
+    return type(tensor) not in _PLAIN and isinstance(tensor, loaded("torch.distributed.tensor", "DTensor"))
 
 
-def local(tensor: Tensor) -> Tensor:
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def local(tensor: Any) -> Tensor:
     """This rank's own entries of a DTensor, in its memory; any other tensor as it is."""
     # to_local() of a parameter is another tensor in every call, but a backup knows its weights by identity
-    return tensor._local_tensor if isinstance(tensor, dtensors()) else tensor
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
-@torch.no_grad()
 def laid_out_as(param: Any, grad: Any) -> Tensor:
     """A DTensor gradient spread as its parameter is, its parts summed; any other gradient as it is."""
-    if isinstance(grad, dtensors()) and grad.placements != param.placements:
+    if not is_dtensor(grad) or grad.placements == param.placements:
+        return grad
+    with torch.no_grad():
         return grad.redistribute(placements=param.placements)
-    return grad
 
 
 def refuse_partial(params: Sequence[Any]) -> None:
     """Raise ValueError if a parameter is a sum over ranks."""
     for p in params:
-        if isinstance(p, dtensors()) and any(placement.is_partial() for placement in p.placements):
+        if is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} is a sum over ranks (Partial), of which nobody holds a weight "
                 "to perturb; redistribute it"
@@ -54,9 +57,9 @@ class Spread(NamedTuple):
     dims: tuple[int, ...]
 
 
-def spread(tensor: Tensor) -> Spread | None:
+def spread(tensor: Any) -> Spread | None:
     """How a DTensor is spread; None for any other tensor."""
-    if not isinstance(tensor, dtensors()):
+    if not is_dtensor(tensor):
         return None
     # the strided shards of two-dimensional meshes do not call themselves shards
     return Spread(tensor.device_mesh, tuple(d for d, p in enumerate(tensor.placements) if not p.is_replicate()))
@@ -69,7 +72,7 @@ def first_element(tensor: Any) -> int | None:
     nor may those be that torch calls strided, of weights that are both tensor parallel and fully sharded. A complex
     number counts as two elements.
     """
-    if not isinstance(tensor, dtensors()) or all(p.is_replicate() for p in tensor.placements):
+    if not is_dtensor(tensor) or all(p.is_replicate() for p in tensor.placements):
         return 0
     if not tensor.is_contiguous() or not all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
         return None
@@ -116,7 +119,7 @@ def norm_over_ranks(norm_of: Callable[[list[int]], Tensor], spreads: Sequence[Sp
 @torch.no_grad()
 def any_over_ranks(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest value that `flag` has on a rank that holds entries of these tensors."""
-    for mesh, dims in _split_dims([spread(t) for t in tensors]).items():
+    for mesh, dims in _split_dims([spread(t) for t in tensors if is_dtensor(t)]).items():
         for d in dims:
             all_reduce(flag, mesh.get_group(d), dist.ReduceOp.MAX, "the flag of a non-finite gradient")
     return flag

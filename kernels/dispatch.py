@@ -12,6 +12,7 @@ from fastsam.kernels import reference
 
 BACKENDS = ("triton", "torch")
 _chosen: str | None = None
+_is_interpreting = "TRITON_INTERPRET" in os.environ  # to look there takes longer than all the rest of `pick`
 
 
 def set_backend(name: str | None) -> None:
@@ -50,7 +51,7 @@ def pick(tensors: Sequence[Tensor]) -> ModuleType:
     if _chosen == "torch":
         return reference
     device = next((t.device for t in tensors if t.is_cuda), None)
-    if device is None and (not tensors or (_chosen is None and "TRITON_INTERPRET" not in os.environ)):
+    if device is None and (not tensors or (_chosen is None and not _is_interpreting)):
         return reference
     kernels = _triton_backend()
     if kernels is None:

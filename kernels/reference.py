@@ -5,8 +5,9 @@ call do the work); elsewhere, or where `READ_SCALARS` is off, it stays a tensor 
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ READ_SCALARS = True
 PIECE = 2**16
 """Elements that one thread sums at a time in `norm`: half a megabyte in float64, which a core's cache holds."""
 SMALL = 2**12
-"""Elements up to which tensors on the CPU cost `norm` more in calls than in memory."""
+"""Elements up to which a tensor on the CPU costs more in calls than in memory, so that it is joined with others."""
 E0 = 1e-12
 """Added to the norm in the denominator of every perturbation."""
 
@@ -52,8 +53,8 @@ def _reads_scalars(device: torch.device) -> bool:
     return READ_SCALARS and device.type == "cpu"
 
 
-def _place(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
-    return tensor.device, tensor.dtype
+_place: Callable[[Tensor], tuple[torch.device, torch.dtype]] = attrgetter("device", "dtype")
+_dtype = attrgetter("dtype")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -86,34 +87,34 @@ def norm(
             measured[i] = weights[i].double().abs().add_(eta).mul_(grads[i])
         if draw is not None and draw.keep is not None:
             measured[i] = torch.where(_mask(draw, i, grads[i]), measured[i], 0)
-    parts = [_norm_of([measured[i] for i in rows]) for rows in buckets(_place(g) for g in measured)]
+    parts = [_norm_of([measured[i] for i in rows]) for rows in buckets(map(_place, measured))]
+    if len(parts) == 1:
+        return parts[0]
     device = grads[0].device
     return torch.linalg.vector_norm(torch.stack([part.to(device) for part in parts]))
 
 
 def _norm_of(tensors: list[Tensor]) -> Tensor:
-    """The float64 norm of all tensors, which share a device and a dtype."""
-    large = [t for t in tensors if t.device.type == "cpu" and t.numel() > SMALL]
-    small = [t for t in tensors if t.device.type != "cpu" or t.numel() <= SMALL]
-    norms = _norms_of_pieces(large) if large else []
-    if small:
-        norms += torch._foreach_norm(small, 2, dtype=torch.float64)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    """The float64 norm of all tensors, which share a device and a dtype.
 
-
-def _norms_of_pieces(tensors: list[Tensor]) -> list[Tensor]:
-    """Float64 norms of pieces of tensors on the CPU.
-
-    torch's own norm writes a float64 copy of all that it is given, to memory that may be fresh from the system every
-    time; here one scratch, which stays in the cache, serves all pieces.
+    torch's own norm writes a float64 copy of all that it is given, on the CPU to memory that may be fresh from the
+    system every time; there one scratch, which stays in the cache, serves all pieces.
     """
+    if tensors[0].device.type != "cpu":
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)))
     scratch = torch.empty(PIECE * torch.get_num_threads(), dtype=torch.float64)
     squares: list[Tensor] = []
-    for t in tensors:
+    for t in _joined(tensors):
         for piece in in_memory_order(t).split(len(scratch)):
             wide = scratch[: len(piece)].copy_(piece)
             squares.append(torch.dot(wide, wide))
-    return list(torch._foreach_sqrt(squares))
+    return torch.stack(squares).sum().sqrt()
+
+
+def _joined(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors of one device and dtype, of which the small ones, whose calls cost more than their memory, become one."""
+    small = [t.ravel() for t in tensors if t.numel() <= SMALL]
+    return [t for t in tensors if t.numel() > SMALL] + ([torch.cat(small)] if small else [])
 
 
 @torch.no_grad()
@@ -127,11 +128,14 @@ def found_nonfinite(grads: Sequence[Tensor]) -> Tensor:
         0-dim float32 tensor on the first tensor's device.
     """
     device = grads[0].device
+    alike = buckets(map(_place, grads))
     # a finite sum proves its terms finite and writes nothing; one that is not finite may have overflowed
-    if _reads_scalars(device) and math.isfinite(sum(g.sum().item() for g in grads)):
+    if _reads_scalars(device) and math.isfinite(
+        sum(t.sum().item() for rows in alike for t in _joined([grads[i] for i in rows]))
+    ):
         return torch.zeros((), device=device)
     flags: list[Tensor] = []
-    for rows in buckets(_place(g) for g in grads):
+    for rows in alike:
         flag, one = grads[rows[0]].new_zeros((), dtype=torch.float32), torch.ones((), device=grads[rows[0]].device)
         torch._amp_foreach_non_finite_check_and_unscale_([grads[i] for i in rows], flag, one)
         flags.append(flag.to(device))
@@ -167,28 +171,32 @@ def perturb_(
     """
     torch._foreach_copy_(backup.tensors, list(weights))
     backup.trust()
-    reciprocal = torch.where(torch.isfinite(norm) & (norm > 0), 1 / (norm + e0), 0.0)
-
-    def is_plain(i: int) -> bool:
-        # foreach on the CPU would round the scale to a 16-bit dtype
-        wide = weights[i].dtype not in (torch.float16, torch.bfloat16)
-        unmasked = draw is None or draw.keep is None
-        return wide and unmasked and (adaptive is None or adaptive[i] is None) and _reads_scalars(weights[i].device)
-
-    keys = ((*_place(w), g.dtype, r, is_plain(i)) for i, (w, g, r) in enumerate(zip(weights, grads, rho, strict=True)))
+    reciprocal = _reciprocal(norm, e0)
+    etas = [None] * len(weights) if adaptive is None else adaptive
+    is_masked = draw is not None and draw.keep is not None
+    keys = zip(map(_place, weights), map(_dtype, grads), rho, [eta is None for eta in etas], strict=True)
     for rows in buckets(keys):
         first = weights[rows[0]]
-        scale: Tensor | float = reciprocal.to(first.device) * rho[rows[0]]
-        if _reads_scalars(first.device):
-            scale = float(scale)
-            if scale == 0:  # not inf * 0
-                continue
-        if is_plain(rows[0]) and isinstance(scale, float):
+        scale = reciprocal * rho[rows[0]]
+        if isinstance(scale, Tensor):
+            scale = float(scale) if _reads_scalars(first.device) else scale.to(first.device)
+        if isinstance(scale, float) and scale == 0:  # not inf * 0
+            continue
+        # foreach on the CPU would round the scale to a 16-bit dtype
+        is_wide = first.dtype not in (torch.float16, torch.bfloat16)
+        if isinstance(scale, float) and is_wide and etas[rows[0]] is None and not is_masked:
             torch._foreach_add_([weights[i] for i in rows], [grads[i] for i in rows], alpha=scale)
             continue
         for i in rows:
-            eta = adaptive[i] if adaptive is not None else None
-            _perturb_one(weights[i], grads[i], scale, eta, draw, i)
+            _perturb_one(weights[i], grads[i], scale, etas[i], draw, i)
+
+
+def _reciprocal(norm: Tensor, e0: float) -> Tensor | float:
+    """1 / (norm + e0), and 0 for a norm along which nothing can be perturbed."""
+    if _reads_scalars(norm.device):
+        length = float(norm)
+        return 1 / (length + e0) if 0 < length < math.inf else 0.0
+    return torch.where(torch.isfinite(norm) & (norm > 0), 1 / (norm + e0), 0.0)
 
 
 def _perturb_one(
@@ -292,11 +300,7 @@ def restore_sgd_step_(
         found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
     """
     _restore_from(weights, sources)
-    keys = (
-        (*_place(w), _hashable(o), _fusable(w, g, *_present(b)))
-        for w, g, b, o in zip(weights, grads, momentum_buffers, options, strict=True)
-    )
-    for rows in buckets(keys):
+    for rows in _alike(options, weights, grads, momentum_buffers):
         o = options[rows[0]]
         buffers = [b for i in rows if (b := momentum_buffers[i]) is not None]
         lists = _Dense([weights[i] for i in rows], [grads[i] for i in rows], buffers)
@@ -338,11 +342,7 @@ def restore_adam_step_(
         found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
     """
     _restore_from(weights, sources)
-    keys = (
-        (*_place(w), _hashable(o), _fusable(w, g, m, v, *_present(x)))
-        for w, g, m, v, x, o in zip(weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, options, strict=True)
-    )
-    for rows in buckets(keys):
+    for rows in _alike(options, weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
         o, counters = options[rows[0]], [steps[i] for i in rows]
         largest = [x for i in rows if (x := max_exp_avg_sqs[i]) is not None]
         lists = _Dense(*([source[i] for i in rows] for source in (weights, grads, exp_avgs, exp_avg_sqs)), largest)
@@ -365,20 +365,38 @@ def _restore_from(weights: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_([weights[i] for i in rows], [sources[i] for i in rows])
 
 
-def _present(tensor: Tensor | None) -> tuple[Tensor, ...]:
-    return () if tensor is None else (tensor,)
-
-
 def _to(scalar: Tensor | None, like: Tensor) -> Tensor | None:
     return None if scalar is None else scalar.to(like.device, non_blocking=True)
 
 
-def _hashable(options: tuple) -> tuple:
+def _alike(options: Sequence[tuple], *lists: Sequence[Tensor | None]) -> list[list[int]]:
+    """Positions of parameters that one call serves: of a device, a dtype and options, all fusable or none."""
+    distinct = {id(o): o for o in options}
     # tensors compare elementwise; two options with a tensor lr are alike only if it is the same tensor
-    return tuple(id(o) if isinstance(o, Tensor) else o for o in options)
+    keys = {i: tuple(id(x) if isinstance(x, Tensor) else x for x in o) for i, o in distinct.items()}
+    kinds: list[Any] = [None] * len(options)
+    if not _are_uniform(lists):
+        rows = ([t for t in row if t is not None] for row in zip(*lists, strict=True))
+        kinds = [(*_place(row[0]), len(row), _is_fusable(*row)) for row in rows]
+    return buckets((keys[id(o)], kind) for o, kind in zip(options, kinds, strict=True))
 
 
-def _fusable(*tensors: Tensor) -> bool:
+def _are_uniform(lists: Sequence[Sequence[Tensor | None]]) -> bool:
+    """Whether all tensors are contiguous, of one device and dtype, and of one shape in each row: most often they are.
+
+    Lists, asked as a whole, answer many times faster than their rows.
+    """
+    present = [tensors for tensors in lists if any(t is not None for t in tensors)]
+    everything: list[Any] = [t for tensors in present for t in tensors if t is not None]
+    shapes = [[t.shape for t in tensors if t is not None] for tensors in present]
+    return (
+        all(own == shapes[0] for own in shapes)
+        and all(map(Tensor.is_contiguous, everything))
+        and len(set(map(_place, everything))) <= 1
+    )
+
+
+def _is_fusable(*tensors: Tensor) -> bool:
     """Whether torch's fused kernels, which walk memory, treat these tensors of one parameter right."""
     if tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.float16, torch.bfloat16):
         return False  # torch 2.13's _fused_sgd_ leaves most of a 16-bit weight as it was
@@ -391,7 +409,7 @@ class _Dense:
     def __init__(self, *lists: list[Tensor]) -> None:
         self.originals, self.tensors = lists, lists
         filled = [tensors for tensors in lists if tensors]
-        if not _fusable(*(tensors[0] for tensors in filled)):
+        if not _is_fusable(*(tensors[0] for tensors in filled)):
             wide = _wide(filled[0][0].dtype)
             self.tensors = tuple([t.to(wide).contiguous() for t in tensors] for tensors in lists)
 

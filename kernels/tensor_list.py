@@ -1,9 +1,12 @@
 """Lists of tensors: their memory layout, and exact copies of them."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
+
+_kind = attrgetter("dtype", "device", "shape")
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -33,6 +36,9 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 
 def buckets(keys: Iterable[Hashable]) -> list[list[int]]:
     """Positions that share a key, in order of first appearance."""
+    keys = list(keys)
+    if len(set(keys)) == 1:  # most often, and many times faster than to append them one by one
+        return [list(range(len(keys)))]
     found: dict[Hashable, list[int]] = {}
     for position, key in enumerate(keys):
         found.setdefault(key, []).append(position)
@@ -51,6 +57,7 @@ class Backup:
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self.weights = list(weights)
         self.tensors = [torch.empty_like(w) for w in weights]
+        self._kinds = list(map(_kind, weights))
         self._trusted: dict[int, int] = {}
         self.marks: dict[Hashable, Tensor] = {}  # where kernels write them, one tensor for each launch
         self._read_marks: Callable[[], list[tuple[Tensor, Tensor]]] | None = None
@@ -62,9 +69,10 @@ class Backup:
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
         """Whether this backup was made for exactly these tensors, as they are now."""
-        return len(weights) == len(self.weights) and all(
-            w is own and w.dtype == copy.dtype and w.device == copy.device and w.shape == copy.shape
-            for w, own, copy in zip(weights, self.weights, self.tensors, strict=True)
+        return (
+            len(weights) == len(self.weights)
+            and all(map(is_, weights, self.weights))
+            and list(map(_kind, weights)) == self._kinds
         )
 
     def expect(self, read_marks: Callable[[], list[tuple[Tensor, Tensor]]]) -> None:
