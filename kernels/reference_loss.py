@@ -154,7 +154,7 @@ def trajectory_loss(
     """
     check_loss(logits, targets, past, tau, reduction)
     ignored = _ignored(targets, ignore_index)
-    shifted, probabilities = _exponentials(logits.to(reference._wide(logits.dtype)))
+    shifted, probabilities = _exponentials(logits.to(reference.arithmetic_dtype(logits.dtype)))
     sums = probabilities.sum(1, keepdim=True)
     gradient = probabilities.div_(sums)
     if targets.is_floating_point():

@@ -139,7 +139,9 @@ def test_perturb_and_restore(dtypes, adaptive):
         truth = b.double() + rho[i] * t**2 * g.double() / (norm + 1e-12)
         # one rounding of the sum, and one of each factor in the dtype of the arithmetic
         exact = torch.finfo(w.dtype).eps / 2 * truth.abs()
-        arithmetic = 4 * torch.finfo(reference._wide(w.dtype)).eps * ((truth - b.double()).abs() + truth.abs())
+        arithmetic = (
+            4 * torch.finfo(reference.arithmetic_dtype(w.dtype)).eps * ((truth - b.double()).abs() + truth.abs())
+        )
         assert ((w.double() - truth).abs() <= exact + arithmetic + torch.finfo(w.dtype).tiny).all()
     assert all(map(torch.equal, backup.tensors, before))
     reference.restore_(backup)

@@ -1,0 +1,191 @@
+"""Plain-torch twins of what ends a step: the restore of the weights, and SGD's and Adam's step from there."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsam.kernels.reference import arithmetic_dtype, place
+from fastsam.kernels.tensor_list import Backup, buckets, same_layout
+
+
+class SGDOptions(NamedTuple):
+    """Hyperparameters of torch.optim.SGD for one tensor; without momentum there is no buffer."""
+
+    lr: float | Tensor
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+
+
+class AdamOptions(NamedTuple):
+    """Hyperparameters of torch.optim.Adam, or with `decoupled` of AdamW, for one tensor."""
+
+    lr: float | Tensor
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    amsgrad: bool = False
+    maximize: bool = False
+
+
+@torch.no_grad()
+def restore_(backup: Backup) -> None:
+    """Copy the backup back into the weights that still wait for it, bit for bit. Idempotent.
+
+    Args:
+        backup: as `perturb_` left it; invalid afterwards.
+    """
+    if backup.valid:
+        weights, copies = backup.waiting()
+        if weights:
+            torch._foreach_copy_(weights, copies)
+        backup.release()
+
+
+@torch.no_grad()
+def restore_sgd_step_(
+    weights: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    options: Sequence[SGDOptions],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Set each weight to its source, then take torch.optim.SGD's step from there.
+
+    Args:
+        weights: tensors to update in place.
+        sources: for each weight its backup, or the weight itself where it was not perturbed.
+        grads: final gradients; divided in place by `grad_scale` if given.
+        momentum_buffers: updated in place, zeros before the first step; None where momentum is 0.
+        options: hyperparameters for each tensor.
+        grad_scale: 0-dim float32 tensor, a GradScaler's scale; None means the gradients are unscaled.
+        found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
+    """
+    _restore_from(weights, sources)
+    for rows in _alike(options, weights, grads, momentum_buffers):
+        o = options[rows[0]]
+        buffers = [b for i in rows if (b := momentum_buffers[i]) is not None]
+        lists = _Dense([weights[i] for i in rows], [grads[i] for i in rows], buffers)
+        torch._fused_sgd_(
+            *lists.tensors,
+            weight_decay=o.weight_decay, momentum=o.momentum, lr=o.lr, dampening=o.dampening,
+            nesterov=o.nesterov, maximize=o.maximize, is_first_step=False,
+            grad_scale=_to(grad_scale, weights[rows[0]]), found_inf=_to(found_inf, weights[rows[0]]),
+        )  # fmt: skip
+        lists.write_back()
+
+
+@torch.no_grad()
+def restore_adam_step_(
+    weights: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    options: Sequence[AdamOptions],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Set each weight to its source, then take torch.optim.Adam's or AdamW's step from there.
+
+    Args:
+        weights: tensors to update in place.
+        sources: for each weight its backup, or the weight itself where it was not perturbed.
+        grads: final gradients; divided in place by `grad_scale` if given.
+        exp_avgs: first moments, updated in place.
+        exp_avg_sqs: second moments, updated in place.
+        max_exp_avg_sqs: largest second moments so far, updated in place; None without amsgrad.
+        steps: 0-dim float32 step counters on the weights' devices, advanced in place.
+        options: hyperparameters for each tensor.
+        grad_scale: 0-dim float32 tensor, a GradScaler's scale; None means the gradients are unscaled.
+        found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
+    """
+    _restore_from(weights, sources)
+    for rows in _alike(options, weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
+        o, counters = options[rows[0]], [steps[i] for i in rows]
+        largest = [x for i in rows if (x := max_exp_avg_sqs[i]) is not None]
+        lists = _Dense(*([source[i] for i in rows] for source in (weights, grads, exp_avgs, exp_avg_sqs)), largest)
+        inf = _to(found_inf, weights[rows[0]])
+        torch._foreach_add_(counters, 1)
+        step = torch._fused_adamw_ if o.decoupled else torch._fused_adam_
+        step(  # type: ignore[call-overload]
+            *lists.tensors, counters,
+            lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay, eps=o.eps, amsgrad=o.amsgrad,
+            maximize=o.maximize, grad_scale=_to(grad_scale, weights[rows[0]]), found_inf=inf,
+        )  # fmt: skip
+        if inf is not None:
+            torch._foreach_sub_(counters, [inf] * len(counters))
+        lists.write_back()
+
+
+def _restore_from(weights: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    rows = [i for i, (w, s) in enumerate(zip(weights, sources, strict=True)) if w is not s]
+    if rows:
+        torch._foreach_copy_([weights[i] for i in rows], [sources[i] for i in rows])
+
+
+def _to(scalar: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if scalar is None else scalar.to(like.device, non_blocking=True)
+
+
+def _alike(options: Sequence[tuple], *lists: Sequence[Tensor | None]) -> list[list[int]]:
+    """Positions of parameters that one call serves: of a device, a dtype and options, all fusable or none."""
+    distinct = {id(o): o for o in options}
+    # tensors compare elementwise; two options with a tensor lr are alike only if it is the same tensor
+    keys = {i: tuple(id(x) if isinstance(x, Tensor) else x for x in o) for i, o in distinct.items()}
+    kinds: list[Any] = [None] * len(options)
+    if not _are_uniform(lists):
+        rows = ([t for t in row if t is not None] for row in zip(*lists, strict=True))
+        kinds = [(*place(row[0]), len(row), _is_fusable(*row)) for row in rows]
+    return buckets((keys[id(o)], kind) for o, kind in zip(options, kinds, strict=True))
+
+
+def _are_uniform(lists: Sequence[Sequence[Tensor | None]]) -> bool:
+    """Whether all tensors are contiguous, of one device and dtype, and of one shape in each row: most often they are.
+
+    Lists, asked as a whole, answer many times faster than their rows.
+    """
+    present = [tensors for tensors in lists if any(t is not None for t in tensors)]
+    everything: list[Any] = [t for tensors in present for t in tensors if t is not None]
+    shapes = [[t.shape for t in tensors if t is not None] for tensors in present]
+    return (
+        all(own == shapes[0] for own in shapes)
+        and all(map(Tensor.is_contiguous, everything))
+        and len(set(map(place, everything))) <= 1
+    )
+
+
+def _is_fusable(*tensors: Tensor) -> bool:
+    """Whether torch's fused kernels, which walk memory, treat these tensors of one parameter right."""
+    if tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.float16, torch.bfloat16):
+        return False  # torch 2.13's _fused_sgd_ leaves most of a 16-bit weight as it was
+    return same_layout(tensors) and all(t.dtype == tensors[0].dtype for t in tensors)
+
+
+class _Dense:
+    """The same lists in one layout and dtype: themselves where they agree already, else copies to be written back."""
+
+    def __init__(self, *lists: list[Tensor]) -> None:
+        self.originals, self.tensors = lists, lists
+        filled = [tensors for tensors in lists if tensors]
+        if not _is_fusable(*(tensors[0] for tensors in filled)):
+            wide = arithmetic_dtype(filled[0][0].dtype)
+            self.tensors = tuple([t.to(wide).contiguous() for t in tensors] for tensors in lists)
+
+    def write_back(self) -> None:
+        for originals, tensors in zip(self.originals, self.tensors, strict=True):
+            for original, tensor in zip(originals, tensors, strict=True):
+                if original is not tensor:
+                    original.copy_(tensor)
