@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fastsam import __version__, compare, ranks, training
+from fastsam.config import AMP, CHECKPOINT, Config, flat, read_checkpoint, read_config, refuse_differences
 from fastsam.data import DATA_SETS, SCORED_ON, resolve, spelling
 from fastsam.methods import CHOICES, METHODS, InputError, knobs_for, option
 from fastsam.models import MODELS
 from fastsam.progress import Display
 from fastsam.report import SCORED, caption, cells, headers, make_directory, write_comparison, write_run
-from fastsam.training import CHECKPOINT, Config
 
 KNOBS = list(dict.fromkeys(knob for method in METHODS.values() for knob in method.knobs))
 DATA_HELP = "See below. CIFAR's pictures are cropped and flipped at random and stay bytes on the device."
@@ -129,7 +129,7 @@ def shared_options(command: Callable) -> Callable:
         _option("--batch-size", type=positive, metavar="N", default=64),
         *knobs,
         _option("--label-smoothing", type=share, metavar="X", default=0.0),
-        _option("--amp", type=click.Choice(list(training.AMP)), default="off", help=AMP_HELP),
+        _option("--amp", type=click.Choice(list(AMP)), default="off", help=AMP_HELP),
         click.option("--channels-last", is_flag=True, help=CHANNELS_LAST_HELP),
         click.option("--compile", is_flag=True, help=COMPILE_HELP),
         click.option("--graph", is_flag=True, help=GRAPH_HELP),
@@ -187,8 +187,8 @@ def train(ctx: click.Context, out: Path, resume: bool, overwrite: bool, **option
     """
     path, console = out / CHECKPOINT, _console()
     if _goes_on(resume, overwrite):
-        config = training.read_config(training.read_checkpoint(path), path)
-        training.refuse_differences(path, training.flat(config), _given(ctx) | {"ranks": ranks.count()})
+        config = read_config(read_checkpoint(path), path)
+        refuse_differences(path, flat(config), _given(ctx) | {"ranks": ranks.count()})
     else:
         config = _config(**options)
         if path.exists() and not overwrite:
@@ -226,7 +226,7 @@ def compare_command(ctx: click.Context, out: Path, resume: bool, overwrite: bool
     path, console = out / compare.PLAN, _console()
     if _goes_on(resume, overwrite):
         plan = compare.read_plan(out)
-        training.refuse_differences(path, compare.flat(plan), _given(ctx))
+        refuse_differences(path, compare.flat(plan), _given(ctx))
     else:
         plan = _plan(**options)
         compare.prepare(plan, out, overwrite=overwrite)

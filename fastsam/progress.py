@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fastsam.config import Config
 from fastsam.methods import METHODS
 from fastsam.report import SCORED
-from fastsam.training import Config, Epoch, Watcher
+from fastsam.training import Epoch, Watcher
 
 
 class Display(Watcher):

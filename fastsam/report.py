@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fastsam.compare import Comparison, Row
-    from fastsam.training import Config, Result
+    from fastsam.config import Config
+    from fastsam.training import Result
 
 RUN_COLUMNS = (
     "label_noise",

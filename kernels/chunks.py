@@ -159,10 +159,11 @@ _dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 
 def _signature(tensors: Sequence[Any]) -> tuple[tuple[int, ...], Hashable]:
     """Addresses, and what says how the tensors lie there, gathered as fast as Python can."""
-    if any(t is None for t in tensors):
+    try:
+        addresses, dtypes = tuple(map(Tensor.data_ptr, tensors)), tuple(map(_dtype, tensors))
+    except TypeError:  # None among them, which is not worth a look at each in every step
         layouts = [None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors]
         return tuple([0 if t is None else t.data_ptr() for t in tensors]), tuple(layouts)
-    addresses, dtypes = tuple(map(Tensor.data_ptr, tensors)), tuple(map(_dtype, tensors))
     if all(map(Tensor.is_contiguous, tensors)):
         return addresses, dtypes
     return addresses, (dtypes, tuple(map(_shape, tensors)), tuple([t.stride() for t in tensors]))

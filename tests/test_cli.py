@@ -15,8 +15,9 @@ from rich.console import Console
 
 from fastsam import compare, progress
 from fastsam.__main__ import main
+from fastsam.config import CHECKPOINT, Config
 from fastsam.methods import knobs_for
-from fastsam.training import CHECKPOINT, Config, Epoch
+from fastsam.training import Epoch
 
 TINY = ["--model", "mlp", "--epochs", "2"]
 RUN_FILES = {"history.csv", "result.json", "curve.png", CHECKPOINT}

@@ -13,6 +13,7 @@ import torch
 from fastsam import cifar, data, training
 from fastsam.__main__ import main
 from fastsam.cifar import CIFAR10, CIFAR100, PIXELS
+from fastsam.config import Config
 from fastsam.data import DATA_SETS, Split, crop_and_flip, draw_moves, generator, load, resolve, short
 from fastsam.methods import InputError
 from fastsam.models import MODELS
@@ -346,7 +347,7 @@ def test_the_held_out_part_is_scored_without_augmentation(tmp_path, monkeypatch)
     archive("cifar10", BINARY, tmp_path)
     knobs = {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0}
     source = resolve(f"cifar10:{tmp_path}")
-    run = training.Run(training.Config("sgd", knobs, data=source, scored_on="held_out", batch_size=16))
+    run = training.Run(Config("sgd", knobs, data=source, scored_on="held_out", batch_size=16))
     moved, seen = [], []
     monkeypatch.setattr(data, "crop_and_flip", lambda x, moves: moved.append(len(x)) or x)
     run.model.register_forward_pre_hook(lambda model, args: seen.append((model.training, args[0])))

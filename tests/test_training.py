@@ -7,10 +7,11 @@ import torch
 from kernel_cases import kernels
 
 from fastsam import compare, graph, training
+from fastsam.config import CHECKPOINT, Config, read_checkpoint
 from fastsam.data import DATA_SETS, DataSet, Pictures, digits, draw_moves, generator, load, with_label_noise
 from fastsam.methods import METHODS, BatchLosses, Criterion, InputError, knobs_for
 from fastsam.plain import stepper_of
-from fastsam.training import CHECKPOINT, Config, Run, Watcher, read_checkpoint, train
+from fastsam.training import Run, Watcher, train
 
 
 def config(method="sam", **changes):

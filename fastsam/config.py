@@ -1,0 +1,97 @@
+"""What decides a training run's numbers, and what of it a checkpoint says."""
+
+import pickle
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsam.methods import InputError
+
+CHECKPOINT = "checkpoint.pt"
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's numbers. Names are keys of METHODS, DATA_SETS, MODELS and AMP.
+
+    `data` is what `fastsam.data.resolve` returns; `batch_size` is that of all `ranks` together.
+
+    Raises:
+        InputError: the method cannot be compiled, or the ranks' parts of a batch would not be equal.
+    """
+
+    method: str
+    knobs: dict[str, Any]
+    data: str = "digits"
+    model: str = "cnn"
+    epochs: int = 30
+    batch_size: int = 64
+    label_smoothing: float = 0.0
+    label_noise: float = 0.0
+    seed: int = 0
+    split_seed: int = 0
+    scored_on: str = "test"
+    amp: str = "off"
+    channels_last: bool = False
+    compile: bool = False
+    graph: bool = False
+    device: str = "cpu"
+    threads: int = 1
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.ranks:
+            raise InputError(f"batch size {self.batch_size} cannot be cut into equal parts for {self.ranks} processes")
+        if self.graph and self.ranks > 1:
+            raise InputError("--graph captures steps of one process; leave it out, or start without torchrun")
+        if self.compile and self.knobs.get("mask") == "tensor" and self.knobs["beta"] < 1:
+            raise InputError(
+                f"{self.method} with --mask tensor cannot be compiled: it leaves other gradients out in each step, and "
+                "the model would be compiled anew for each; take --mask element, or leave --compile out"
+            )
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return the config's fields with the knobs among them."""
+    return {key: value for key, value in asdict(config).items() if key != "knobs"} | config.knobs
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the checkpoint at `path`, its tensors on the CPU.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"nothing to resume: {path} does not exist") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is broken, or no checkpoint") from error
+    parts = {"config", "history", "model", "optimizer", "of each process"}
+    if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
+        raise InputError(f"{path} is not a checkpoint of fastsam train")
+    return checkpoint
+
+
+def read_config(checkpoint: dict[str, Any], path: Path) -> Config:
+    """Return a checkpoint's config, or raise InputError if another version of fastsam wrote it."""
+    if set(checkpoint["config"]) != {field.name for field in fields(Config)}:
+        raise InputError(f"{path} was written by another version of fastsam; resume it with that one")
+    return Config(**checkpoint["config"])
+
+
+def refuse_differences(path: Path, started_with: dict[str, Any], asked_for: dict[str, Any]) -> None:
+    """Raise InputError that names every entry of `asked_for` which is another in `started_with`."""
+    different = [
+        f"{key.replace('_', '-')} {value} (it has {started_with.get(key)})"
+        for key, value in asked_for.items()
+        if key not in started_with or started_with[key] != value
+    ]
+    if different:
+        raise InputError(f"{path} cannot be resumed with {', '.join(different)}; use its own, or another --out")
