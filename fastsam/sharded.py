@@ -119,7 +119,7 @@ def norm_over_ranks(norm_of: Callable[[list[int]], Tensor], spreads: Sequence[Sp
 @torch.no_grad()
 def any_over_ranks(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest value that `flag` has on a rank that holds entries of these tensors."""
-    for mesh, dims in _split_dims([spread(t) for t in tensors if is_dtensor(t)]).items():
+    for mesh, dims in _split_dims([spread(t) for t in tensors]).items():
         for d in dims:
             all_reduce(flag, mesh.get_group(d), dist.ReduceOp.MAX, "the flag of a non-finite gradient")
     return flag

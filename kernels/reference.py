@@ -104,7 +104,7 @@ def found_nonfinite(grads: Sequence[Tensor]) -> Tensor:
     """
     device = grads[0].device
     alike = buckets(map(place, grads))
-    # a finite sum proves its terms finite and writes nothing; one that is not finite may have overflowed
+    # a finite sum proves its terms finite, and only reads where tensors are large; another one may have overflowed
     if _reads_scalars(device) and math.isfinite(
         sum(t.sum().item() for rows in alike for t in _joined([grads[i] for i in rows]))
     ):
