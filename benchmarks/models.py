@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsam import graph_step
-from fastsam.models import MODELS as KNOWN
-from fastsam.models import vit
+from fastsam.cli.models import MODELS as KNOWN
+from fastsam.cli.models import vit
 
 Shape = tuple[int, ...]
 

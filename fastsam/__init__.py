@@ -7,13 +7,13 @@ optimizer, and `graph_step` takes whole steps as CUDA graphs; see their docstrin
 from importlib.metadata import PackageNotFoundError, version
 
 from fastsam.esam import ESAM
-from fastsam.graph import GraphStep, graph_step
+from fastsam.graph.graph_step import GraphStep, graph_step
 from fastsam.kernels.dispatch import set_backend
 from fastsam.mesa import MESA
 from fastsam.msam import MSAM
 from fastsam.saf import SAF
 from fastsam.sam import SAM
-from fastsam.samples import IndexedDataset, SampleToRankSampler
+from fastsam.trajectory.samples import IndexedDataset, SampleToRankSampler
 
 try:
     __version__ = version("fastsam")

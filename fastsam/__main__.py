@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"the command line needs {', '.join(missing)}; install it with: pip install 'fastsam[cli]'")
     import click
 
-    from fastsam.cli import fastsam
+    from fastsam.cli.commands import fastsam
     from fastsam.methods import InputError
 
     try:

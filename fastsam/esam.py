@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastsam import capture
-from fastsam.batch import check_losses, take_rows
+from fastsam.distributed.dtensor import first_element
 from fastsam.kernels import dispatch, philox
 from fastsam.kernels.philox import Draw
 from fastsam.sam import SAM, check_choice
-from fastsam.sharded import first_element
-from fastsam.two_pass import Ascended
-from fastsam.wrapping import SEED, STEP
+from fastsam.two_pass import capture
+from fastsam.two_pass.batch import check_losses, take_rows
+from fastsam.two_pass.optimizer import Ascended
+from fastsam.two_pass.wrapper import SEED, STEP
 
 
 class ESAM(SAM):

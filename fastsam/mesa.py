@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastsam import capture
+from fastsam.distributed.dtensor import is_dtensor
 from fastsam.kernels import dispatch
 from fastsam.kernels.reference import Past
-from fastsam.passes import Stage, found_inf_of, under_way
-from fastsam.sharded import is_dtensor
-from fastsam.trajectory import Trajectory, check_number, uncompiled
+from fastsam.trajectory.loss import Trajectory, check_number, uncompiled
+from fastsam.two_pass import capture
+from fastsam.two_pass.state import Stage, found_inf_of, under_way
 
 
 class MESA(Trajectory):

@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from fastsam.esam import ESAM
 from fastsam.mesa import MESA
 from fastsam.msam import MSAM
-from fastsam.passes import Stage, under_way
 from fastsam.saf import SAF
 from fastsam.sam import SAM
-from fastsam.samples import SampleToRankSampler
+from fastsam.trajectory.samples import SampleToRankSampler
+from fastsam.two_pass.state import Stage, under_way
 
 Knobs = Mapping[str, Any]
 """A method's settings by name, numbers or words; every method has an `lr`."""

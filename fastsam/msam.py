@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastsam.batch import batch_size, split_rows
-from fastsam.batched import WAY_OUT, BatchedShards
-from fastsam.batchnorm import MeanUpdate, set_to_means
-from fastsam.gradients import put
 from fastsam.kernels.tensor_list import Backup
 from fastsam.sam import SAM, check_choice
+from fastsam.two_pass.batch import batch_size, split_rows
+from fastsam.two_pass.gradients import put
+from fastsam.two_pass.module_state import MeanUpdate, set_to_means
+from fastsam.two_pass.vmap_shards import WAY_OUT, BatchedShards
 
 PROBES = 3
 """Steps that execution="auto" takes in each way before it settles; the first of them only warms up."""

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastsam import capture
-from fastsam.history import DTYPES, Fields, History, Layout, open_shared
-from fastsam.passes import Stage, under_way
-from fastsam.samples import SampleToRankSampler
-from fastsam.trajectory import Trajectory, check_integer, uncompiled
+from fastsam.trajectory.history import DTYPES, Fields, History, Layout, open_shared
+from fastsam.trajectory.loss import Trajectory, check_integer, uncompiled
+from fastsam.trajectory.samples import SampleToRankSampler
+from fastsam.two_pass import capture
+from fastsam.two_pass.state import Stage, under_way
 
 logger = logging.getLogger("fastsam")
 

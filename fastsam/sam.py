@@ -20,15 +20,15 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastsam import capture
-from fastsam.distributed import PerturbSync
+from fastsam.distributed.ddp import PerturbSync
+from fastsam.distributed.dtensor import first_element, norm_over_ranks, shard_number
 from fastsam.kernels import dispatch
 from fastsam.kernels.captured import Renewable
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import E0
-from fastsam.sharded import first_element, norm_over_ranks, shard_number
-from fastsam.two_pass import Ascended, TwoPassOptimizer
-from fastsam.wrapping import FROM_BASE
+from fastsam.two_pass import capture
+from fastsam.two_pass.optimizer import Ascended, TwoPassOptimizer
+from fastsam.two_pass.wrapper import FROM_BASE
 
 OFFICIAL_ETA, OFFICIAL_E0 = 0.01, 1e-16
 

@@ -35,7 +35,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import fastsam
 from fastsam import ESAM, MSAM, SAM
-from fastsam.sharded import first_element
+from fastsam.distributed.dtensor import first_element
 
 ADAMW = {"lr": 0.01, "weight_decay": 0.1}
 BASES = {

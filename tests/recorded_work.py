@@ -13,7 +13,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastsam import capture
 from fastsam.kernels import (
     chunks,
     ema,
@@ -24,6 +23,7 @@ from fastsam.kernels import (
     select,
     trajectory_loss,
 )
+from fastsam.two_pass import capture
 
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 MODULES = (ema, norm, perturb, restore_adam_step, restore_step, select, trajectory_loss)

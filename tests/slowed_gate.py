@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import cpu_gate
 from fastsam.kernels import reference
-from fastsam.two_pass import TwoPassOptimizer
+from fastsam.two_pass.optimizer import TwoPassOptimizer
 
 
 def temporaries(count):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from kernel_cases import DEVICE, kernels
 
-from fastsam import ESAM, SAF, graph
+from fastsam import ESAM, SAF
+from fastsam.graph import recorder as recorders
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks" / "methods.py").exists():
@@ -221,7 +222,7 @@ def test_methods_of_the_graph_regime_can_be_captured(name, monkeypatch, choose):
     weights = []
     for is_captured in (False, True):
         work = RecordedWork(monkeypatch)
-        monkeypatch.setattr(graph, "recorder_for", lambda params, batch, work=work: work)
+        monkeypatch.setattr(recorders, "recorder_for", lambda params, batch, work=work: work)
         problem = make_problem(dtype=torch.float32)
         problem.is_captured = is_captured
         step = METHODS[name].build(problem)

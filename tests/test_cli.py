@@ -13,11 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastsam import compare, progress
 from fastsam.__main__ import main
-from fastsam.config import CHECKPOINT, Config
+from fastsam.cli import compare, progress
+from fastsam.cli.config import CHECKPOINT, Config
+from fastsam.cli.training import Epoch
 from fastsam.methods import knobs_for
-from fastsam.training import Epoch
 
 TINY = ["--model", "mlp", "--epochs", "2"]
 RUN_FILES = {"history.csv", "result.json", "curve.png", CHECKPOINT}

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastsam import cifar, data, training
 from fastsam.__main__ import main
-from fastsam.cifar import CIFAR10, CIFAR100, PIXELS
-from fastsam.config import Config
-from fastsam.data import DATA_SETS, Split, crop_and_flip, draw_moves, generator, load, resolve, short
+from fastsam.cli import cifar, data, training
+from fastsam.cli.cifar import CIFAR10, CIFAR100, PIXELS
+from fastsam.cli.config import Config
+from fastsam.cli.data import DATA_SETS, Split, crop_and_flip, draw_moves, generator, load, resolve, short
+from fastsam.cli.models import MODELS
 from fastsam.methods import InputError
-from fastsam.models import MODELS
 
 TRAIN, TEST = 12, 7  # pictures in each file
 BINARY, PICKLED = 0, 1

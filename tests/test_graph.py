@@ -12,9 +12,11 @@ from kernel_cases import DEVICE, kernels
 from problems import assert_same, snapshot
 from torch import nn
 
-from fastsam import ESAM, MESA, MSAM, SAF, SAM, given, graph, graph_step
-from fastsam.cuda_graph import _Draws
-from fastsam.plain import PlainStep
+from fastsam import ESAM, MESA, MSAM, SAF, SAM, graph_step
+from fastsam.graph import guards
+from fastsam.graph import recorder as recorders
+from fastsam.graph.plain_step import PlainStep
+from fastsam.graph.recorder import _Draws
 
 if kernels is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -153,7 +155,7 @@ def recorder(monkeypatch, choose):
     from recorded_work import RecordedWork
 
     made = RecordedWork(monkeypatch)
-    monkeypatch.setattr(graph, "recorder_for", lambda params, batch: made)
+    monkeypatch.setattr(recorders, "recorder_for", lambda params, batch: made)
     return made
 
 
@@ -629,9 +631,9 @@ def with_cumulative_norm(model):
 
 
 def test_a_key_that_is_gone_is_a_change_too():
-    assert given.change({"a": 1}, {"a": 1, "b": 2}) == "b"
-    assert given.change({"a": 1, "b": 2}, {"a": 1}) == "b"
-    assert given.change({"a": 1}, {"a": 1}) is None
+    assert guards.change({"a": 1}, {"a": 1, "b": 2}) == "b"
+    assert guards.change({"a": 1, "b": 2}, {"a": 1}) == "b"
+    assert guards.change({"a": 1}, {"a": 1}) is None
 
 
 REFUSED = [

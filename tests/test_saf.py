@@ -12,10 +12,10 @@ from test_side_effects import NoHostReads
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastsam.history
+import fastsam.trajectory.history
 from fastsam import ESAM, SAF, SAM, IndexedDataset
-from fastsam.history import History, Layout, compress, expand
 from fastsam.kernels import reference
+from fastsam.trajectory.history import History, Layout, compress, expand
 
 SGD = torch.optim.SGD
 N, C = 24, 3

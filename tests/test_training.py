@@ -6,12 +6,13 @@ import pytest
 import torch
 from kernel_cases import kernels
 
-from fastsam import compare, graph, training
-from fastsam.config import CHECKPOINT, Config, read_checkpoint
-from fastsam.data import DATA_SETS, DataSet, Pictures, digits, draw_moves, generator, load, with_label_noise
+from fastsam.cli import compare, training
+from fastsam.cli.config import CHECKPOINT, Config, read_checkpoint
+from fastsam.cli.data import DATA_SETS, DataSet, Pictures, digits, draw_moves, generator, load, with_label_noise
+from fastsam.cli.training import Run, Watcher, train
+from fastsam.graph import recorder as recorders
+from fastsam.graph.plain_step import stepper_of
 from fastsam.methods import METHODS, BatchLosses, Criterion, InputError, knobs_for
-from fastsam.plain import stepper_of
-from fastsam.training import Run, Watcher, train
 
 
 def config(method="sam", **changes):
@@ -352,7 +353,7 @@ def test_captured_training_goes_on_over_epochs_and_resumes_bit_for_bit(method, m
     replays = []
     replay = RecordedWork.replay
     monkeypatch.setattr(RecordedWork, "replay", lambda self: (replays.append(self), replay(self)))
-    monkeypatch.setattr(graph, "recorder_for", lambda params, batch: RecordedWork(monkeypatch))
+    monkeypatch.setattr(recorders, "recorder_for", lambda params, batch: RecordedWork(monkeypatch))
     through, broken = make("through"), make("broken")
     expected = train(wanted, through)
     assert len(replays) == {"esam": 3 * 4 - 3, "saf": 1 + 3 + 3}[method]  # of 4 full batches each

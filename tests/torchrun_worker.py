@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_training import Stop, assert_equal, config, numbers, state
 
-from fastsam import ranks
 from fastsam.__main__ import main
+from fastsam.cli import processes
+from fastsam.cli.training import train
 from fastsam.methods import METHODS
-from fastsam.training import train
 
 STEPS = 20  # in an epoch of 628 pictures for each process
 
@@ -27,16 +27,16 @@ def resumed_bit_for_bit(folder):
     knobs = {**METHODS["saf"].knobs, "lag": 1, "start_epoch": 1}
     wanted = config("saf", model="cnn", epochs=4, ranks=2, knobs=knobs)
     through, broken = folder / "through", folder / "broken"
-    if ranks.is_first():
+    if processes.is_first():
         through.mkdir()
         broken.mkdir()
-    ranks.wait()
+    processes.wait()
     expected = train(wanted, through)
     with pytest.raises(KeyboardInterrupt):
         train(wanted, broken, watcher=Stop(after=2 * STEPS + STEPS // 2))
-    ranks.wait()
+    processes.wait()
     assert numbers(train(wanted, broken, resume=True)) == numbers(expected)
-    ranks.wait()
+    processes.wait()
     assert_equal(state(broken), state(through))
     assert len(state(through)["of each process"]) == 2
 
@@ -46,6 +46,6 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*barrier.*device")
-    with ranks.together("cpu"):
+    with processes.together("cpu"):
         every_method(Path(sys.argv[1]))
         resumed_bit_for_bit(Path(sys.argv[1]))

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastsam.config import Config
+from fastsam.cli.config import Config
+from fastsam.cli.report import SCORED
+from fastsam.cli.training import Epoch, Watcher
 from fastsam.methods import METHODS
-from fastsam.report import SCORED
-from fastsam.training import Epoch, Watcher
 
 
 class Display(Watcher):

@@ -10,6 +10,34 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastsam.kernels import dispatch
+from fastsam.two_pass.batch import tensors_of
+from fastsam.two_pass.capture import Recorder
+
+
+def recorder_for(params: list[Tensor], batch: tuple[Any, ...]) -> Recorder | None:
+    """Return what records steps on the parameters' device; None where steps run as usual.
+
+    Raises:
+        ValueError: parameters or batch are on several devices.
+        RuntimeError: Triton's kernels do not run on the device.
+    """
+    devices = {p.device for p in params}
+    device = next(iter(devices))
+    if not any(d.type == "cuda" for d in devices):
+        return None
+    if len(devices) > 1:
+        raise ValueError(f"the step cannot be captured: parameters are on {len(devices)} devices; all must be on one")
+    if other := next((t.device for t in tensors_of(batch, scalars=True) if t.device != device), None):
+        raise ValueError(f"a tensor of the example batch is on {other}, the parameters on {device}; move the batch")
+    if not hasattr(dispatch.pick(params), "INTERPRETED"):
+        raise RuntimeError(
+            "graph_step needs the Triton kernels, which do not run here (no Triton, a GPU older than Ampere, or "
+            "set_backend('torch')); take the steps without it"
+        )
+    return CudaGraph(device)
 
 
 class CudaGraph:

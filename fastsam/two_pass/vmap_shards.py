@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fastsam.batch import check_losses, replace_tensors, tensors_of
+from fastsam.two_pass.batch import check_losses, replace_tensors, tensors_of
 
 WAY_OUT = "use execution='sequential'"
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from fastsam import capture
-from fastsam.batch import replace_tensors, tensors_of
-from fastsam.capture import Capture, Recorder
-from fastsam.given import Given, change
-from fastsam.gradients import clear, flat, put, take
-from fastsam.wrapping import STEP
+from fastsam.graph.guards import Given, change
+from fastsam.two_pass import capture
+from fastsam.two_pass.batch import replace_tensors, tensors_of
+from fastsam.two_pass.capture import Capture, Recorder
+from fastsam.two_pass.gradients import clear, flat, put, take
+from fastsam.two_pass.wrapper import STEP
 
 
 class CaptureError(RuntimeError):

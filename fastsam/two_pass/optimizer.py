@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastsam.base_step import is_fusable, not_in_a_kernel, update
-from fastsam.batch import batch_size, check_losses
-from fastsam.capture import Capturable
-from fastsam.distributed import PerturbSync, check_perturb_sync
-from fastsam.gradients import clear, refuse_fresh
-from fastsam.passes import Stage
-from fastsam.protocols import PassOptimizer
-from fastsam.sharded import Spread, laid_out_as, local, spread
-from fastsam.wrapping import SEED, STEP
+from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
+from fastsam.distributed.dtensor import Spread, laid_out_as, local, spread
+from fastsam.two_pass.batch import batch_size, check_losses
+from fastsam.two_pass.capture import Capturable
+from fastsam.two_pass.gradients import clear, refuse_fresh
+from fastsam.two_pass.passes import PassOptimizer
+from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel, update
+from fastsam.two_pass.state import Stage
+from fastsam.two_pass.wrapper import SEED, STEP
 
 
 @dataclass

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsam.batchnorm import RunningStatistics
-from fastsam.distributed import Replicas
-from fastsam.gradients import ConsumedMark, clear, copies, flat, put, take
+from fastsam.distributed.ddp import Replicas
 from fastsam.kernels import dispatch
 from fastsam.kernels.tensor_list import Backup
-from fastsam.random_state import RandomState
+from fastsam.two_pass.gradients import ConsumedMark, clear, copies, flat, put, take
+from fastsam.two_pass.module_state import RunningStatistics
+from fastsam.two_pass.rng import RandomState
 
 
 class Stage(enum.Enum):

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastsam.base_step import not_in_a_kernel, restore_and_step, steps_in_a_kernel
-from fastsam.batch import batch_size, check_losses
-from fastsam.capture import Capturable
 from fastsam.kernels.tensor_list import Backup
-from fastsam.passes import ScalerTarget
-from fastsam.two_pass import TwoPassOptimizer
+from fastsam.two_pass.batch import batch_size, check_losses
+from fastsam.two_pass.capture import Capturable
+from fastsam.two_pass.optimizer import TwoPassOptimizer
+from fastsam.two_pass.restore_step import not_in_a_kernel, restore_and_step, steps_in_a_kernel
+from fastsam.two_pass.state import ScalerTarget
 
 
 def stepper_of(optimizer: Optimizer, fused: bool = False) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fastsam import capture
+from fastsam.two_pass import capture
 
 
 class RandomState:

@@ -14,13 +14,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastsam import __version__, compare, ranks, training
-from fastsam.config import AMP, CHECKPOINT, Config, flat, read_checkpoint, read_config, refuse_differences
-from fastsam.data import DATA_SETS, SCORED_ON, resolve, spelling
+from fastsam import __version__
+from fastsam.cli import compare, processes, training
+from fastsam.cli.config import AMP, CHECKPOINT, Config, flat, read_checkpoint, read_config, refuse_differences
+from fastsam.cli.data import DATA_SETS, SCORED_ON, resolve, spelling
+from fastsam.cli.models import MODELS
+from fastsam.cli.progress import Display
+from fastsam.cli.report import SCORED, caption, cells, headers, make_directory, write_comparison, write_run
 from fastsam.methods import CHOICES, METHODS, InputError, knobs_for, option
-from fastsam.models import MODELS
-from fastsam.progress import Display
-from fastsam.report import SCORED, caption, cells, headers, make_directory, write_comparison, write_run
 
 KNOBS = list(dict.fromkeys(knob for method in METHODS.values() for knob in method.knobs))
 DATA_HELP = "See below. CIFAR's pictures are cropped and flipped at random and stay bytes on the device."
@@ -188,7 +189,7 @@ def train(ctx: click.Context, out: Path, resume: bool, overwrite: bool, **option
     path, console = out / CHECKPOINT, _console()
     if _goes_on(resume, overwrite):
         config = read_config(read_checkpoint(path), path)
-        refuse_differences(path, flat(config), _given(ctx) | {"ranks": ranks.count()})
+        refuse_differences(path, flat(config), _given(ctx) | {"ranks": processes.count()})
     else:
         config = _config(**options)
         if path.exists() and not overwrite:
@@ -197,11 +198,11 @@ def train(ctx: click.Context, out: Path, resume: bool, overwrite: bool, **option
                 "or choose another --out"
             )
     make_directory(out)
-    with _interruptible("train", out, path), ranks.together(config.device):
-        ranks.wait()  # all have seen what was in the directory
-        with Display(console, runs=1) if ranks.is_first() else nullcontext(training.Watcher()) as watcher:
+    with _interruptible("train", out, path), processes.together(config.device):
+        processes.wait()  # all have seen what was in the directory
+        with Display(console, runs=1) if processes.is_first() else nullcontext(training.Watcher()) as watcher:
             result = training.train(config, out, resume=resume, watcher=watcher)
-        if not ranks.is_first():
+        if not processes.is_first():
             return
         write_run(out, result)
     scored = SCORED[config.scored_on]
@@ -221,7 +222,7 @@ def compare_command(ctx: click.Context, out: Path, resume: bool, overwrite: bool
 
     Prints a table, and writes results.json, results.csv, comparison.png and table.md.
     """
-    if ranks.count() > 1:
+    if processes.count() > 1:
         raise InputError("compare runs in one process; start it without torchrun, or train methods one by one")
     path, console = out / compare.PLAN, _console()
     if _goes_on(resume, overwrite):
@@ -243,7 +244,7 @@ def _config(**options: Any) -> Config:
     knobs = knobs_for(options["method"], {knob: options.pop(knob) for knob in KNOBS})
     if options["split_seed"] is None:
         options["split_seed"] = options["seed"]
-    return Config(knobs=knobs, ranks=ranks.count(), **options)
+    return Config(knobs=knobs, ranks=processes.count(), **options)
 
 
 def _plan(**options: Any) -> compare.Plan:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from fastsam.distributed.dtensor import any_over_ranks, laid_out_as, local, spread
 from fastsam.kernels import dispatch
 from fastsam.kernels.captured import Renewable
 from fastsam.kernels.reference import AdamOptions, SGDOptions
 from fastsam.kernels.tensor_list import Backup
-from fastsam.sharded import any_over_ranks, laid_out_as, local, spread
 
 
 @torch.no_grad()

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastsam.data import short
+from fastsam.cli.data import short
 from fastsam.methods import METHODS, InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fastsam.compare import Comparison, Row
-    from fastsam.config import Config
-    from fastsam.training import Result
+    from fastsam.cli.compare import Comparison, Row
+    from fastsam.cli.config import Config
+    from fastsam.cli.training import Result
 
 RUN_COLUMNS = (
     "label_noise",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastsam.sharded import local
+from fastsam.distributed.dtensor import local
 
 
 def flat(groups: Sequence[dict]) -> list[Tensor]:

@@ -29,8 +29,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastsam.distributed.dtensor import all_reduce, is_dtensor, loaded, refuse_partial
 from fastsam.kernels.tensor_list import buckets
-from fastsam.sharded import all_reduce, is_dtensor, loaded, refuse_partial
 
 PerturbSync = Literal["global", "replica"] | int
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastsam.config import CHECKPOINT, Config
+from fastsam.cli.config import CHECKPOINT, Config
+from fastsam.cli.report import make_directory, write_json
+from fastsam.cli.training import Result, Watcher, train
 from fastsam.methods import METHODS, InputError, knobs_for
-from fastsam.report import make_directory, write_json
-from fastsam.training import Result, Watcher, train
 
 PLAN = "compare.json"
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastsam.distributed import PerturbSync, Replicas
-from fastsam.gradients import flat, take
-from fastsam.passes import Pass, Run, ScalerTarget, Stage
-from fastsam.wrapping import WrappedOptimizer
+from fastsam.distributed.ddp import PerturbSync, Replicas
+from fastsam.two_pass.gradients import flat, take
+from fastsam.two_pass.state import Pass, Run, ScalerTarget, Stage
+from fastsam.two_pass.wrapper import WrappedOptimizer
 
 _UNDER_WAY = (Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsam import cifar
-from fastsam.cifar import Cifar
+from fastsam.cli import cifar
+from fastsam.cli.cifar import Cifar
 from fastsam.methods import InputError
 
 PADDING = 4

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastsam import ranks
-from fastsam.config import AMP, CHECKPOINT, Config, flat, read_checkpoint, read_config, refuse_differences
-from fastsam.data import draw_moves, generator, load
-from fastsam.graph import GraphStep, graph_step
+from fastsam.cli import processes
+from fastsam.cli.config import AMP, CHECKPOINT, Config, flat, read_checkpoint, read_config, refuse_differences
+from fastsam.cli.data import draw_moves, generator, load
+from fastsam.cli.models import MODELS, has_batch_norm
+from fastsam.cli.report import replacing
+from fastsam.graph.captured_step import CaptureError
+from fastsam.graph.graph_step import GraphStep, graph_step
+from fastsam.graph.plain_step import stepper_of
 from fastsam.methods import METHODS, BatchLosses, InputError, StepClock, Task, build, build_criterion
-from fastsam.models import MODELS, has_batch_norm
-from fastsam.plain import stepper_of
-from fastsam.recorded_step import CaptureError
-from fastsam.report import replacing
-from fastsam.samples import SampleToRankSampler
+from fastsam.trajectory.samples import SampleToRankSampler
 
 SCORED_AT_ONCE = 256  # pictures; a forward of them keeps little, so it fits where training does
 
@@ -121,10 +121,10 @@ class Run:
         trained: torch.nn.Module = self.model
         if config.ranks > 1:
             self.sampler = SampleToRankSampler(
-                len(self.data.x), config.ranks, ranks.rank(), seed=config.seed, drop_last=True
+                len(self.data.x), config.ranks, processes.rank(), seed=config.seed, drop_last=True
             )
             trained = DistributedDataParallel(self.model)
-            torch.manual_seed(config.seed + ranks.rank())
+            torch.manual_seed(config.seed + processes.rank())
         # a program for several shapes would depend on which came first, and a resume meets them in another order
         self.compiled: Any = torch.compile(trained, dynamic=False) if config.compile else trained
         self.note = METHODS[config.method].note
@@ -136,7 +136,9 @@ class Run:
         self.losses = BatchLosses(self.compiled, self.criterion, AMP[config.amp], self.device)
         self._graph_step: GraphStep | None = None
         self.shuffle = generator(config.seed, "order of the samples")
-        self.moves = generator(config.seed, f"crops and flips of {ranks.rank()}" if self.sampler else "crops and flips")
+        self.moves = generator(
+            config.seed, f"crops and flips of {processes.rank()}" if self.sampler else "crops and flips"
+        )
         self.history: list[Epoch] = []
         self.steps_per_epoch = len(self._batch_sizes())
 
@@ -178,14 +180,14 @@ class Run:
             watcher.step(loss, self.note(self.optimizer))
         step_ms = clock.median_ms()
         seconds = time.perf_counter() - begin
-        loss_sum, hits = ranks.total(torch.stack([total.double(), self.losses.hits.double()])).tolist()
+        loss_sum, hits = processes.total(torch.stack([total.double(), self.losses.hits.double()])).tolist()
         n *= self.config.ranks
         self.history.append(
             Epoch(
                 epoch=len(self.history) + 1,
                 train_loss=loss_sum / n,
                 train_accuracy=100 * hits / n,
-                accuracy=ranks.of_first(self.accuracy() if ranks.is_first() else None),
+                accuracy=processes.of_first(self.accuracy() if processes.is_first() else None),
                 samples_per_second=n / seconds,
                 seconds=seconds,
                 step_ms=step_ms,
@@ -234,8 +236,8 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, or leave the one that is there if that fails or is interrupted; all processes call it."""
-        own = ranks.gathered(self._own_state())
-        if not ranks.is_first():
+        own = processes.gathered(self._own_state())
+        if not processes.is_first():
             return
         checkpoint = {
             "config": asdict(self.config),
@@ -266,7 +268,7 @@ class Run:
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same config, as if there had been no interruption."""
-        own = checkpoint["of each process"][ranks.rank()]
+        own = checkpoint["of each process"][processes.rank()]
         self.history = [Epoch(**epoch) for epoch in checkpoint["history"]]
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastsam.base_step import steps_in_a_kernel
-from fastsam.gradients import flat
-from fastsam.wrapping import STEP
+from fastsam.two_pass.gradients import flat
+from fastsam.two_pass.restore_step import steps_in_a_kernel
+from fastsam.two_pass.wrapper import STEP
 
 _RENEWED = ("lr", "momentum", "dampening", "weight_decay", "betas", "eps")
 """Settings of SGD, Adam and AdamW that a replay reads from tables on the device."""

@@ -21,15 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastsam import capture
-from fastsam.batch import batch_size, replace_tensors, tensors_of
-from fastsam.capture import Recorder, Watched
-from fastsam.cuda_graph import CudaGraph
-from fastsam.given import Given
-from fastsam.gradients import flat
-from fastsam.kernels import dispatch
-from fastsam.plain import stepper_of
-from fastsam.recorded_step import CaptureError, RecordedStep
+from fastsam.graph import recorder as recorders
+from fastsam.graph.captured_step import CaptureError, RecordedStep
+from fastsam.graph.guards import Given
+from fastsam.graph.plain_step import stepper_of
+from fastsam.two_pass import capture
+from fastsam.two_pass.batch import batch_size, replace_tensors, tensors_of
+from fastsam.two_pass.capture import Recorder, Watched
+from fastsam.two_pass.gradients import flat
 
 _MOST_WASTED = 4
 """So many captures one after the other that served less than two steps, and no more are made."""
@@ -92,7 +91,7 @@ class GraphStep:
         warmup: int = 3,
     ) -> None:
         _check_arguments(opt, loss_fn, example_batch, clip_grad_norm, warmup)
-        self._recorder = recorder = recorder_for(flat(opt.param_groups), example_batch)
+        self._recorder = recorder = recorders.recorder_for(flat(opt.param_groups), example_batch)
         self._stepper: Any = stepper_of(opt, fused=recorder is not None)
         if recorder is not None and (obstacle := _obstacle(opt) or self._stepper._obstacle(scaler)):
             raise ValueError(f"the step cannot be captured: {obstacle}; take it without graph_step")
@@ -180,29 +179,6 @@ class GraphStep:
 def _reset(step: GraphStep | None) -> None:
     if step is not None:
         step.reset()
-
-
-def recorder_for(params: list[Tensor], batch: tuple[Any, ...]) -> Recorder | None:
-    """Return what records steps on the parameters' device; None where steps run as usual.
-
-    Raises:
-        ValueError: parameters or batch are on several devices.
-        RuntimeError: Triton's kernels do not run on the device.
-    """
-    devices = {p.device for p in params}
-    device = next(iter(devices))
-    if not any(d.type == "cuda" for d in devices):
-        return None
-    if len(devices) > 1:
-        raise ValueError(f"the step cannot be captured: parameters are on {len(devices)} devices; all must be on one")
-    if other := next((t.device for t in tensors_of(batch, scalars=True) if t.device != device), None):
-        raise ValueError(f"a tensor of the example batch is on {other}, the parameters on {device}; move the batch")
-    if not hasattr(dispatch.pick(params), "INTERPRETED"):
-        raise RuntimeError(
-            "graph_step needs the Triton kernels, which do not run here (no Triton, a GPU older than Ampere, or "
-            "set_backend('torch')); take the steps without it"
-        )
-    return CudaGraph(device)
 
 
 def _check_arguments(opt: Any, loss_fn: Any, batch: tuple[Any, ...], clip_grad_norm: Any, warmup: Any) -> None:

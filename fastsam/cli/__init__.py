@@ -1,0 +1,1 @@
+"""The command line: training runs and comparisons. Nothing else imports it."""
