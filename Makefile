@@ -26,13 +26,13 @@ lint: $(VENV)/.ready  ## style and types; mypy sees kernels/ where it is install
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p fastsam
 
 gate: $(VENV)/.ready  ## compile every Triton kernel for GPUs that need not be here and compare with the baseline
-	$(BIN)/python -m benchmarks.static_gate $(ARGS)
+	$(BIN)/python -m benchmarks.gates.static $(ARGS)
 
 count-gate: $(VENV)/.ready  ## launches, operations and host reads of a step of every method, against the record
-	$(BIN)/python -m benchmarks.count_gate $(ARGS)
+	$(BIN)/python -m benchmarks.gates.count $(ARGS)
 
 cpu-gate: $(VENV)/.ready  ## CPU time and memory traffic beside eager SAM and the base optimizer, within bounds
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu_gate $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gates.cpu $(ARGS)
 
 readme: $(VENV)/.ready  ## write README's table anew from the recorded results
 	$(BIN)/python -m benchmarks.readme
@@ -43,7 +43,7 @@ bench: $(VENV)/.ready  ## pytest-benchmark suites
 bench-gpu: $(VENV)/.ready  ## with a GPU: the kernels' tests, their bandwidth and whole steps, beside the record
 	# where it cannot be fetched its arms are listed as not run
 	-$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
-	$(BIN)/python -m benchmarks.gpu_gate $(ARGS)
+	$(BIN)/python -m benchmarks.gates.gpu $(ARGS)
 
 test-wheel: $(VENV)/.ready  ## build the wheel and run the optimizer tests on it, outside the tree
 	rm -rf build/wheel && mkdir -p build/wheel && cp -r pyproject.toml README.md LICENSE fastsam kernels build/wheel/

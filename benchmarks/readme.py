@@ -31,8 +31,8 @@ def step_table(record: Mapping[str, Any]) -> str:
     note = (
         f"Whole training steps on random pictures, batch {_rows(record)}, medians of "
         f'{record["options"]["rounds"]} interleaved rounds; ESAM at beta 0.6, gamma 0.5; "base again" shows the noise. '
-        f"{about['device']}, torch {about['torch']}. Recorded by `python -m benchmarks.step`, with more methods and "
-        "models in [step_cpu.json](benchmarks/results/step_cpu.json)."
+        f"{about['device']}, torch {about['torch']}. Recorded by `python -m benchmarks.steps.run`, with more methods "
+        "and models in [step_cpu.json](benchmarks/results/step_cpu.json)."
     )
     return "\n".join([*lines, "", note])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.kernels import KERNELS, plan_for
+from benchmarks.kernels.run import KERNELS, plan_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHOSEN = {

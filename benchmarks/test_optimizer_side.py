@@ -6,8 +6,8 @@ And over as many tensors as ResNet-18 has, of four numbers each: the time of the
 import pytest
 import torch
 
-from benchmarks.eager_methods import EagerSAM
-from benchmarks.parameter_lists import LISTS
+from benchmarks.arms.eager import EagerSAM
+from benchmarks.arms.parameter_lists import LISTS
 from fastsam import SAM
 
 BASES = {

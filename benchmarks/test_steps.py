@@ -5,8 +5,8 @@ import argparse
 import pytest
 import torch
 
-from benchmarks.methods import METHODS
-from benchmarks.step import Arm, Workload
+from benchmarks.arms.ours import METHODS
+from benchmarks.steps.run import Arm, Workload
 
 OPTIONS = argparse.Namespace(
     device="cuda" if torch.cuda.is_available() else "cpu", rows=None, amp="off", channels_last="auto", compiler="eager"

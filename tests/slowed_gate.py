@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from benchmarks import cpu_gate
+from benchmarks.gates import cpu as cpu_gate
 from fastsam.kernels import reference
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 

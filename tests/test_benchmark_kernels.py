@@ -12,9 +12,11 @@ if not (ROOT / "benchmarks" / "kernels.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
-    from benchmarks import kernel_table, kernels, loss_table
-    from benchmarks.kernels import KERNELS
-    from benchmarks.parameter_lists import LISTS
+    from benchmarks.arms.parameter_lists import LISTS
+    from benchmarks.kernels import losses as loss_table
+    from benchmarks.kernels import run as kernels
+    from benchmarks.kernels import table as kernel_table
+    from benchmarks.kernels.run import KERNELS
 
 PLAN = kernels.plan_for("cpu", 2)
 GATE = json.loads((ROOT / "benchmarks" / "static_gate.json").read_text())["variants"]
@@ -156,7 +158,7 @@ def test_dry_run(tmp_path, capfd):
     assert record["dry run"]
     about = record["environment"]
     assert {"torch", "triton", "python", "device", "driver", "commit", "date"} <= set(about)
-    assert about["command"].startswith("python -m benchmarks.kernels --dry-run --kernels norm,")
+    assert about["command"].startswith("python -m benchmarks.kernels.run --dry-run --kernels norm,")
     assert list(dict.fromkeys(result["kernel"] for result in record["results"])) == chosen
     for result in record["results"]:
         arms = result["arms"]
@@ -185,7 +187,7 @@ def test_without_a_gpu_it_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernels.main([]) == 2
     assert capsys.readouterr().err == (
-        "benchmarks.kernels: no GPU that torch can use: run on a machine with one, or pass --dry-run\n"
+        "benchmarks.kernels.run: no GPU that torch can use: run on a machine with one, or pass --dry-run\n"
     )
 
 

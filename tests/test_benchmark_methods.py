@@ -17,10 +17,11 @@ if not (ROOT / "benchmarks" / "methods.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
-    from benchmarks import eager_methods, methods
-    from benchmarks.methods import METHODS
-    from benchmarks.models import RHO, TASKS, Batch, Precision, Problem
-    from benchmarks.parameter_lists import LISTS
+    from benchmarks.arms import eager as eager_methods
+    from benchmarks.arms import ours as methods
+    from benchmarks.arms.ours import METHODS
+    from benchmarks.arms.parameter_lists import LISTS
+    from benchmarks.arms.tasks import RHO, TASKS, Batch, Precision, Problem
 
 STEPS = 7  # LookSAM perturbs in the first and the sixth
 LR = 0.1

@@ -14,7 +14,12 @@ if not (ROOT / "benchmarks" / "step.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
-    from benchmarks import counts, methods, models, msam_curve, step, step_report
+    from benchmarks import counts
+    from benchmarks.arms import ours as methods
+    from benchmarks.arms import tasks as models
+    from benchmarks.steps import msam_curve
+    from benchmarks.steps import report as step_report
+    from benchmarks.steps import run as step
 
 COMMON = ["--device", "cpu", "--rounds", "2", "--steps", "1", "--counted", "1"]
 
@@ -31,7 +36,7 @@ def run(tmp_path, *arguments):
 
 def test_every_method_steps_and_costs_the_passes_it_should(tmp_path, capsys):
     record = run(tmp_path, "--models", "cnn", "--rows", "8")
-    assert record["environment"]["command"].startswith("python -m benchmarks.step --device cpu")
+    assert record["environment"]["command"].startswith("python -m benchmarks.steps.run --device cpu")
     assert (record["environment"]["pytorch_optimizer"] != "none") == HAS_PACKAGE
     found = record["models"]["cnn"]["regimes"]["eager"]
     rows = found["arms"]

@@ -16,7 +16,7 @@ if kernels is None or not kernels.INTERPRETED:
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
-    from benchmarks import count_gate
+    from benchmarks.gates import count as count_gate
 
 RECORD = json.loads(count_gate.RECORD.read_text())
 

@@ -16,8 +16,8 @@ with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
     import slowed_gate
 
-    from benchmarks import cpu_gate
-    from benchmarks.cpu_gate import Ratio, measure
+    from benchmarks.gates import cpu as cpu_gate
+    from benchmarks.gates.cpu import Ratio, measure
 
 
 def bytes_of(base, monkeypatch, capsys):

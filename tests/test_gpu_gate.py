@@ -12,8 +12,10 @@ if not (ROOT / "benchmarks" / "gpu_gate.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
-    from benchmarks import environment, gpu_gate, readme, step
-    from benchmarks.gpu_gate import KINDS, compare
+    from benchmarks import environment, readme
+    from benchmarks.gates import gpu as gpu_gate
+    from benchmarks.gates.gpu import KINDS, compare
+    from benchmarks.steps import run as step
 
 DEVICE = "NVIDIA Made-Up 9000"
 
@@ -164,14 +166,14 @@ def test_a_slowdown_planted_in_the_record_of_the_kernels_is_red(gate, tmp_path):
 def test_red_tests_are_red_and_nothing_is_recorded(gate, tmp_path):
     status, said = gate({"kernels": None, "steps": steps_record()})
     assert status == 1
-    assert "benchmarks.kernels failed" in said.err
+    assert "benchmarks.kernels.run failed" in said.err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_gpu_it_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_gate.main([]) == 2
-    assert capsys.readouterr().err == "benchmarks.gpu_gate: no GPU that torch can use: run on a machine with one\n"
+    assert capsys.readouterr().err == "benchmarks.gates.gpu: no GPU that torch can use: run on a machine with one\n"
 
 
 def test_it_asks_the_step_benchmark_for_what_that_knows():

@@ -24,7 +24,7 @@ def run_gate(tree, *arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tree / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.static_gate", *arguments],
+        [sys.executable, "-m", "benchmarks.gates.static", *arguments],
         cwd=tree,
         env=environment,
         capture_output=True,

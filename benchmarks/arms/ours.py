@@ -1,4 +1,4 @@
-"""The methods that `benchmarks.step` times: how each takes its step, and where it cannot.
+"""The methods that `benchmarks.steps.run` times: how each takes its step, and where it cannot.
 
 A new method is one more line of `METHODS`.
 """
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import package_methods
-from benchmarks.eager_methods import EagerSAM, ForeachSAM, OfficialESAM, OfficialSAF
-from benchmarks.models import RHO, Batch, Problem, Step
+from benchmarks.arms import packages
+from benchmarks.arms.eager import EagerSAM, ForeachSAM, OfficialESAM, OfficialSAF
+from benchmarks.arms.tasks import RHO, Batch, Problem, Step
 from fastsam import ESAM, MESA, MSAM, SAF, SAM
 
 
@@ -159,7 +159,7 @@ class Method(NamedTuple):
     cannot: Mapping[str, str] = {}
     """Why it does not run in a regime or precision."""
     is_ours: bool = True
-    """Held to its recorded ratios by `benchmarks.gpu_gate`."""
+    """Held to its recorded ratios by `benchmarks.gates.gpu`."""
     period: int = 1
     """Steps after which it repeats; only whole periods are timed."""
 
@@ -175,10 +175,10 @@ METHODS: dict[str, Method] = {
     "base, fused": Method(partial(plain, fused=True)),
     "davda54 eager sam": _baseline(partial(eager, sam=EagerSAM), {"graph": _NOT_OURS}),
     "torch foreach sam": _baseline(partial(eager, sam=ForeachSAM, foreach=True), {"graph": _NOT_OURS}),
-    "pytorch_optimizer sam": _baseline(package_methods.sam, _THEIRS),
-    "pytorch_optimizer gsam": _baseline(package_methods.gsam, _THEIRS),
-    "pytorch_optimizer wsam": _baseline(package_methods.wsam, _THEIRS),
-    "pytorch_optimizer looksam": _baseline(package_methods.looksam, _THEIRS, package_methods.LOOK),
+    "pytorch_optimizer sam": _baseline(packages.sam, _THEIRS),
+    "pytorch_optimizer gsam": _baseline(packages.gsam, _THEIRS),
+    "pytorch_optimizer wsam": _baseline(packages.wsam, _THEIRS),
+    "pytorch_optimizer looksam": _baseline(packages.looksam, _THEIRS, packages.LOOK),
     "official-style esam": _baseline(official_esam, {**_RECOMPILES, "graph": _NOT_OURS}),
     "official-style saf": _baseline(official_saf, {"graph": "not captured: logits go to the host and back"}),
     "sam": Method(partial(ours, method=SAM)),

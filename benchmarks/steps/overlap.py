@@ -1,6 +1,6 @@
 """Communication that a step has to wait for, over a slow link between two processes.
 
-    python -m benchmarks.overlap --out benchmarks/results/overlap_cpu.json
+    python -m benchmarks.steps.overlap --out benchmarks/results/overlap_cpu.json
 
 mSAM with m pairs before one step under DistributedDataParallel, reduced in three ways: after every shard's backward,
 in one flat piece after the last, and by fastsam, which leaves all but the last descent unreduced and lets DDP reduce
@@ -185,7 +185,7 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         about = {"backward, ms": options.backward, "rounds": options.rounds, "processes": 2}
-        record = {"environment": environment("cpu", "benchmarks.overlap", None), "options": about, "rows": rows}
+        record = {"environment": environment("cpu", "benchmarks.steps.overlap", None), "options": about, "rows": rows}
         options.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

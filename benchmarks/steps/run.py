@@ -1,7 +1,7 @@
 """Time of whole training steps, method by method, side by side.
 
-    python -m benchmarks.step --models resnet18,vit --methods sam,esam --out benchmarks/results/step_cpu.json
-    python -m benchmarks.step --models resnet50 --regimes eager,compiled,graph --amp bf16       on a GPU
+    python -m benchmarks.steps.run --models resnet18,vit --methods sam,esam --out benchmarks/results/step_cpu.json
+    python -m benchmarks.steps.run --models resnet50 --regimes eager,compiled,graph --amp bf16       on a GPU
 
 Every round runs each arm once, in an order that changes from round to round, so that drifts of the machine hit all
 alike; ratios are medians of the ratios within a round. Three denominators: the base optimizer as torch has it in eager
@@ -29,10 +29,10 @@ import torch
 from torch import nn
 
 from benchmarks import counts
+from benchmarks.arms.ours import METHODS, Method
+from benchmarks.arms.tasks import TASKS, Precision, Problem
 from benchmarks.environment import environment
-from benchmarks.methods import METHODS, Method
-from benchmarks.models import TASKS, Precision, Problem
-from benchmarks.step_report import draw, table
+from benchmarks.steps.report import draw, table
 
 REGIMES = ("eager", "compiled", "graph")
 BASES = ("base", "base again", "base, fused")
@@ -266,7 +266,7 @@ def run(module: str, methods: Mapping[str, Method], parser: argparse.ArgumentPar
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run("benchmarks.step", METHODS, parser(__doc__, "resnet18,vit", list(METHODS)), arguments)
+    run("benchmarks.steps.run", METHODS, parser(__doc__, "resnet18,vit", list(METHODS)), arguments)
 
 
 if __name__ == "__main__":

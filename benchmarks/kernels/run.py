@@ -1,7 +1,7 @@
 """Bandwidth of every kernel, beside a copy by the same device and beside what else would do the same work.
 
-    python -m benchmarks.kernels                      on a machine with a GPU; records into benchmarks/results
-    python -m benchmarks.kernels --dry-run            all of it with the plain-torch twins, on the CPU; times nothing
+    python -m benchmarks.kernels.run                      on a machine with a GPU; records into benchmarks/results
+    python -m benchmarks.kernels.run --dry-run            all of it on the CPU, with the twins; times nothing
 
 The kernels' tests run on the device first: where one is red nothing is timed. Every call is verified against the twin
 in float64 on a small list before it may be timed, and a baseline that computes something else is refused by name.
@@ -28,15 +28,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import kernel_table
+from benchmarks.arms.parameter_lists import LISTS
 from benchmarks.counts import count_launches
 from benchmarks.environment import ROOT, environment, recorded
-from benchmarks.kernel_table import Call, Kernel, UnavailableError, bytes_moved
-from benchmarks.loss_table import LOSSES
-from benchmarks.parameter_lists import LISTS
+from benchmarks.kernels import table
+from benchmarks.kernels.losses import LOSSES
+from benchmarks.kernels.table import Call, Kernel, UnavailableError, bytes_moved
 from fastsam.kernels import dispatch, reference
 
-KERNELS = {**kernel_table.KERNELS, **LOSSES}
+KERNELS = {**table.KERNELS, **LOSSES}
 OURS, AGAIN, TWIN = "ours", "ours again", "torch.compile of the twin"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TESTS = {
@@ -311,12 +311,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = "cpu" if options.dry_run else "cuda"
     reason = None if options.dry_run else cannot_run()
     if reason:
-        print(f"benchmarks.kernels: {reason}", file=sys.stderr)
+        print(f"benchmarks.kernels.run: {reason}", file=sys.stderr)
         return 2
     if not tests_pass(device):
-        print(f"benchmarks.kernels: tests are red on {device}: nothing is timed", file=sys.stderr)
+        print(f"benchmarks.kernels.run: tests are red on {device}: nothing is timed", file=sys.stderr)
         return 1
-    about = environment(device, "benchmarks.kernels", arguments)
+    about = environment(device, "benchmarks.kernels.run", arguments)
     is_complete = not (options.kernels or options.lists or options.dtype)
     lists = options.lists or (["resnet18"] if options.dry_run else list(LISTS))
     plan = plan_for(device, options.rounds or (3 if options.dry_run else 15))

@@ -1,15 +1,15 @@
 """What mSAM's step costs as the shards grow in number and shrink, one after the other and side by side.
 
-    python -m benchmarks.msam_curve --models resnet18,vit --out benchmarks/results/msam_curve_cpu.json
+    python -m benchmarks.steps.msam_curve --models resnet18,vit --out benchmarks/results/msam_curve_cpu.json
 
-Arms, ratios, noise and options are those of `benchmarks.step`.
+Arms, ratios, noise and options are those of `benchmarks.steps.run`.
 """
 
 from collections.abc import Sequence
 from functools import partial
 
-from benchmarks import step
-from benchmarks.methods import METHODS, Method, ours
+from benchmarks.arms.ours import METHODS, Method, ours
+from benchmarks.steps import run
 from fastsam import MSAM
 
 SHARDS = [1, 2, 4, 8, 16, 32]
@@ -22,10 +22,10 @@ CURVE |= {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    methods = {name: METHODS[name] for name in (*step.BASES, "sam")} | CURVE
-    parser = step.parser(__doc__, "resnet18,vit", list(methods))
+    methods = {name: METHODS[name] for name in (*run.BASES, "sam")} | CURVE
+    parser = run.parser(__doc__, "resnet18,vit", list(methods))
     parser.set_defaults(steps=1, rows=2 * max(SHARDS))  # batch norm takes 2 in a shard
-    step.run("benchmarks.msam_curve", methods, parser, arguments)
+    run.run("benchmarks.steps.msam_curve", methods, parser, arguments)
 
 
 if __name__ == "__main__":

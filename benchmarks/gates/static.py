@@ -1,7 +1,7 @@
 """Static gate: what the kernels compile to, held against a committed baseline. Needs no GPU.
 
-    python -m benchmarks.static_gate            compile every variant for every target; 1 where one got worse
-    python -m benchmarks.static_gate --renew    write what it is now into the baseline
+    python -m benchmarks.gates.static            compile every variant for every target; 1 where one got worse
+    python -m benchmarks.gates.static --renew    write what it is now into the baseline
 
 The variants are the launches that the launchers make for small lists of tensors, so that what is gated is what runs.
 Hard: bytes per element in vector accesses, which have to be the algorithm's minimum; all other accesses, spills and

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.models import RHO, Batch, Problem, Step
+from benchmarks.arms.tasks import RHO, Batch, Problem, Step
 
 
 def _package() -> ModuleType:

@@ -1,10 +1,10 @@
 """GPU gate: correctness, bandwidth of the kernels and time of whole steps, beside what was recorded for this GPU.
 
-    python -m benchmarks.gpu_gate              2 without a GPU, 1 where a test or a comparison is red, else 0
-    python -m benchmarks.gpu_gate --record     records what it finds in place of what was recorded
+    python -m benchmarks.gates.gpu              2 without a GPU, 1 where a test or a comparison is red, else 0
+    python -m benchmarks.gates.gpu --record     records what it finds in place of what was recorded
 
-Runs `benchmarks.kernels`, which runs the kernels' tests first and times nothing where one is red, and
-`benchmarks.step` on the large models in all regimes. Both are compared with benchmarks/results; where nothing is
+Runs `benchmarks.kernels.run`, which runs the kernels' tests first and times nothing where one is red, and
+`benchmarks.steps.run` on the large models in all regimes. Both are compared with benchmarks/results; where nothing is
 recorded for this GPU, what was found is recorded. Only ratios taken within one run are compared, so that a slower clock
 or another driver alone turns nothing red.
 """
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.arms.ours import METHODS
 from benchmarks.environment import ROOT, recorded
-from benchmarks.kernels import OURS, cannot_run
-from benchmarks.methods import METHODS
+from benchmarks.kernels.run import OURS, cannot_run
 
 KERNEL_MARGIN = 0.10
 """By how much a kernel's share of the copy bandwidth may fall: one access of an element more than the seven of the
@@ -74,8 +74,8 @@ def step_values(record: Mapping[str, Any]) -> Values:
 
 
 KINDS = {
-    "kernels": Kind("benchmarks.kernels", [], kernel_values, KERNEL_MARGIN, KERNEL_FLOOR, True),
-    "steps": Kind("benchmarks.step", STEPS, step_values, STEP_MARGIN, 0.0, False),
+    "kernels": Kind("benchmarks.kernels.run", [], kernel_values, KERNEL_MARGIN, KERNEL_FLOOR, True),
+    "steps": Kind("benchmarks.steps.run", STEPS, step_values, STEP_MARGIN, 0.0, False),
 }
 
 
@@ -122,14 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     reason = cannot_run()
     if reason:
-        print(f"benchmarks.gpu_gate: {reason.split(', or pass')[0]}", file=sys.stderr)
+        print(f"benchmarks.gates.gpu: {reason.split(', or pass')[0]}", file=sys.stderr)
         return 2
     device = torch.cuda.get_device_name()
     green = True
     for name, kind in KINDS.items():
         fresh = measured(name, kind)
         if fresh is None:
-            print(f"benchmarks.gpu_gate: {kind.module} failed: what follows is not measured", file=sys.stderr)
+            print(f"benchmarks.gates.gpu: {kind.module} failed: what follows is not measured", file=sys.stderr)
             return 1
         green &= judge(name, kind, fresh, device, options.record)
     return int(not green)

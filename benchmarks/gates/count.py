@@ -1,7 +1,7 @@
 """Count gate: what one step of every method asks of a device, held against a committed record. Needs no GPU.
 
-    python -m benchmarks.count_gate            count every method; 1 where a step asks for more than recorded
-    python -m benchmarks.count_gate --renew    write what it is now into the record
+    python -m benchmarks.gates.count            count every method; 1 where a step asks for more than recorded
+    python -m benchmarks.gates.count --renew    write what it is now into the record
 
 Counted are, in the third step of a small net on Triton's interpreter: launches of our kernels, by name; torch's
 operations outside forward and backward of the model, those that a GPU would run; and, in the whole step, reads that the

@@ -1,4 +1,4 @@
-"""The losses that `benchmarks.kernels` measures: inputs, what they are held against, what they move."""
+"""The losses that `benchmarks.kernels.run` measures: inputs, what they are held against, what they move."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernel_table import Call, Kernel, UnavailableError
+from benchmarks.kernels.table import Call, Kernel, UnavailableError
 from fastsam.kernels.reference import Past
 
 TAU, LAM = 5.0, 0.3

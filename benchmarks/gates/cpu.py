@@ -1,6 +1,6 @@
 """CPU gate: what fastsam may cost beside eager SAM and beside its base optimizer, measured in one run. Needs no GPU.
 
-    python -m benchmarks.cpu_gate               print every figure and its bound; 1 where one is exceeded
+    python -m benchmarks.gates.cpu               print every figure and its bound; 1 where one is exceeded
 
 Three kinds of time ratio. Optimizer side: everything but forward and backward, over ResNet-18's parameters, against a
 SAM in the style of davda54/sam. Host: the same with four numbers in each tensor, which leaves the time of Python and of

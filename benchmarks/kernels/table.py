@@ -1,4 +1,4 @@
-"""What `benchmarks.kernels` measures: every kernel, how its inputs are made, what it is held against, what it moves.
+"""What `benchmarks.kernels.run` measures: every kernel, its inputs, what it is held against, what it moves.
 
 A new kernel is one more line of `KERNELS`.
 """
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.eager_methods import EagerSAM
-from benchmarks.parameter_lists import LISTS, Shape
+from benchmarks.arms.eager import EagerSAM
+from benchmarks.arms.parameter_lists import LISTS, Shape
 from fastsam.kernels import reference
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import AdamOptions, SGDOptions

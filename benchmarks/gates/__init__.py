@@ -1,0 +1,1 @@
+"""What must not get worse: compiled kernels, launches, the time and traffic of the CPU, and a GPU record."""

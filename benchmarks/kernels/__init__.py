@@ -1,0 +1,1 @@
+"""The bandwidth of the kernels on a GPU."""
