@@ -55,7 +55,7 @@ test-wheel: $(VENV)/.ready  ## build the wheel and run the optimizer tests on it
 		> $$(build/wheel/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
 	outside=$$(mktemp -d) && cp -r tests $$outside/ && cp pyproject.toml $$outside/options.toml && cd $$outside && \
 		$(abspath build/wheel/venv/bin/python) -m pytest -n auto -q -c options.toml --rootdir . \
-		tests/test_exactness.py tests/test_restore.py tests/test_checkpoints.py tests/test_protocols.py -k "not triton" && \
+		tests/common/test_exactness.py tests/common/test_restore.py tests/common/test_checkpoints.py tests/common/test_protocols.py -k "not triton" && \
 		rm -rf $$outside
 
 clean:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastsam.esam import ESAM
 from fastsam.graph.graph_step import GraphStep, graph_step
-from fastsam.kernels.dispatch import set_backend
+from fastsam.kernels.ops import set_backend
 from fastsam.mesa import MESA
 from fastsam.msam import MSAM
 from fastsam.saf import SAF

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.distributed.dtensor import first_element
-from fastsam.kernels import dispatch, philox
+from fastsam.kernels import ops, philox
 from fastsam.kernels.philox import Draw
 from fastsam.sam import SAM, check_choice
 from fastsam.two_pass import capture
@@ -209,7 +209,7 @@ class ESAM(SAM):
         return min(n, max(smallest, math.floor(self._gamma * n + 1e-6)))
 
     def _rows(self, after: Tensor, before: Tensor, k: int) -> Tensor:
-        kernels = dispatch.pick([after])
+        kernels = ops.pick([after])
         rows = kernels.select_largest_increase(after, before, k)
         if not self.strict:
             return rows

@@ -22,10 +22,10 @@ from torch.optim import Optimizer
 
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.distributed.dtensor import first_element, norm_over_ranks, shard_number
-from fastsam.kernels import dispatch
-from fastsam.kernels.captured import Renewable
+from fastsam.kernels import ops
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import E0
+from fastsam.kernels.replay_tables import Renewable
 from fastsam.two_pass import capture
 from fastsam.two_pass.optimizer import Ascended, TwoPassOptimizer
 from fastsam.two_pass.wrapper import FROM_BASE
@@ -139,7 +139,7 @@ class SAM(TwoPassOptimizer):
         adaptive = self._adaptive(ascended)
 
         def norm_of(rows: list[int]) -> Tensor:
-            part, kernels = ascended.take(rows), dispatch.pick(ascended.weights)
+            part, kernels = ascended.take(rows), ops.pick(ascended.weights)
             etas = None if adaptive is None else [adaptive[i] for i in rows]
             return kernels.norm(part.grads, part.weights, etas, draw and draw.take(rows))
 
@@ -153,7 +153,7 @@ class SAM(TwoPassOptimizer):
         backup = self._run.backup_of(ascended.weights)
         adaptive, draw = self._adaptive(ascended), self._draw(ascended)
         e0 = OFFICIAL_E0 if self._is_official() else E0
-        kernels = dispatch.pick(ascended.weights)
+        kernels = ops.pick(ascended.weights)
         # a capture keeps the groups to look into, and no gradients, whose memory others may use
         radii = Renewable(self._radii(ascended), partial(self._radii, replace(ascended, weights=[], grads=[])))
         kernels.perturb_(ascended.weights, ascended.grads, backup, norm, radii, adaptive, draw, e0)

@@ -4,11 +4,11 @@
 import triton
 import triton.language as tl
 
-from fastsam.kernels import reference_loss
-from fastsam.kernels.addressing import narrow, widen
+from fastsam.kernels import reference_trajectory_loss
+from fastsam.kernels.chunk_access import narrow, widen
 
-_LARGEST_HALF = tl.constexpr(reference_loss.LARGEST_HALF)
-_SMALLEST_SCALE = tl.constexpr(reference_loss.SMALLEST_SCALE)
+_LARGEST_HALF = tl.constexpr(reference_trajectory_loss.LARGEST_HALF)
+_SMALLEST_SCALE = tl.constexpr(reference_trajectory_loss.SMALLEST_SCALE)
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def unit_of(magnitude):
 
 @triton.jit
 def record_block(row_ptr, start, n_classes, length, z, unit, VECTOR: tl.constexpr, LANES: tl.constexpr):
-    """Write logits from `start` into the history, as `reference_loss._encode` does, and 0 into its padding."""
+    """Write logits from `start` into the history, as `reference_trajectory_loss._encode` does, 0 in its padding."""
     DTYPE: tl.constexpr = row_ptr.dtype.element_ty
     z = tl.where(tl.arange(0, LANES) < n_classes - start, z, 0.0)
     if DTYPE.is_int():

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels import reference
-from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, widen
-from fastsam.kernels.chunks import (
+from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, widen
+from fastsam.kernels.launch import (
     ELEMENTS,
     Launch,
     block_size,
@@ -30,7 +30,7 @@ from fastsam.kernels.chunks import (
     widest,
 )
 from fastsam.kernels.philox import Draw, threshold
-from fastsam.kernels.random_words import first_word, is_kept, join_seed, random_words, signed
+from fastsam.kernels.philox_triton import first_word, is_kept, join_seed, random_words, signed
 from fastsam.kernels.tensor_list import buckets
 
 _VECTORS = 4  # 128-bit accesses a thread: where one tensor is all, registers allow more of it

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import captured, reference
-from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, widen
-from fastsam.kernels.chunks import (
+from fastsam.kernels import reference, replay_tables
+from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, widen
+from fastsam.kernels.launch import (
     ELEMENTS,
     Launch,
     block_size,
@@ -29,7 +29,7 @@ from fastsam.kernels.chunks import (
     widest,
 )
 from fastsam.kernels.philox import Draw, threshold
-from fastsam.kernels.random_words import first_word, is_kept, join_seed, random_words, signed
+from fastsam.kernels.philox_triton import first_word, is_kept, join_seed, random_words, signed
 from fastsam.kernels.tensor_list import Backup, in_memory_order
 
 
@@ -173,7 +173,7 @@ def perturb_(
     etas = (None,) * len(weights) if adaptive is None else tuple(adaptive)
     keep = None if draw is None else draw.keep
     launches, rest = split(weights, grads, backup.tensors)
-    captured.refuse_twin(rest, weights)
+    replay_tables.refuse_twin(rest, weights)
     if rest:
         chosen: Any = ([items[i] for i in rest] for items in (weights, grads, rho, etas))
         some_weights, some_grads, some_rho, some_etas = chosen
@@ -191,12 +191,12 @@ def perturb_(
         zeros = (0,) * len(each.rows)
         numbers = map(each.of, draw.addresses()) if draw is not None and is_drawn else (zeros, zeros)
         others = each.of(etas), None if keep is None else each.of(keep), e0
-        renewal = captured.renewal(rho, partial(_lines_of, each, others))
+        renewal = replay_tables.renewal(rho, partial(_lines_of, each, others))
         work = each.table(size, *_sets(each.of(rho), *others), *numbers, renewal=renewal)
         marks = backup.marks.get(each.rows)
         if marks is None or marks.shape[0] != work.n_programs:
             marks = backup.marks[each.rows] = torch.zeros(work.n_programs, dtype=torch.int64, device=each.device)
-        captured.keep(marks)
+        replay_tables.keep(marks)
         marked.append((each, size, marks))
         with on_device(each.device):
             launch(

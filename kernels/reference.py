@@ -284,11 +284,11 @@ def select_largest_increase(after: Tensor, before: Tensor, k: int) -> Tensor:
 
 
 # at the end, since they build on this module
-from fastsam.kernels.reference_loss import Past, ema_, record_, trajectory_loss  # noqa: E402, F401
-from fastsam.kernels.reference_step import (  # noqa: E402, F401
+from fastsam.kernels.reference_restore_step import (  # noqa: E402, F401
     AdamOptions,
     SGDOptions,
     restore_,
     restore_adam_step_,
     restore_sgd_step_,
 )
+from fastsam.kernels.reference_trajectory_loss import Past, ema_, record_, trajectory_loss  # noqa: E402, F401

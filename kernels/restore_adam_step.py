@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import captured, reference
-from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
-from fastsam.kernels.chunks import counters, launch, on_device, split, to_device
+from fastsam.kernels import reference, replay_tables
+from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
+from fastsam.kernels.launch import counters, launch, on_device, split, to_device
 from fastsam.kernels.reference import AdamOptions
 from fastsam.kernels.restore_step import (
     final_gradient,
@@ -140,7 +140,7 @@ def restore_adam_step_(
     """
     refused = tuple([largest is not None or not w.numel() for largest, w in zip(max_exp_avg_sqs, weights, strict=True)])
     launches, rest = split(weights, sources, grads, exp_avgs, exp_avg_sqs, refused=refused)
-    captured.refuse_twin(rest, weights)
+    replay_tables.refuse_twin(rest, weights)
     if rest:
         lists: Any = (weights, sources, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, options)
         some = ([items[i] for i in rest] for items in lists)

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import captured, reference
-from fastsam.kernels.addressing import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
-from fastsam.kernels.chunks import (
+from fastsam.kernels import reference, replay_tables
+from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
+from fastsam.kernels.launch import (
     ELEMENTS,
     Launch,
     block_size,
@@ -124,7 +124,7 @@ def _stays(lr: float | Tensor, each: Launch) -> bool:
 
 def step_renewal(options: Sequence[Any], each: Launch, rest_of: Callable[[Any], tuple[float, ...]]) -> Any:
     """Return what renews the hyperparameters in replays; None outside of a capture."""
-    return captured.renewal(options, lambda now: _lines(each, rest_of, each.of(now)))
+    return replay_tables.renewal(options, lambda now: _lines(each, rest_of, each.of(now)))
 
 
 def step_constants(each: Launch, state_dtype: torch.dtype) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def restore_sgd_step_(
     One launch for each dtype combination, with and without momentum.
     """
     launches, rest = split(weights, sources, grads, momentum_buffers)
-    captured.refuse_twin(rest, weights)
+    replay_tables.refuse_twin(rest, weights)
     if rest:
         lists: Any = (weights, sources, grads, momentum_buffers, options)
         some = ([items[i] for i in rest] for items in lists)

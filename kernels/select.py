@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels import reference
-from fastsam.kernels.chunks import INTERPRETED, launch, on_device
+from fastsam.kernels.launch import INTERPRETED, launch, on_device
 
 MOST_ROWS = 65536
 """One program takes them all, so its time grows with their number."""

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference_loss
-from fastsam.kernels.chunks import THREADS, counters, launch, numbers, on_device, runs_here, wide
+from fastsam.kernels import reference_trajectory_loss
+from fastsam.kernels.launch import THREADS, counters, launch, numbers, on_device, runs_here, wide
 from fastsam.kernels.loss_blocks import (
     add_all,
     find_sample,
@@ -36,7 +36,7 @@ from fastsam.kernels.loss_blocks import (
     row_at,
     unit_of,
 )
-from fastsam.kernels.reference_loss import Past
+from fastsam.kernels.reference_trajectory_loss import Past
 
 _BYTES_IN_REGISTERS = 8192  # of a row, in the dtype of arithmetic: 8 float32 a thread
 _PADDING = 16
@@ -223,14 +223,14 @@ def trajectory_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, each row's gradient and the gradient's scale; see `reference_loss.trajectory_loss`.
+    """Return the loss, each row's gradient and the gradient's scale; see `reference_trajectory_loss.trajectory_loss`.
 
     One launch. A row whose target is no class gets NaN, since a device cannot raise.
     """
-    reference_loss.check_loss(logits, targets, past, tau, reduction)
+    reference_trajectory_loss.check_loss(logits, targets, past, tau, reduction)
     n, n_classes = logits.shape
     if not n or not runs_here(logits):
-        return reference_loss.trajectory_loss(
+        return reference_trajectory_loss.trajectory_loss(
             logits, targets, past, tau=tau, weight=weight,
             label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
@@ -255,10 +255,10 @@ def trajectory_loss(
 
 @torch.no_grad()
 def record_(logits: Tensor, past: Past, targets: Tensor | None = None, ignore_index: int = -100) -> None:
-    """Record the logits in the history; see `reference_loss.record_`. One launch."""
-    reference_loss.check_record(logits, past, targets)
+    """Record the logits in the history; see `reference_trajectory_loss.record_`. One launch."""
+    reference_trajectory_loss.check_record(logits, past, targets)
     if not len(logits) or not runs_here(logits):
-        reference_loss.record_(logits, past, targets, ignore_index)
+        reference_trajectory_loss.record_(logits, past, targets, ignore_index)
         return
     logits = _with_unit_stride(logits)
     classes = None if targets is None or targets.is_floating_point() else targets

@@ -1,7 +1,7 @@
 """The Triton launchers under the names of their twins in reference.py. Needs triton; only dispatch imports it."""
 
-from fastsam.kernels.chunks import INTERPRETED
 from fastsam.kernels.ema import ema_
+from fastsam.kernels.launch import INTERPRETED
 from fastsam.kernels.norm import found_nonfinite, norm
 from fastsam.kernels.perturb import perturb_
 from fastsam.kernels.restore_adam_step import restore_adam_step_

@@ -295,9 +295,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--renew", action="store_true", help="write the counts into the record")
     renew = parser.parse_args(arguments).renew
-    from fastsam.kernels import chunks
+    from fastsam.kernels import launch
 
-    assert chunks.INTERPRETED, "the kernels were imported without TRITON_INTERPRET=1"
+    assert launch.INTERPRETED, "the kernels were imported without TRITON_INTERPRET=1"
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     print_row("", ["launches", "operations", "reads", "twin reads"])
     found = {}

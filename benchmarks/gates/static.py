@@ -40,12 +40,12 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Return every variant's kernel, its arguments and its constants, by name, as the launchers pass them."""
     import torch
 
-    from fastsam.kernels import chunks, ema, norm, perturb, restore_adam_step, restore_step, select, trajectory_loss
+    from fastsam.kernels import ema, launch, norm, perturb, restore_adam_step, restore_step, select, trajectory_loss
     from fastsam.kernels.philox import Draw
     from fastsam.kernels.reference import AdamOptions, Past, SGDOptions
     from fastsam.kernels.tensor_list import Backup
 
-    assert not chunks.INTERPRETED, "unset TRITON_INTERPRET: interpreted kernels cannot be compiled"
+    assert not launch.INTERPRETED, "unset TRITON_INTERPRET: interpreted kernels cannot be compiled"
     found: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {}
 
     def record(label: str, kernel: Any, n_programs: int, *args: Any, **constants: Any) -> None:
@@ -59,7 +59,7 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
         launcher(*args, **kwargs)
 
     # tensors on the CPU stand in for a GPU's: nothing is run
-    chunks.runs_here = lambda *tensors: True
+    launch.runs_here = lambda *tensors: True
     trajectory_loss.runs_here = lambda logits: True
     f32, f16, bf16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
     one, length = torch.ones(()), torch.ones((), dtype=f64)
@@ -142,7 +142,7 @@ def measure(name: str, target: str) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastsam.kernels.chunks import THREADS
+    from fastsam.kernels.launch import THREADS
 
     kernel, arguments, constants = _launches()[name]
     backend, architecture, warp_size = TARGETS[target]

@@ -34,7 +34,7 @@ from benchmarks.environment import ROOT, environment, recorded
 from benchmarks.kernels import table
 from benchmarks.kernels.losses import LOSSES
 from benchmarks.kernels.table import Call, Kernel, UnavailableError, bytes_moved
-from fastsam.kernels import dispatch, reference
+from fastsam.kernels import ops, reference
 
 KERNELS = {**table.KERNELS, **LOSSES}
 OURS, AGAIN, TWIN = "ours", "ours again", "torch.compile of the twin"
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 def plan_for(device: str, rounds: int) -> Plan:
     if device == "cpu":
         return Plan(device, reference, rounds, 2, 0, 2**22, "eager")
-    launchers = dispatch._triton_backend()
+    launchers = ops._triton_backend()
     assert launchers is not None
     cache = 4 * torch.cuda.get_device_properties(device).L2_cache_size
     return Plan(device, launchers, rounds, 20, cache, 2**30, "inductor")
@@ -299,7 +299,7 @@ def cannot_run() -> str | None:
     """Return why nothing can be measured on a GPU here, and the remedy."""
     if not torch.cuda.is_available():
         return "no GPU that torch can use: run on a machine with one, or pass --dry-run"
-    launchers = dispatch._triton_backend()
+    launchers = ops._triton_backend()
     if launchers is None:
         return "triton is not installed: install it, or pass --dry-run"
     return "TRITON_INTERPRET is set: unset it, or pass --dry-run" if launchers.INTERPRETED else None

@@ -139,9 +139,9 @@ class RecordedStep:
 
     def _forget(self, outcomes: list[tuple[Any, str, Any]]) -> None:
         """Leave no trace of a step that was recorded in part and never ran."""
-        from fastsam.kernels import chunks  # needs triton, which captures have
+        from fastsam.kernels import launch  # needs triton, which captures have
 
-        chunks.forget()
+        launch.forget()
         clear(self._params)
         self._count_back()
         self._take_scaler_state()

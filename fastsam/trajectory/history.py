@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastsam.kernels import dispatch
+from fastsam.kernels import ops
 from fastsam.kernels.reference import Past
-from fastsam.kernels.reference_loss import NEVER
+from fastsam.kernels.reference_trajectory_loss import NEVER
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8)
 _WIDE, _PADDING = 8, 16
@@ -163,14 +163,14 @@ class History:
             ignore_index: of int64 targets.
         """
         if self.direct:
-            dispatch.pick([logits]).record_(logits, self.past(ids, epoch, True), targets, ignore_index)
+            ops.pick([logits]).record_(logits, self.past(ids, epoch, True), targets, ignore_index)
             return
         self.flush()
         fields = self._blank(len(ids))
         own = torch.arange(len(ids), device=self.device)
         if self.layout.top_k is None:
             block = Past(fields["records"], fields.get("scales"), fields["tags"], own, epoch, 0, True, None)
-            dispatch.pick([logits]).record_(logits, block, targets, ignore_index)
+            ops.pick([logits]).record_(logits, block, targets, ignore_index)
         else:
             fields |= compress(logits, self.layout, tau)
             ignored = targets == ignore_index if targets.dim() == 1 else torch.zeros_like(own, dtype=torch.bool)

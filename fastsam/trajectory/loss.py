@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable would import the compiler, and Triton
 
-from fastsam.kernels import dispatch
+from fastsam.kernels import ops
 from fastsam.kernels.reference import Past
 
 __all__ = ["Trajectory", "check_integer", "check_number", "uncompiled"]
@@ -29,7 +29,7 @@ class _TrajectoryLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, past: Past, options: dict[str, Any]) -> Tensor:
-        loss, gradient, scale = dispatch.pick([logits]).trajectory_loss(logits.detach(), targets, past, **options)
+        loss, gradient, scale = ops.pick([logits]).trajectory_loss(logits.detach(), targets, past, **options)
         ctx.save_for_backward(gradient, scale)
         return loss
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastsam.kernels import captured
+from fastsam.kernels import replay_tables
 
 
 class Recorder(Protocol):
@@ -53,7 +53,7 @@ class Capture:
     """One captured step."""
 
     def __init__(self) -> None:
-        self.tables = captured.Tables()
+        self.tables = replay_tables.Tables()
         self.watched = Watched()
         self.calls: list[Callable[[], object]] = []
         """What Python has to do in every replay."""
@@ -94,7 +94,7 @@ def rehearsing(recorder: Recorder, advance: Tensor) -> Iterator[Watched]:
 def capturing(capture: Capture, recorder: Recorder, advance: Tensor) -> Iterator[None]:
     """Context of a step that is recorded rather than run. `advance` is then the number of steps since."""
     stage = _Stage(recorder, advance, capture.watched, capture)
-    with _on_stage(stage), recorder.recording(), captured.capturing(capture.tables):
+    with _on_stage(stage), recorder.recording(), replay_tables.capturing(capture.tables):
         yield
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fastsam.distributed.dtensor import any_over_ranks, laid_out_as, local, spread
-from fastsam.kernels import dispatch
-from fastsam.kernels.captured import Renewable
+from fastsam.kernels import ops
 from fastsam.kernels.reference import AdamOptions, SGDOptions
+from fastsam.kernels.replay_tables import Renewable
 from fastsam.kernels.tensor_list import Backup
 
 
@@ -39,14 +39,14 @@ def update(
     grads = _final_gradients(base)
     if found_inf is None and check_finite and grads:
         entries = [_entries(g) for g in grads]
-        found_inf = any_over_ranks(dispatch.pick(entries).found_nonfinite(entries), grads)
+        found_inf = any_over_ranks(ops.pick(entries).found_nonfinite(entries), grads)
     if skip is not None and grads:
         also = skip.to(grads[0].device, torch.float32)
         found_inf = also if found_inf is None else found_inf + also.to(found_inf.device)
     if is_fusable(base):
         restore_and_step(base, backup, grad_scale, found_inf)
         return found_inf
-    dispatch.pick(backup.weights).restore_(backup)
+    ops.pick(backup.weights).restore_(backup)
     base._opt_called = True  # type: ignore[attr-defined]
     skips_on_device = getattr(base, "_step_supports_amp_scaling", False) and not any(map(spread, grads))
     if found_inf is not None and base.state and skips_on_device:
@@ -152,7 +152,7 @@ def restore_and_step(base: Optimizer, backup: Backup, grad_scale: Tensor | None,
     """
     stepped = [(group, p) for group in base.param_groups for p in group["params"] if p.grad is not None]
     weights = [local(p) for _, p in stepped]
-    kernels = dispatch.pick(weights)
+    kernels = ops.pick(weights)
     if stepped and not _skips_first_damped_step(base, stepped, found_inf):
         sources = [backup.of(w) for w in weights]
         grads = [local(p.grad) for _, p in stepped]

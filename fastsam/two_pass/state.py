@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsam.distributed.ddp import Replicas
-from fastsam.kernels import dispatch
+from fastsam.kernels import ops
 from fastsam.kernels.tensor_list import Backup
 from fastsam.two_pass.gradients import ConsumedMark, clear, copies, flat, put, take
 from fastsam.two_pass.module_state import RunningStatistics
@@ -190,7 +190,7 @@ class Run:
     def restore(self) -> None:
         """Bring the weights back, bit for bit. Idempotent."""
         if self.backup.valid:
-            dispatch.pick(self.backup.weights).restore_(self.backup)
+            ops.pick(self.backup.weights).restore_(self.backup)
             self.replicas.reshard()
 
     def discard(self) -> None:

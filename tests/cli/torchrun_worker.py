@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 from test_training import Stop, assert_equal, config, numbers, state
 
 from fastsam.__main__ import main

@@ -70,13 +70,13 @@ def count_buckets(ddp):
 
 
 def run_cases(rank, world):
-    import conftest
     import distributed_worker_ddp  # noqa: F401
     import distributed_worker_fsdp  # noqa: F401
     import distributed_worker_msam  # noqa: F401
     import distributed_worker_saf  # noqa: F401
+    import interpreter
 
-    conftest.import_kernels("cpu")
+    interpreter.import_kernels("cpu")
     if sys.argv[5:]:
         STOPS[sys.argv[5]]()
     for name in CASES[world]:
@@ -93,6 +93,7 @@ def run_cases(rank, world):
 
 
 if __name__ == "__main__":
+    sys.path += [str(folder) for folder in Path(__file__).parents[1].iterdir() if folder.is_dir()]
     rank, world, port, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     sys.modules["distributed_worker"] = sys.modules["__main__"]  # cases import this module by its name
     os.environ.update(GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

@@ -2,9 +2,9 @@
 
 import torch
 
-from fastsam.kernels import dispatch
+from fastsam.kernels import ops
 
-kernels = dispatch._triton_backend()
+kernels = ops._triton_backend()
 DEVICE = "cpu" if kernels is None or kernels.INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LISTS = [[dtype] for dtype in DTYPES] + [DTYPES]

@@ -18,7 +18,7 @@ from fastsam.kernels.tensor_list import Backup
 
 if kernels is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-from fastsam.kernels import chunks
+from fastsam.kernels import launch
 
 
 class Operations(TorchDispatchMode):
@@ -37,13 +37,13 @@ class Operations(TorchDispatchMode):
 
 def forget():
     """Clear all tables that other tests may have left."""
-    for cache in (chunks._splits, chunks._hyperparameter_rows, chunks._chunk_map):
+    for cache in (launch._splits, launch._hyperparameter_rows, launch._chunk_map):
         getattr(cache, "cache_clear", getattr(cache, "clear", None))()
 
 
 def uploads():
     """How often pointers, chunks and hyperparameters were uploaded."""
-    return [chunks.uploads[kind] for kind in ("rows", "chunks", "hyperparameters")]
+    return [launch.uploads[kind] for kind in ("rows", "chunks", "hyperparameters")]
 
 
 def lists(n_lists, dtypes=(torch.float32,), sizes=(63, 300)):
@@ -82,7 +82,7 @@ def test_tables_are_rebuilt_only_when_a_pointer_length_or_dtype_changes():
     weights[0], grads[0], buffers[0] = (torch.zeros(200, device=DEVICE) for _ in range(3))
     backup = Backup(weights)
     pointers, chunk_maps, _ = step()
-    assert (pointers, chunk_maps) == (5, 1 if chunks.INTERPRETED else 2)
+    assert (pointers, chunk_maps) == (5, 1 if launch.INTERPRETED else 2)
     weights[0], grads[0], buffers[0] = (t.to(torch.float64) for t in (weights[0], grads[0], buffers[0]))
     backup = Backup(weights)
     assert step()[0] == 10  # both dtypes have tables of their own
@@ -102,9 +102,9 @@ def test_the_same_memory_seen_in_another_way_is_not_mistaken():
 
 def test_chunks_cover_every_element_once():
     lengths = [0, 1, 64, 65, 0, 200]
-    pairs = chunks.chunks_of(lengths, 64).tolist()
+    pairs = launch.chunks_of(lengths, 64).tolist()
     assert pairs == [[1, 0], [2, 0], [3, 0], [3, 1], [5, 0], [5, 1], [5, 2], [5, 3]]
-    assert chunks.chunks_of([], 64).shape == (0, 2)
+    assert launch.chunks_of([], 64).shape == (0, 2)
 
 
 @pytest.mark.parametrize(("dtypes", "launched"), [((torch.float32,), 1), ((torch.float32, torch.bfloat16), 2)])
@@ -218,12 +218,12 @@ class InterruptAt:
         return False
 
 
-KERNELS = str(Path(chunks.__file__).parent)
+KERNELS = str(Path(launch.__file__).parent)
 
 
-@pytest.mark.skipif(not chunks.INTERPRETED, reason="a kernel on a GPU runs to its end once it is launched")
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a kernel on a GPU runs to its end once it is launched")
 def test_an_interrupt_anywhere_in_a_perturbation_can_be_undone(monkeypatch):
-    monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", 64)
+    monkeypatch.setattr(launch, "_INTERPRETED_BLOCK_SIZE", 64)
     originals = [torch.randn(80), torch.randn(21)[1:].bfloat16(), torch.randn(6, 4)[:, ::2]]
     grads = [torch.ones_like(t) for t in originals]
     weights, backup = copies(originals), None
@@ -255,9 +255,9 @@ def test_an_interrupt_anywhere_in_a_perturbation_can_be_undone(monkeypatch):
     assert_same_bits(weights, originals)
 
 
-@pytest.mark.skipif(not chunks.INTERPRETED, reason="a kernel on a GPU runs to its end once it is launched")
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a kernel on a GPU runs to its end once it is launched")
 def test_an_interrupt_in_a_step_leaves_counters_that_count(monkeypatch):
-    monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", 64)
+    monkeypatch.setattr(launch, "_INTERPRETED_BLOCK_SIZE", 64)
     weights, grads, means, squares = ([torch.ones(100)] for _ in range(4))
     steps = [torch.zeros(())]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from kernel_cases import kernels
 
-ROOT = Path(__file__).parents[1]
-BASELINE = ROOT / "benchmarks" / "static_gate.json"
+ROOT = Path(__file__).parents[2]
+BASELINE = ROOT / "benchmarks" / "gates" / "static.json"
 
 pytestmark = [
     pytest.mark.skipif(kernels is None, reason="triton is not installed"),
@@ -38,8 +38,8 @@ def tree(tmp_path):
     shutil.copytree(ROOT / "fastsam", tmp_path / "fastsam")
     shutil.copytree(ROOT / "kernels", tmp_path / "fastsam" / "kernels")
     (tmp_path / "benchmarks").mkdir()
-    for name in ("__init__.py", "static_gate.py", "static_gate.json"):
-        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
+    shutil.copy(ROOT / "benchmarks" / "__init__.py", tmp_path / "benchmarks")
+    shutil.copytree(ROOT / "benchmarks" / "gates", tmp_path / "benchmarks" / "gates")
     return tmp_path
 
 
@@ -57,7 +57,7 @@ def test_the_gate_passes_on_these_kernels(tree):
 
 
 def test_a_mask_that_kills_vectorisation_turns_it_red(tree):
-    plant(tree, "addressing.py", "return length // 16 * 16 * (", "return length * (")
+    plant(tree, "chunk_access.py", "return length // 16 * 16 * (", "return length * (")
     status, output = run_gate(tree, "--only", "^perturb fp32$", "--targets", "sm_90")
     assert status == 1, output
     assert "WORSE perturb fp32 on sm_90: bytes per element 16 -> 0" in output

@@ -9,7 +9,7 @@ from fastsam.kernels.reference import AdamOptions, SGDOptions
 
 if kernels is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-from fastsam.kernels import chunks
+from fastsam.kernels import launch
 
 SGD = {
     "plain": SGDOptions(0.1),
@@ -169,7 +169,7 @@ def test_lr_as_a_tensor_is_read_when_the_step_runs(dtype, lr_dtype):
 
 
 def test_the_step_counter_of_a_tensor_of_many_chunks_advances_once(monkeypatch):
-    monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", 64)
+    monkeypatch.setattr(launch, "_INTERPRETED_BLOCK_SIZE", 64)
     lists = [[t for t in tensors([torch.float32], seed, sizes=(0, 1, 1000)) if t.dim() < 4] for seed in range(3)]
     squares = [t.abs_() for t in lists[2]]
     weights, grads, means = lists

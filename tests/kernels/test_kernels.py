@@ -15,7 +15,7 @@ from fastsam.kernels.tensor_list import Backup, in_memory_order
 
 if kernels is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-from fastsam.kernels import addressing, chunks, perturb
+from fastsam.kernels import chunk_access, launch, perturb
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 WORDS = pytest.mark.parametrize("draw", [None, (True, None), (True, 0.6), (False, 0.6)], ids=str)
@@ -41,7 +41,7 @@ def no_scalars(monkeypatch):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Many chunks for each tensor, also where the interpreter would take one."""
-    monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", 64)
+    monkeypatch.setattr(launch, "_INTERPRETED_BLOCK_SIZE", 64)
 
 
 def etas_of(grads, adaptive):
@@ -169,7 +169,7 @@ def test_any_list_of_lengths_and_offsets(cases):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_non_finite_entries_are_found_wherever_they_are(dtype, bad, monkeypatch):
-    monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", 1024)
+    monkeypatch.setattr(launch, "_INTERPRETED_BLOCK_SIZE", 1024)
     grads = [t.to(DEVICE, dtype) for t in (torch.ones(2100), torch.ones(71)[1:], torch.ones(8, 6)[:, ::2])]
     for tensor, position in ((0, 0), (0, 1023), (0, 2099), (1, 35), (2, 0)):
         flat = grads[tensor].view(-1) if tensor < 2 else grads[tensor][:, 0]
@@ -268,7 +268,7 @@ def test_every_bit_pattern_survives(dtype):
 def test_draws_do_not_depend_on_the_size_of_chunks(draw, monkeypatch):
     found = []
     for size in (128, 16384):
-        monkeypatch.setattr(chunks, "_INTERPRETED_BLOCK_SIZE", size)
+        monkeypatch.setattr(launch, "_INTERPRETED_BLOCK_SIZE", size)
         weights, grads = tensors(DTYPES, sizes=(63, 2048)), tensors(DTYPES, seed=1, sizes=(63, 2048))
         norm = torch.ones((), dtype=torch.float64, device=DEVICE)
         kernels.perturb_(weights, grads, Backup(weights), norm, [0.3] * len(weights), None, draw_of(draw, len(weights)))
@@ -332,11 +332,11 @@ def test_stochastic_rounding_is_that_of_the_twin_for_every_magnitude(dtype):
 @pytest.fixture
 def stretches(monkeypatch, small_chunks):
     """Of each chunk that the perturbation takes its length, its addresses, and how much goes in wide accesses."""
-    if not chunks.INTERPRETED:
+    if not launch.INTERPRETED:
         pytest.skip("a GPU's programs do not tell")
     seen = []
 
-    def spy(length, addresses, original=addressing.aligned_length):
+    def spy(length, addresses, original=chunk_access.aligned_length):
         result = original(length, addresses)
         seen.append((int(length.handle.data.item()), int(addresses.handle.data.item()), int(result.handle.data.item())))
         return result

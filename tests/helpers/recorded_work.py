@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastsam.kernels import (
-    chunks,
     ema,
+    launch,
     norm,
     perturb,
     restore_adam_step,
@@ -95,7 +95,7 @@ class RecordedWork:
 
     def launch(self, kernel, n_programs, *args, **constants):
         # not run: its tables are empty until the recording is over
-        self.work.append(lambda: chunks.launch(kernel, n_programs, *args, **constants))
+        self.work.append(lambda: launch.launch(kernel, n_programs, *args, **constants))
 
     @torch.no_grad()
     def replay(self):

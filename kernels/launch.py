@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import captured
+from fastsam.kernels import replay_tables
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.tensor_list import buckets, same_layout
 
@@ -89,7 +89,7 @@ class Launch:
         sets: tuple[int, ...] | None = None,
         hyperparameters: tuple[tuple[float, ...], ...] = ((),),
         *others: tuple[int, ...],
-        renewal: Callable[[], captured.Lines] | None = None,
+        renewal: Callable[[], replay_tables.Lines] | None = None,
     ) -> Table:
         """Return the table for chunks of `size` elements, uploading what has changed.
 
@@ -113,7 +113,7 @@ class Launch:
             _chunk_map(self.lengths, size, self.device, stream),
             _live(renewal, self.device) if renewal else _hyperparameter_rows(hyperparameters, self.device, stream),
         )
-        captured.keep(*table)
+        replay_tables.keep(*table)
         return table
 
 
@@ -191,13 +191,13 @@ def runs_here(*tensors: Tensor) -> bool:
 
 def _upload(kind: str, host: Tensor, device: torch.device) -> Tensor:
     uploads[kind] += 1
-    if (tables := captured.tables()) is not None:
+    if (tables := replay_tables.tables()) is not None:
         return tables.upload(host, device)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _live(lines: Callable[[], captured.Lines], device: torch.device) -> Tensor:
-    tables = captured.tables()
+def _live(lines: Callable[[], replay_tables.Lines], device: torch.device) -> Tensor:
+    tables = replay_tables.tables()
     assert tables is not None
     return tables.live(lines, device)
 
@@ -211,7 +211,7 @@ def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return these numbers as a float64 tensor on the device, uploaded when they are new."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     rows = _hyperparameter_rows((values,), device, stream)
-    captured.keep(rows)
+    replay_tables.keep(rows)
     return rows[0]
 
 
@@ -252,7 +252,7 @@ def counters(n: int, device: torch.device) -> Iterator[Tensor]:
     lent = _counters.pop((device, stream, n), None)
     if lent is None:
         lent = torch.zeros(n, dtype=torch.int64, device=device)
-    captured.keep(lent)
+    replay_tables.keep(lent)
     yield lent
     _counters[device, stream, n] = lent  # not reached, so not reused, where the launch failed half-way
 

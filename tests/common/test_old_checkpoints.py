@@ -6,7 +6,7 @@ import pytest
 import torch
 from old_runs import RUNS, Run
 
-FILE = Path(__file__).parent / "data" / "checkpoints_before_the_rooms.pt"
+FILE = Path(__file__).parents[1] / "data" / "checkpoints_before_the_rooms.pt"
 
 
 @pytest.fixture(scope="module")

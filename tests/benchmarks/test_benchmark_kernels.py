@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-if not (ROOT / "benchmarks" / "kernels.py").exists():
+ROOT = Path(__file__).parents[2]
+if not (ROOT / "benchmarks").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
@@ -19,7 +19,7 @@ with pytest.MonkeyPatch.context() as _patch:
     from benchmarks.kernels.run import KERNELS
 
 PLAN = kernels.plan_for("cpu", 2)
-GATE = json.loads((ROOT / "benchmarks" / "static_gate.json").read_text())["variants"]
+GATE = json.loads((ROOT / "benchmarks" / "gates" / "static.json").read_text())["variants"]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 CASES = [(name, dtype) for name, kernel in KERNELS.items() for dtype in kernel.dtypes]
 cases = pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)

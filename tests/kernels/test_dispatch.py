@@ -10,7 +10,7 @@ import torch
 from kernel_cases import kernels
 
 import fastsam
-from fastsam.kernels import dispatch, reference
+from fastsam.kernels import ops, reference
 
 CPU = [torch.ones(2)]
 CUDA = [SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))]
@@ -25,39 +25,39 @@ def triton(monkeypatch):
     """Pretend about the Triton kernels, the GPU and its generation."""
 
     def pretend(backend, has_gpu=False, capability=(9, 0)):
-        monkeypatch.setattr(dispatch, "_triton_backend", lambda: backend)
-        monkeypatch.setattr(dispatch, "_has_gpu", lambda: has_gpu)
+        monkeypatch.setattr(ops, "_triton_backend", lambda: backend)
+        monkeypatch.setattr(ops, "_has_gpu", lambda: has_gpu)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        dispatch._is_supported.cache_clear()
+        ops._is_supported.cache_clear()
 
     yield pretend
-    dispatch._is_supported.cache_clear()
+    ops._is_supported.cache_clear()
 
 
 def test_the_default_on_a_gpu_is_triton_and_on_a_cpu_torch(triton):
     compiled = stand_in(False)
     triton(compiled, has_gpu=True)
-    assert dispatch.pick(CUDA) is compiled
-    assert dispatch.pick(CPU + CUDA) is compiled  # it leaves the former to the twins
-    assert dispatch.pick(CPU) is reference
-    assert dispatch.pick([]) is reference
+    assert ops.pick(CUDA) is compiled
+    assert ops.pick(CPU + CUDA) is compiled  # it leaves the former to the twins
+    assert ops.pick(CPU) is reference
+    assert ops.pick([]) is reference
 
 
 def test_a_gpu_without_triton_or_before_ampere_is_served_by_torch(triton, choose):
     triton(None)
-    assert dispatch.pick(CUDA) is reference
+    assert ops.pick(CUDA) is reference
     old = stand_in(False)
     triton(old, has_gpu=True, capability=(7, 5))
-    assert dispatch.pick(CUDA) is reference
+    assert ops.pick(CUDA) is reference
     choose("triton")
-    assert dispatch.pick(CUDA) is old
-    assert dispatch.pick(CPU) is reference
+    assert ops.pick(CUDA) is old
+    assert ops.pick(CPU) is reference
 
 
 def test_a_choice_is_respected(triton, choose):
     triton(stand_in(False), has_gpu=True)
     choose("torch")
-    assert dispatch.pick(CUDA) is reference
+    assert ops.pick(CUDA) is reference
 
 
 def test_a_choice_that_cannot_run_says_why(triton):
@@ -69,28 +69,28 @@ def test_a_choice_that_cannot_run_says_why(triton):
         fastsam.set_backend("triton")
     with pytest.raises(ValueError, match="unknown backend 'cuda'; choose one of 'triton', 'torch', or None"):
         fastsam.set_backend("cuda")
-    assert dispatch._chosen is None
+    assert ops._chosen is None
 
 
 def test_the_interpreter_serves_the_cpu_and_refuses_a_gpu(triton, choose):
     interpreted = stand_in(True)
     triton(interpreted)
     choose("triton")
-    assert dispatch.pick(CPU) is interpreted
+    assert ops.pick(CPU) is interpreted
     with pytest.raises(RuntimeError, match=r"a tensor is on cuda:0, but Triton interprets .* set_backend\('torch'\)"):
-        dispatch.pick(CUDA)
+        ops.pick(CUDA)
     choose("torch")
-    assert dispatch.pick(CUDA) is reference
+    assert ops.pick(CUDA) is reference
 
 
 SCRIPT = """
 import sys, torch, fastsam
-from fastsam.kernels import dispatch
+from fastsam.kernels import ops
 imported = {"triton", "fastsam.kernels.triton_backend"} & sys.modules.keys()
 p = torch.nn.Parameter(torch.ones(3))
 opt = fastsam.SAM([p], torch.optim.SGD, lr=0.1)
 opt.step(lambda x: (p * x).sum(1), torch.ones(2, 3))
-print(len(imported), "fastsam.kernels.triton_backend" in sys.modules, dispatch.pick([p]).__name__)
+print(len(imported), "fastsam.kernels.triton_backend" in sys.modules, ops.pick([p]).__name__)
 """
 
 

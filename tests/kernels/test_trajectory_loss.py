@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, UNIT, assert_as_exact, assert_same_bits, kernels
 from test_kernel_launches import Operations
 
-from fastsam.kernels import dispatch, reference
+from fastsam.kernels import ops, reference
 from fastsam.kernels.reference import Past
 
 F64, F32, F16, BF16, INT8 = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8
@@ -505,7 +505,7 @@ def test_the_twin_does_not_wait_for_a_device(monkeypatch):
 
 
 def test_dispatch(backend):
-    chosen = dispatch.pick([torch.ones(1, device=DEVICE)])
+    chosen = ops.pick([torch.ones(1, device=DEVICE)])
     assert chosen is (kernels if backend == "triton" else reference)
     for name in ("trajectory_loss", "record_", "ema_"):
         assert callable(getattr(chosen, name))
