@@ -147,8 +147,8 @@ class _Part(Backup):
         self.tensors = [whole.tensors[i] for i in rows]
         self._whole, self._rows = whole, rows
 
-    def trust(self, rows: Iterable[int] | None = None) -> None:
-        self._whole.trust(self._rows)
+    def mark_complete(self, rows: Iterable[int] | None = None) -> None:
+        self._whole.mark_complete(self._rows)
 
 
 _ticks = itertools.count(1)
@@ -167,7 +167,7 @@ def perturb_(
 ) -> None:
     """Save `weights` into `backup` and add eps = rho m T^2 g / (norm + e0); see `reference.perturb_`.
 
-    One launch for each dtype combination. A host is never told how far a device came, so there is nothing to trust
+    One launch for each dtype combination. A host is never told how far a device came, so no copy is known complete
     before the weights change: the marks that the kernel leaves are what an interrupt is answered from.
     """
     etas = (None,) * len(weights) if adaptive is None else tuple(adaptive)
@@ -181,7 +181,7 @@ def perturb_(
         reference.perturb_(some_weights, some_grads, _Part(backup, rest), norm, some_rho, some_etas, some_draw, e0)
     tick = next(_ticks)
     marked: list[tuple[Launch, int, Tensor]] = []
-    backup.expect(partial(_copied, backup, marked, tick))
+    backup.begin(partial(_copied, backup, marked, tick))
     for each in launches:
         dtype, grad_dtype, _ = each.dtypes
         size = block_size(*each.dtypes)
@@ -207,7 +207,7 @@ def perturb_(
                 **mask_constants(draw),
                 enable_fp_fusion=False,  # product and sum rounded as the twin does, or stochastic rounding would differ
             )  # fmt: skip
-    backup.trust()
+    backup.mark_complete()
     torch.autograd.graph.increment_version(weights)
 
 

@@ -145,7 +145,7 @@ def perturb_(
         e0: added to the norm.
     """
     torch._foreach_copy_(backup.tensors, list(weights))
-    backup.trust()
+    backup.mark_complete()
     reciprocal = _reciprocal(norm, e0)
     etas = [None] * len(weights) if adaptive is None else adaptive
     is_masked = draw is not None and draw.keep is not None

@@ -42,10 +42,10 @@ def restore_(backup: Backup) -> None:
         backup: as `perturb_` left it; invalid afterwards.
     """
     if backup.valid:
-        weights, copies = backup.waiting()
+        weights, copies = backup.pending()
         if weights:
             torch._foreach_copy_(weights, copies)
-        backup.release()
+        backup.discard()
 
 
 @torch.no_grad()

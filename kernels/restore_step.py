@@ -57,7 +57,7 @@ def restore_(backup: Backup) -> None:
     """Copy the backup back into the weights that still wait for it, bit for bit. One launch for each width of dtype."""
     if not backup.valid:
         return
-    weights, copies = backup.waiting()
+    weights, copies = backup.pending()
     launches, rest = split(weights, copies, by_width=True)
     if rest:
         torch._foreach_copy_([weights[i] for i in rest], [copies[i] for i in rest])
@@ -68,7 +68,7 @@ def restore_(backup: Backup) -> None:
         with on_device(each.device):
             launch(_restore_kernel, work.n_programs, work.rows, work.chunks, WORD=word, BLOCK_SIZE=size)
     torch.autograd.graph.increment_version(weights)
-    backup.release()
+    backup.discard()
 
 
 # what every fused step shares

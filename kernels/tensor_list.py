@@ -46,26 +46,26 @@ def buckets(keys: Iterable[Hashable]) -> list[list[int]]:
 
 
 class Backup:
-    """Bit-exact copies of a list of weights, and which of them are to be trusted.
+    """Bit-exact copies of a list of weights, and which of them are complete and not restored yet.
 
-    A weight is trusted from the moment that every copy is complete, before any weight changes, until it is restored or
-    has taken a step from its copy. Restoring is therefore idempotent, and answers an exception at any moment. A kernel
-    that saves and changes weights in one pass cannot say so in advance: it leaves marks of how far it came, which are
-    read only if it was cut short.
+    A copy counts as complete from the moment that all copies are made, before any weight changes, until its weight is
+    restored or has taken a step from the copy. Restoring is therefore idempotent, and safe after an exception at any
+    moment. A kernel that saves and changes weights in one pass cannot say so in advance: it writes marks of how far it
+    came, which are read only if it was cut short.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self.weights = list(weights)
         self.tensors = [torch.empty_like(w) for w in weights]
         self._kinds = list(map(_kind, weights))
-        self._trusted: dict[int, int] = {}
+        self._complete: dict[int, int] = {}
         self.marks: dict[Hashable, Tensor] = {}  # where kernels write them, one tensor for each launch
         self._read_marks: Callable[[], list[tuple[Tensor, Tensor]]] | None = None
 
     @property
     def valid(self) -> bool:
         """Whether any weight still waits to be restored."""
-        return bool(self._trusted) or self._read_marks is not None
+        return bool(self._complete) or self._read_marks is not None
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
         """Whether this backup was made for exactly these tensors, as they are now."""
@@ -75,38 +75,38 @@ class Backup:
             and list(map(_kind, weights)) == self._kinds
         )
 
-    def expect(self, read_marks: Callable[[], list[tuple[Tensor, Tensor]]]) -> None:
-        """Announce a kernel that saves and changes weights in one pass; `trust` says that it has been launched.
+    def begin(self, read_marks: Callable[[], list[tuple[Tensor, Tensor]]]) -> None:
+        """Announce a kernel that saves and changes weights in one pass; `mark_complete` follows its launch.
 
         Args:
             read_marks: returns the stretches of weights whose copies the kernel has completed, beside these copies.
         """
         self._read_marks = read_marks
 
-    def trust(self, rows: Iterable[int] | None = None) -> None:
+    def mark_complete(self, rows: Iterable[int] | None = None) -> None:
         """Declare the copies of the weights at these positions complete, or all."""
         if rows is not None:
-            self._trusted = self._trusted | {id(self.weights[i]): i for i in rows}
+            self._complete = self._complete | {id(self.weights[i]): i for i in rows}
             return
-        self._trusted = {id(w): i for i, w in enumerate(self.weights)}
+        self._complete = {id(w): i for i, w in enumerate(self.weights)}
         self._read_marks = None
 
-    def release(self, weights: Sequence[Tensor] | None = None) -> None:
-        """Declare these weights, or all, to be themselves again."""
-        done = set(self._trusted if weights is None else map(id, weights))
-        # one assignment, so that an interrupt finds all of them released or none
-        self._trusted = {key: i for key, i in self._trusted.items() if key not in done}
+    def discard(self, weights: Sequence[Tensor] | None = None) -> None:
+        """Declare the copies of these weights, or of all, no longer needed."""
+        done = set(self._complete if weights is None else map(id, weights))
+        # one assignment, so that an interrupt finds all of them discarded or none
+        self._complete = {key: i for key, i in self._complete.items() if key not in done}
         if weights is None:
             self._read_marks = None
 
     def of(self, weight: Tensor) -> Tensor:
-        """Return the true value of `weight`: its copy while that is trusted, else the weight itself."""
-        position = self._trusted.get(id(weight))
+        """Return the true value of `weight`: its copy while that is complete, else the weight itself."""
+        position = self._complete.get(id(weight))
         return weight if position is None else self.tensors[position]
 
-    def waiting(self) -> tuple[list[Tensor], list[Tensor]]:
+    def pending(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the weights that wait to be restored, or stretches of them, and their copies."""
-        pairs = [(self.weights[i], self.tensors[i]) for i in self._trusted.values()]
+        pairs = [(self.weights[i], self.tensors[i]) for i in self._complete.values()]
         if self._read_marks is not None:
             pairs += self._read_marks()
         return [weight for weight, _ in pairs], [copy for _, copy in pairs]

@@ -140,7 +140,7 @@ class _Copies:
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
 
-    def trust(self) -> None:
+    def mark_complete(self) -> None:
         pass
 
 
@@ -176,7 +176,7 @@ def _perturb(k: ModuleType, x: Lists, keep: float | None = None, rounding: bool 
 
 def _restore(k: ModuleType, x: Lists) -> Call:
     def call() -> list[list[Tensor]]:
-        x.backup.trust()
+        x.backup.mark_complete()
         k.restore_(x.backup)
         return [x.weights]
 

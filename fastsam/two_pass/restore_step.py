@@ -164,7 +164,7 @@ def restore_and_step(base: Optimizer, backup: Backup, grad_scale: Tensor | None,
             kernels.restore_adam_step_(
                 weights, sources, grads, *_adam_lists(base, stepped), grad_scale=grad_scale, found_inf=found_inf
             )
-        backup.release(weights)
+        backup.discard(weights)
     kernels.restore_(backup)  # perturbed, but without a final gradient
     base._opt_called = True  # type: ignore[attr-defined]
 

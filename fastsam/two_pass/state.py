@@ -195,7 +195,7 @@ class Run:
 
     def discard(self) -> None:
         """Forget a step of which nothing has run, and so nothing is to be put back."""
-        self.backup.release()
+        self.backup.discard()
         self.statistics.forget()
         self.later_draws = self.first_draws = None
         self.aside = None
