@@ -4,10 +4,9 @@
 optimizer, and `graph_step` takes whole steps as CUDA graphs; see their docstrings and the README.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from fastsam.esam import ESAM
 from fastsam.graph.graph_step import GraphStep, graph_step
+from fastsam.installation import installed_version, warn_if_shared
 from fastsam.kernels.ops import set_backend
 from fastsam.mesa import MESA
 from fastsam.msam import MSAM
@@ -15,10 +14,8 @@ from fastsam.saf import SAF
 from fastsam.sam import SAM
 from fastsam.trajectory.samples import IndexedDataset, SampleToRankSampler
 
-try:
-    __version__ = version("fastsam")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
+__version__ = installed_version()
+warn_if_shared(__file__)
 
 __all__ = [
     "ESAM",

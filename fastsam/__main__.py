@@ -5,6 +5,9 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+import fastsam
+from fastsam.installation import DISTRIBUTION, why_not_ours
+
 NEEDED = {"click": "click", "rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
 
@@ -14,16 +17,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows the program's name; None for the process's own arguments.
     """
+    if (why := why_not_ours(fastsam)) is not None:
+        return _fail(why)
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
-        return _fail(f"the command line needs {', '.join(missing)}; install it with: pip install 'fastsam[cli]'")
+        return _fail(f"the command line needs {', '.join(missing)}; install it with: pip install '{DISTRIBUTION}[cli]'")
     import click
 
-    from fastsam.cli.commands import fastsam
+    from fastsam.cli.commands import fastsam as commands
     from fastsam.methods import InputError
 
     try:
-        code = fastsam.main(arguments, prog_name="fastsam", standalone_mode=False)
+        code = commands.main(arguments, prog_name="fastsam", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.ClickException as error:

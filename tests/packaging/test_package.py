@@ -1,5 +1,7 @@
 """The package as users get it: a wheel that imports alone, and an import that needs neither Triton nor a GPU."""
 
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +27,25 @@ def run(code, cwd, python=sys.executable):
     result = subprocess.run([python, "-c", code], cwd=cwd, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def run_with(site, *arguments):
+    """Run Python with a folder of packages before all others and warnings as errors; return exit code and stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-W", "error::UserWarning", *arguments]
+    result = subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True)
+    return result.returncode, result.stderr
+
+
+def install(site, name, files):
+    """Put a distribution into a folder as an installer does: its files, and a RECORD that lists them."""
+    about = site / f"{name}-0.0.1.dev0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1.dev0\n")
+    (about / "RECORD").write_text("".join(f"{file},,\n" for file in [*files, f"{about.name}/METADATA"]))
+    for file, text in files.items():
+        (site / file).parent.mkdir(exist_ok=True)
+        (site / file).write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +81,7 @@ def wheel(tmp_path_factory):
         subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
-    return next(out.glob("fastsam-*.whl"))
+    return next(out.glob("fastsam_torch-*.whl"))
 
 
 def test_wheel_holds_every_module(wheel):
@@ -83,3 +104,54 @@ def test_wheel_runs_in_a_clean_environment(wheel, tmp_path):
     file, version = run(TRAIN, tmp_path, python).split()
     assert Path(file).parent == site / "fastsam"
     assert version != "0+unknown"
+
+
+@pytest.fixture
+def site(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    return tmp_path / "site"
+
+
+def test_version_is_that_of_the_distribution(site):
+    code = "import fastsam, importlib.metadata as m; assert fastsam.__version__ == m.version('fastsam-torch') == {!r}"
+    version = next(site.glob("*.dist-info")).stem.removeprefix("fastsam_torch-")
+    assert run_with(site, "-c", code.format(version)) == (0, "")
+
+
+def test_a_source_tree_that_is_not_installed_has_no_version(site):
+    for about in site.glob("*.dist-info"):
+        shutil.rmtree(about)
+    # -S leaves out every installed distribution, and what is imported here needs none
+    code = "from importlib.util import *; s = spec_from_file_location('i', 'fastsam/installation.py'); "
+    code += "m = module_from_spec(s); s.loader.exec_module(m); assert m.installed_version() == '0+unknown'"
+    assert run_with(site, "-S", "-c", code) == (0, "")
+
+
+def test_the_unrelated_distribution_beside_ours_is_no_matter(site):
+    install(site, "fastsam", {})
+    assert run_with(site, "-c", "import fastsam; fastsam.SAM") == (0, "")
+
+
+def test_ours_over_the_unrelated_distribution_warns(site):
+    ours = (site / "fastsam" / "__init__.py").read_text()
+    install(site, "fastsam", {"fastsam/__init__.py": ours})
+    code, err = run_with(site, "-c", "import fastsam")
+    assert code == 1
+    assert "UserWarning: the installed distribution 'fastsam' 0.0.1.dev0 is not fastsam-torch but lists" in err
+    assert "Run pip uninstall fastsam, then install fastsam-torch again with pip's --force-reinstall" in err
+
+
+def test_the_unrelated_distribution_over_ours_is_named_by_the_command(site):
+    install(site, "fastsam", {"fastsam/__init__.py": "# theirs\n"})
+    code, err = run_with(site, "-m", "fastsam", "--version")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert f"{site / 'fastsam' / '__init__.py'} is not fastsam-torch's" in err
+    assert "Run pip uninstall fastsam, then install fastsam-torch again" in err
+
+
+def test_our_package_without_its_init_is_named_by_the_command(site):
+    (site / "fastsam" / "__init__.py").unlink()
+    code, err = run_with(site, "-m", "fastsam", "--version")
+    assert code == 2
+    assert err.startswith("fastsam: the package fastsam, which has no __init__.py, is not fastsam-torch's")
