@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 OUT ?= runs/compare-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: compare test test-wheel lint gate count-gate cpu-gate bench bench-gpu readme clean
+.PHONY: compare test test-wheel lint gate count-gate cpu-gate bench bench-gpu readme docs clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,14 @@ cpu-gate: $(VENV)/.ready  ## CPU time and memory traffic beside eager SAM and th
 
 readme: $(VENV)/.ready  ## write README's table anew from the recorded results
 	$(BIN)/python -m benchmarks.readme
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs  ## the site of docs/ and of the docstrings, into build/site; a broken link or anchor is an error
+	rm -rf build/site
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/site $(ARGS)
 
 bench: $(VENV)/.ready  ## pytest-benchmark suites
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -43,8 +43,8 @@ class SAM(TwoPassOptimizer):
         base_optimizer: class of the optimizer that takes the step, e.g. torch.optim.SGD; or "apex.FusedSGD" and the
             like for NVIDIA apex's, where installed. For an instance use `SAM.wrap`.
         rho: radius of the perturbation in the 2-norm over all tensors, >= 0. Default 0.05.
-        adaptive: False for SAM; True for ASAM with T = |w| for every tensor; "official" for the ASAM paper's code:
-            T = |w| + 0.01 for tensors whose name contains "weight" and T = 1 for the others, which needs `model` or
+        adaptive: False for SAM; True for ASAM with `T = |w|` for every tensor; "official" for the ASAM paper's code:
+            `T = |w| + 0.01` for tensors whose name contains "weight" and T = 1 for the others, which needs `model` or
             named parameters. ASAM wants a rho about ten times as large.
         model: the module that is trained, or its wrapper. With it the running statistics of batch norm are those of
             the first pass alone; without it they are yours to handle. It is held, not registered.
