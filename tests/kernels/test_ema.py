@@ -80,7 +80,7 @@ def test_decay_of_0_and_1(ema_, dtypes):
 
 
 def test_worked_numbers(ema_):
-    """SPEC 4.2, MESA EMA: beta = .9 and five weights."""
+    """docs/algorithms.md#moving-average: decay = .9 and five weights."""
     weights = [[1.0, 1.0], [0.9, 1.2], [0.85, 1.15], [0.95, 1.05], [0.75, 1.05]]
     expected = [[1.0, 1.0], [0.99, 1.02], [0.976, 1.033], [0.9734, 1.0347], [0.95106, 1.03623]]
     average = torch.tensor(weights[0], dtype=torch.float64, device=DEVICE)

@@ -146,7 +146,7 @@ def test_arrays_of_any_numbers(data, implementation, kind):
 @settings(max_examples=40, deadline=None)
 @given(st.data(), st.sampled_from(["twin", *SHAPES]))
 def test_chosen_rows_rose_most(data, implementation):
-    """SPEC's invariants 20 and 21."""
+    """docs/algorithms.md#invariant-20 and docs/algorithms.md#invariant-21."""
     value = st.floats(-100, 100)
     pairs = data.draw(st.lists(st.tuples(value, value), min_size=1, max_size=50))
     k = data.draw(st.integers(1, len(pairs)))
@@ -171,7 +171,7 @@ def test_chosen_rows_rose_most(data, implementation):
 
 
 def test_worked_numbers(chosen):
-    """SPEC 4.2's logistic regression, and the same rows the other way round."""
+    """docs/algorithms.md#logistic-regression, and the same rows the other way round."""
     before = torch.tensor([0.744396660073571, 0.5130152523999526, 0.49324894599745484], dtype=torch.float64)
     after = torch.tensor([0.8222162759289219, 0.5483364408885346, 0.4987684664123097], dtype=torch.float64)
     assert [chosen(after, before, k).tolist() for k in (1, 2, 3)] == [[0], [0, 1], [0, 1, 2]]
