@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="not a source tree")
 PAGES = sorted(DOCS.rglob("*.md"))
 RUNNABLE = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.DOTALL)
 PLACES = "fastsam|kernels|benchmarks|tests|docs|examples"
+OUTSIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]  # of the site, whose own links its build checks
 
 
 def test_there_are_examples_to_run():
@@ -28,10 +29,25 @@ def test_the_examples_run(page, tmp_path):
     subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=lambda page: page.stem)
 def test_files_named_in_backticks_are_there(page):
     named = re.findall(rf"`((?:{PLACES}|\.ci|\.github)/[\w./-]*)`", page.read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=lambda page: page.stem)
+def test_functions_named_with_their_file_are_there(page):
+    """Written as `name` in `file`, or in neighbouring cells of a table."""
+    for name, file in re.findall(r"`([\w.]+)`(?: in | \| )`([\w./]+\.py)`", page.read_text()):
+        for part in name.split("."):
+            definition = rf"^\s*(?:def|class) {part}\b|^\s*{part}\b.* = "
+            assert re.search(definition, (ROOT / file).read_text(), re.MULTILINE), f"no {name} in {file}"
+
+
+@pytest.mark.parametrize("page", OUTSIDE, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)", page.read_text())
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_every_public_name_has_its_place_in_the_api_pages():

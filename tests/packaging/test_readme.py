@@ -19,6 +19,6 @@ def test_tables_are_those_of_the_recorded_results():
 
 def test_the_examples_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     (tmp_path / "example.py").write_text("\n".join(blocks))
     subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True)
