@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import click
 
     from fastsam.cli.commands import fastsam as commands
-    from fastsam.methods import InputError
+    from fastsam.cli.errors import InputError
 
     try:
         code = commands.main(arguments, prog_name="fastsam", standalone_mode=False)

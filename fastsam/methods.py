@@ -1,18 +1,16 @@
-"""The one table of training methods that the command line knows: a new one is one entry here and nothing else.
+"""The table of training methods: a new one is one row here, and everything that goes over all methods reads it.
 
-Its name appears in `--help`, its knobs become options, and `fastsam compare` tunes and times it as the entry says.
+The command line makes options and `--help` of it, and `fastsam compare` tunes and times by it. The benchmarks' arms,
+the count gate and the tests' laws take their methods and variants from it.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from fastsam.esam import ESAM
@@ -20,286 +18,247 @@ from fastsam.mesa import MESA
 from fastsam.msam import MSAM
 from fastsam.saf import SAF
 from fastsam.sam import SAM
-from fastsam.trajectory.samples import SampleToRankSampler
-from fastsam.two_pass.state import Stage, under_way
 
-Knobs = Mapping[str, Any]
-"""A method's settings by name, numbers or words; every method has an `lr`."""
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Inputs of shape [n, ...], int64 labels of shape [n], and int64 sample ids of shape [n]."""
-Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`losses(*batch)` returns the per-sample losses, shape [n], of a batch of n."""
-
-
-class InputError(Exception):
-    """The user asked for something that cannot be done; the message is one line that says what, and what to do."""
-
-
-class Criterion(nn.Module):
-    """Per-sample losses of logits: the cross-entropy. Methods that are a loss derive from it.
-
-    Args:
-        label_smoothing: from 0 to 1.
-    """
-
-    def __init__(self, label_smoothing: float) -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
-
-    def forward(self, logits: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """Return losses of shape [n] of float32 logits, shape [n, classes], for a batch."""
-        return F.cross_entropy(logits, y, reduction="none", label_smoothing=self.label_smoothing)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, counted from 1."""
-
-
-class PastOutputs(Criterion):
-    """SAF's loss."""
-
-    def __init__(self, label_smoothing: float, num_samples: int, num_classes: int, **settings: Any) -> None:
-        super().__init__(label_smoothing)
-        self.saf = SAF(num_samples, num_classes, label_smoothing=label_smoothing, reduction="none", **settings)
-
-    def forward(self, logits: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """Return losses of shape [n] and record the logits."""
-        return self.saf(logits, y, ids)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, counted from 1."""
-        self.saf.set_epoch(epoch)
-
-
-class Teacher(Criterion):
-    """MESA's loss; the teacher follows the steps of an optimizer."""
-
-    def __init__(self, label_smoothing: float, model: nn.Module, optimizer: Optimizer, **settings: Any) -> None:
-        super().__init__(label_smoothing)
-        self.mesa = MESA(model, label_smoothing=label_smoothing, reduction="none", **settings)
-        self.mesa.attach(optimizer)
-
-    def forward(self, logits: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """Return losses of shape [n]."""
-        return self.mesa(logits, y, x)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, counted from 1."""
-        self.mesa.set_epoch(epoch)
+WAYS = ("loss_fn", "closure", "contexts", "two_steps")
+"""How a step can be taken: `step(loss_fn, *batch)`; `step(closure)`; `ascent()` and `descent()`; `first_step()` and
+`second_step()`."""
+LOSS_ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"sample_ids": ("num_samples", "num_classes"), "inputs": ("model",)}
+)
+"""What a loss's constructor takes first, for each thing that its call needs beside logits and targets."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a criterion may need to know; `sampler` says which samples are this process's, where there are several."""
+class Variant:
+    """A method with some of its options set otherwise.
 
-    model: nn.Module
-    optimizer: Optimizer
-    num_samples: int
-    num_classes: int
-    label_smoothing: float
-    sampler: SampleToRankSampler | None = None
+    Args:
+        options: keywords of the constructor beside those of the row, or in their place.
+        ways: those of `WAYS` that it can step in; the others raise RuntimeError.
+    """
+
+    options: Mapping[str, Any]
+    ways: tuple[str, ...] = WAYS
 
 
 @dataclass(frozen=True)
 class Method:
-    """How one method is built, tuned and compared.
+    """How one method is built, stepped, tuned and compared.
 
     Args:
         summary: one line for `--help`.
-        build: returns the optimizer for a model and this method's knobs.
-        knobs: its settings with their defaults; each is an option of the command line.
-        criterion: returns the loss for a task and this method's knobs; default: cross-entropy.
-        base: the method whose step time is 1 in comparisons; None for a base optimizer.
-        tuned: the knob that a comparison chooses on held-out data; None for none.
+        paper: who and when, and where to read it.
+        kind: "base", a plain torch optimizer; "optimizer", one of ours around a base; "loss", one of ours for any
+            optimizer.
+        cls: the class of the optimizer or of the loss.
+        options: its own hyperparameters with the command line's defaults, keywords of the constructor.
+        fixed: keywords of the constructor that make the row what it is.
+        choices: the words that an option may be, where it is one.
+        variants: by name; "default" is the first and has no options.
+        loss_needs: what a loss is called with after logits and targets: "sample_ids", or the model's "inputs".
+        tuned: the option that a comparison chooses on held-out data; None for none.
         grid: the values it is chosen from, smallest first.
-        note: what the progress line says of the last step, from the optimizer.
+        base: name of the row whose optimizer it builds on, and whose step time is 1 in comparisons; None for a base.
     """
 
     summary: str
-    build: Callable[[nn.Module, Knobs], Optimizer]
-    knobs: Knobs
-    criterion: Callable[[Task, Knobs], Criterion] = lambda task, knobs: Criterion(task.label_smoothing)
-    base: str | None = None
+    paper: str
+    kind: Literal["base", "optimizer", "loss"]
+    cls: type
+    options: Mapping[str, Any]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    variants: Mapping[str, Variant] = field(default_factory=lambda: {"default": Variant({})})
+    loss_needs: tuple[str, ...] = ()
     tuned: str | None = None
     grid: tuple[float, ...] = ()
-    note: Callable[[Any], str] = lambda optimizer: ""
+    base: str | None = None
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Those of `WAYS` that the default variant can step in."""
+        return self.variants["default"].ways
+
+    def build(
+        self,
+        params: Iterable,
+        base_cls: type[Optimizer] | str,
+        *,
+        model: nn.Module | None = None,
+        base_options: Mapping[str, Any] = MappingProxyType({}),
+        **options: Any,
+    ) -> Optimizer:
+        """Return the optimizer that the method trains with.
+
+        Args:
+            params: tensors, named tensors or groups, as for any torch optimizer.
+            base_cls: class of the base optimizer; a row of kind "base" takes its own class.
+            model: the module that is trained, or its wrapper; for kind "optimizer".
+            base_options: keywords of the base optimizer (lr, momentum, ...).
+            **options: keywords of the method in place of the row's, for kind "optimizer".
+
+        Raises:
+            TypeError, ValueError: what the constructor refuses; options of a loss, which are `build_loss`'s.
+        """
+        if self.kind == "optimizer":
+            own = {**self.options, **self.fixed, **options}
+            return self.cls(params, base_cls, model=model, **own, **base_options)
+        if options:
+            raise TypeError(f"{self.cls.__name__} of kind {self.kind!r} builds its optimizer without {list(options)}")
+        cls: Any = self.cls if self.kind == "base" else base_cls
+        return cls(params, **base_options)
+
+    def build_loss(
+        self,
+        *,
+        model: nn.Module | None = None,
+        num_samples: int | None = None,
+        num_classes: int | None = None,
+        **options: Any,
+    ) -> nn.Module:
+        """Return the loss of a row of kind "loss".
+
+        Args:
+            model: the module that is trained; for losses that need "inputs".
+            num_samples: size of the training set; for losses that need "sample_ids".
+            num_classes: number of classes; likewise.
+            **options: keywords of the loss in place of the row's.
+
+        Raises:
+            TypeError, ValueError: what the constructor refuses.
+        """
+        known = {"model": model, "num_samples": num_samples, "num_classes": num_classes}
+        first = [known[name] for need in self.loss_needs for name in LOSS_ARGUMENTS[need]]
+        return self.cls(*first, **{**self.options, **self.fixed, **options})
 
 
-_SGD_KNOBS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-
-
-def _sgd(model: nn.Module, knobs: Knobs) -> Optimizer:
-    return torch.optim.SGD(model.parameters(), **{knob: knobs[knob] for knob in _SGD_KNOBS})
-
-
-def _loss_knobs(knobs: Knobs) -> dict[str, Any]:
-    return {knob: value for knob, value in knobs.items() if knob not in _SGD_KNOBS}
-
-
-def _past_outputs(task: Task, knobs: Knobs) -> Criterion:
-    sizes = task.num_samples, task.num_classes
-    return PastOutputs(task.label_smoothing, *sizes, sampler=task.sampler, **_loss_knobs(knobs))
-
-
-def _teacher(task: Task, knobs: Knobs) -> Criterion:
-    return Teacher(task.label_smoothing, task.model, task.optimizer, **_loss_knobs(knobs))
-
+_SAM_PAPER = "Foret et al. 2020, https://arxiv.org/abs/2010.01412"
+_SAF_PAPER = "Du et al. 2022, https://arxiv.org/abs/2205.14083"
+# the paper's grid without 0.01 and 0.02, which nobody can tell from SGD on the digits and which would cost a third of
+# the time that choosing takes
+_RHO_GRID = (0.05, 0.1, 0.2, 0.5)
+# a plain optimizer has one pass, and torch's own step(closure)
+_ONE_PASS = ("loss_fn", "closure")
+# rows are selected in step(loss_fn, *batch), which alone holds the batch
+_SELECTS = ("loss_fn",)
+# the batch is cut by step(loss_fn, *batch), or by the caller, one pair for each shard
+_CUTS = ("loss_fn", "contexts")
 
 METHODS: dict[str, Method] = {
     "sgd": Method(
         summary="SGD with momentum",
-        build=_sgd,
-        knobs=_SGD_KNOBS,
+        paper="Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html",
+        kind="base",
+        cls=torch.optim.SGD,
+        # the SAM papers' on CIFAR; torch's own are a rate of 1e-3, no momentum and no decay
+        options={"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
+        variants={"default": Variant({}, _ONE_PASS)},
     ),
     "adamw": Method(
         summary="AdamW",
-        build=lambda model, knobs: torch.optim.AdamW(model.parameters(), **knobs),
-        knobs={"lr": 3e-3, "weight_decay": 0.01},
+        paper="Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101",
+        kind="base",
+        cls=torch.optim.AdamW,
+        # a rate for the digits' small networks, three times torch's own
+        options={"lr": 3e-3, "weight_decay": 0.01},
+        variants={"default": Variant({}, _ONE_PASS)},
     ),
     "sam": Method(
         summary="Sharpness-Aware Minimization around SGD",
-        build=lambda model, knobs: SAM(model.parameters(), torch.optim.SGD, model=model, **knobs),
-        knobs={**_SGD_KNOBS, "rho": 0.05},
-        base="sgd",
+        paper=_SAM_PAPER,
+        kind="optimizer",
+        cls=SAM,
+        options={"rho": 0.05},
         tuned="rho",
-        # the paper's grid without 0.01 and 0.02, which nobody can tell from SGD on the digits and which would cost
-        # a third of the time that choosing takes
-        grid=(0.05, 0.1, 0.2, 0.5),
+        grid=_RHO_GRID,
+        base="sgd",
     ),
     "asam": Method(
         summary="adaptive SAM around SGD: the perturbation is relative to each weight's size",
-        build=lambda model, knobs: SAM(model.parameters(), torch.optim.SGD, adaptive=True, model=model, **knobs),
-        knobs={**_SGD_KNOBS, "rho": 0.5},
-        base="sgd",
+        paper="Kwon et al. 2021, https://arxiv.org/abs/2102.11600",
+        kind="optimizer",
+        cls=SAM,
+        # ten times SAM's, whose class this is: lengths are relative to the weights
+        options={"rho": 0.5},
+        fixed={"adaptive": True},
+        variants={"default": Variant({}), "official": Variant({"adaptive": "official"})},
         tuned="rho",
-        grid=(0.5, 1.0, 2.0, 5.0),  # ten times SAM's
+        # ten times SAM's
+        grid=(0.5, 1.0, 2.0, 5.0),
+        base="sgd",
     ),
     "esam": Method(
         summary="Efficient SAM around SGD: perturbs tensors drawn with --beta, goes back on the --gamma sharpest rows",
-        build=lambda model, knobs: ESAM(model.parameters(), torch.optim.SGD, model=model, **knobs),
-        knobs={**_SGD_KNOBS, "rho": 0.05, "beta": 0.6, "gamma": 0.5, "mask": "tensor"},
-        base="sgd",
+        paper="Du et al. 2021, https://arxiv.org/abs/2110.03141",
+        kind="optimizer",
+        cls=ESAM,
+        options={"rho": 0.05, "beta": 0.6, "gamma": 0.5, "mask": "tensor"},
+        choices={"mask": ("tensor", "element")},
+        variants={
+            "default": Variant({}, _SELECTS),
+            "elements": Variant({"mask": "element"}, _SELECTS),
+            "no selection": Variant({"gamma": 1.0}),
+            "elements, no selection": Variant({"mask": "element", "gamma": 1.0}),
+            "selection only": Variant({"beta": 1.0}, _SELECTS),
+            "full norm": Variant({"norm": "full"}, _SELECTS),
+            "estimated norm": Variant({"norm": "estimated"}, _SELECTS),
+            "reuse": Variant({"selection": "reuse"}, _SELECTS),
+            "strict": Variant({"strict": True}, _SELECTS),
+        },
         tuned="rho",
-        grid=(0.05, 0.1, 0.2, 0.5),
-        note=lambda optimizer: f"rows {optimizer.last_selected_fraction:.0%}",
-    ),
-    "saf": Method(
-        summary="SGD, each picture compared with the model's own outputs --lag epochs ago, after epoch --start-epoch",
-        build=_sgd,
-        knobs={**_SGD_KNOBS, "lam": 0.3, "tau": 5.0, "lag": 3, "start_epoch": 5},
-        criterion=_past_outputs,
+        grid=_RHO_GRID,
         base="sgd",
-        tuned="lam",
-        grid=(0.1, 0.3, 1.0, 3.0),
-    ),
-    "mesa": Method(
-        summary="SGD, compared with a moving average of the model, after epoch --start-epoch",
-        build=_sgd,
-        # the authors' decay of 0.9998 looks back over 5000 steps, eight times as many as the digits' 30 epochs have
-        knobs={**_SGD_KNOBS, "lam": 0.8, "tau": 5.0, "decay": 0.995, "start_epoch": 5},
-        criterion=_teacher,
-        base="sgd",
-        tuned="lam",
-        grid=(0.1, 0.3, 0.8, 3.0),
     ),
     "msam": Method(
         summary="mSAM around SGD: SAM on each of the --num-shards parts of the batch by itself",
-        build=lambda model, knobs: MSAM(model.parameters(), torch.optim.SGD, model=model, **knobs),
-        # 16 rows in each shard of the default batch, as the paper's on CIFAR
-        knobs={**_SGD_KNOBS, "rho": 0.05, "num_shards": 4},
-        base="sgd",
+        paper="Behdin et al. 2022, https://arxiv.org/abs/2212.04343",
+        kind="optimizer",
+        cls=MSAM,
+        # the class has no default; 16 rows in each shard of the default batch, as the paper's on CIFAR
+        options={"rho": 0.05, "num_shards": 4},
+        variants={
+            "default": Variant({}, _CUTS),
+            "sequential statistics": Variant({"bn_update": "sequential"}, _CUTS),
+            "batched": Variant({"execution": "batched"}, _CUTS),
+            "by shard size": Variant({"num_shards": None, "shard_size": 4}, _CUTS),
+            "uniform": Variant({"weighting": "uniform"}, _CUTS),
+        },
         tuned="rho",
-        grid=(0.05, 0.1, 0.2, 0.5),
+        grid=_RHO_GRID,
+        base="sgd",
+    ),
+    "saf": Method(
+        summary="SGD, each picture compared with the model's own outputs --lag epochs ago, after epoch --start-epoch",
+        paper=_SAF_PAPER,
+        kind="loss",
+        cls=SAF,
+        options={"lam": 0.3, "tau": 5.0, "lag": 3, "start_epoch": 5},
+        # beside a plain optimizer; around one of ours it goes that one's ways
+        variants={
+            "default": Variant({}, _ONE_PASS),
+            "int8 history": Variant({"history_dtype": torch.int8}, _ONE_PASS),
+            "on the host": Variant({"storage": "host"}, _ONE_PASS),
+        },
+        loss_needs=("sample_ids",),
+        tuned="lam",
+        grid=(0.1, 0.3, 1.0, 3.0),
+        base="sgd",
+    ),
+    "mesa": Method(
+        summary="SGD, compared with a moving average of the model, after epoch --start-epoch",
+        paper=_SAF_PAPER,
+        kind="loss",
+        cls=MESA,
+        # the authors' decay of 0.9998 looks back over 5000 steps, eight times as many as the digits' 30 epochs have
+        options={"lam": 0.8, "tau": 5.0, "decay": 0.995, "start_epoch": 5},
+        # beside a plain optimizer; around one of ours it goes that one's ways
+        variants={
+            "default": Variant({}, _ONE_PASS),
+            "bf16 teacher": Variant({"teacher_dtype": torch.bfloat16}, _ONE_PASS),
+        },
+        loss_needs=("inputs",),
+        tuned="lam",
+        grid=(0.1, 0.3, 0.8, 3.0),
+        base="sgd",
     ),
 }
-CHOICES = {"mask": ("tensor", "element")}
-"""What the knobs that are words may be."""
-
-
-def knobs_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all knobs of a method: those given, and its own defaults for those that are None or absent.
-
-    Raises:
-        InputError: a given knob is none of the method's.
-    """
-    knobs = METHODS[name].knobs
-    chosen = {knob: value for knob, value in given.items() if value is not None}
-    if unknown := [knob for knob in chosen if knob not in knobs]:
-        raise InputError(f"{name} has no {option(unknown[0])}; it has {', '.join(map(option, knobs))}")
-    return {**knobs, **chosen}
-
-
-def option(knob: str) -> str:
-    """Return a knob's name on the command line."""
-    return "--" + knob.replace("_", "-")
-
-
-def build(name: str, model: nn.Module, knobs: Knobs) -> Optimizer:
-    """Return the optimizer of a method, or raise InputError if it refuses a knob's value."""
-    try:
-        return METHODS[name].build(model, knobs)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{name}: {error}") from error
-
-
-def build_criterion(name: str, task: Task, knobs: Knobs) -> Criterion:
-    """Return the loss of a method, or raise InputError if it refuses a knob's value."""
-    try:
-        return METHODS[name].criterion(task, knobs)
-    except (ValueError, TypeError, MemoryError) as error:
-        raise InputError(f"{name}: {error}") from error
-
-
-class BatchLosses:
-    """Per-sample losses of a batch, for the step; counts the hits of first forward passes on the side.
-
-    Args:
-        model: what computes the logits, shape [n, classes].
-        criterion: what computes losses of shape [n] from them.
-        amp_dtype: torch.float16 or torch.bfloat16 for autocast, None for none.
-        device: where model and batches are.
-    """
-
-    def __init__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        criterion: Criterion,
-        amp_dtype: torch.dtype | None,
-        device: torch.device,
-    ) -> None:
-        self.model, self.criterion = model, criterion
-        self.autocast: Any = nullcontext() if amp_dtype is None else torch.autocast(device.type, amp_dtype)
-        self.hits = torch.zeros((), dtype=torch.int64, device=device)
-
-    def __call__(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """Return float32 losses of shape [n]."""
-        with self.autocast:
-            logits = self.model(x)
-        logits = logits.float()  # 16 bits are too few for a log-softmax
-        run = under_way()
-        if run is None or run.stage is Stage.ASCENT:
-            self.hits += (logits.detach().argmax(dim=1) == y).sum()
-        with self.autocast:  # a teacher computes as its model does
-            return self.criterion(logits, x, y, ids)
-
-
-class StepClock:
-    """Times single steps; on a GPU by events, so that nothing waits for it before the epoch's end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[Any, Any]] = []
-
-    def now(self) -> Any:
-        """Return a mark for `marks`, which holds one pair for each step."""
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def median_ms(self) -> float:
-        """Return the median step in milliseconds; waits for the GPU."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            return statistics.median(start.elapsed_time(end) for start, end in self.marks)
-        return 1e3 * statistics.median(end - start for start, end in self.marks)

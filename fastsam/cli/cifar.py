@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastsam.methods import InputError
+from fastsam.cli.errors import InputError
 
 PIXELS = 3 * 32 * 32
 SITE = "https://www.cs.toronto.edu/~kriz"

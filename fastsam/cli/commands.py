@@ -16,14 +16,27 @@ from rich.table import Table
 
 from fastsam import __version__
 from fastsam.cli import compare, processes, training
-from fastsam.cli.config import AMP, CHECKPOINT, Config, flat, read_checkpoint, read_config, refuse_differences
+from fastsam.cli.config import (
+    AMP,
+    CHECKPOINT,
+    Config,
+    flag,
+    flat,
+    options_for,
+    options_of,
+    read_checkpoint,
+    read_config,
+    refuse_differences,
+)
 from fastsam.cli.data import DATA_SETS, SCORED_ON, resolve, spelling
+from fastsam.cli.errors import InputError
 from fastsam.cli.models import MODELS
 from fastsam.cli.progress import Display
 from fastsam.cli.report import SCORED, caption, cells, headers, make_directory, write_comparison, write_run
-from fastsam.methods import CHOICES, METHODS, InputError, knobs_for, option
+from fastsam.methods import METHODS
 
-KNOBS = list(dict.fromkeys(knob for method in METHODS.values() for knob in method.knobs))
+OPTIONS = list(dict.fromkeys(option for name in METHODS for option in options_of(name)))
+CHOICES = {option: words for method in METHODS.values() for option, words in method.choices.items()}
 DATA_HELP = "See below. CIFAR's pictures are cropped and flipped at random and stay bytes on the device."
 AMP_HELP = "Mixed precision; fp16, with a GradScaler, is for GPUs: convolutions in it crawl on a CPU."
 THREADS_HELP = "Of the CPU. The digits gain little from a second one, and crawl where it has to wait for others."
@@ -114,21 +127,21 @@ class CommandWithTables(click.Command):
 def shared_options(command: Callable) -> Callable:
     """Add the options that both commands have."""
     positive, share = click.IntRange(min=1), Number(0, 1)
-    knobs = [
+    of_methods = [
         click.option(
-            option(knob),
-            type=_type(knob),
-            metavar={click.Choice: None, click.IntRange: "N"}.get(type(_type(knob)), "X"),
-            help=f"Default: {_defaults(knob)}.",
+            flag(option),
+            type=_type(option),
+            metavar={click.Choice: None, click.IntRange: "N"}.get(type(_type(option)), "X"),
+            help=f"Default: {_defaults(option)}.",
         )
-        for knob in KNOBS
+        for option in OPTIONS
     ]
     options = [
         _option("--data", type=Data(), metavar="NAME[:...]", default="digits", help=DATA_HELP),
         _option("--model", type=Entry("model", MODELS), metavar="NAME", default="cnn"),
         _option("--epochs", type=positive, metavar="N", default=30, help="The rate falls to 0 as a cosine, by steps."),
         _option("--batch-size", type=positive, metavar="N", default=64),
-        *knobs,
+        *of_methods,
         _option("--label-smoothing", type=share, metavar="X", default=0.0),
         _option("--amp", type=click.Choice(list(AMP)), default="off", help=AMP_HELP),
         click.option("--channels-last", is_flag=True, help=CHANNELS_LAST_HELP),
@@ -148,15 +161,15 @@ def _option(name: str, **keywords: Any) -> Callable:
     return click.option(name, show_default=True, **keywords)
 
 
-def _type(knob: str) -> click.ParamType:
-    if knob in CHOICES:
-        return click.Choice(CHOICES[knob])
-    whole = any(isinstance(method.knobs.get(knob), int) for method in METHODS.values())
+def _type(option: str) -> click.ParamType:
+    if option in CHOICES:
+        return click.Choice(CHOICES[option])
+    whole = any(isinstance(options_of(name).get(option), int) for name in METHODS)
     return click.IntRange(min=0) if whole else Number(min=0)
 
 
-def _defaults(knob: str) -> str:
-    return ", ".join(f"{name} {method.knobs[knob]}" for name, method in METHODS.items() if knob in method.knobs)
+def _defaults(option: str) -> str:
+    return ", ".join(f"{name} {options_of(name)[option]}" for name in METHODS if option in options_of(name))
 
 
 def _out(default: str) -> Callable:
@@ -241,17 +254,17 @@ def compare_command(ctx: click.Context, out: Path, resume: bool, overwrite: bool
 
 
 def _config(**options: Any) -> Config:
-    knobs = knobs_for(options["method"], {knob: options.pop(knob) for knob in KNOBS})
+    knobs = options_for(options["method"], {option: options.pop(option) for option in OPTIONS})
     if options["split_seed"] is None:
         options["split_seed"] = options["seed"]
     return Config(knobs=knobs, ranks=processes.count(), **options)
 
 
 def _plan(**options: Any) -> compare.Plan:
-    knobs = {knob: value for knob in KNOBS if (value := options.pop(knob)) is not None}
-    for knob in knobs:
-        if not any(knob in METHODS[name].knobs for name in options["methods"]):
-            raise InputError(f"none of the methods ({', '.join(options['methods'])}) has {option(knob)}")
+    knobs = {option: value for option in OPTIONS if (value := options.pop(option)) is not None}
+    for option in knobs:
+        if not any(option in options_of(name) for name in options["methods"]):
+            raise InputError(f"none of the methods ({', '.join(options['methods'])}) has {flag(option)}")
     plan = compare.Plan(knobs=knobs, **options)
     for method in plan.methods:
         plan.config(method, noise=0.0, seed=0)  # refuses now what the last method would refuse after hours

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastsam.cli.config import CHECKPOINT, Config
+from fastsam.cli.config import CHECKPOINT, Config, options_for, options_of
+from fastsam.cli.errors import InputError
 from fastsam.cli.report import make_directory, write_json
 from fastsam.cli.training import Result, Watcher, train
-from fastsam.methods import METHODS, InputError, knobs_for
+from fastsam.methods import METHODS
 
 PLAN = "compare.json"
 
@@ -42,7 +43,7 @@ class Plan:
     def config(self, method: str, noise: float, seed: int) -> Config:
         """Return the config of one run with the method's default for what is tuned."""
         shared = {f.name: getattr(self, f.name) for f in fields(Config) if f.name in asdict(self)} | {
-            "knobs": knobs_for(method, {k: v for k, v in self.knobs.items() if k in METHODS[method].knobs}),
+            "knobs": options_for(method, {k: v for k, v in self.knobs.items() if k in options_of(method)}),
             "label_noise": noise,
         }
         return Config(method=method, seed=seed, split_seed=0, scored_on="test", **shared)

@@ -1,13 +1,15 @@
 """What decides a training run's numbers, and what of it a checkpoint says."""
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastsam.methods import InputError
+from fastsam.cli.errors import InputError
+from fastsam.methods import METHODS
 
 CHECKPOINT = "checkpoint.pt"
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,6 +54,30 @@ class Config:
                 f"{self.method} with --mask tensor cannot be compiled: it leaves other gradients out in each step, and "
                 "the model would be compiled anew for each; take --mask element, or leave --compile out"
             )
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Return all options of a method with their defaults: first those of its base, then its own."""
+    method = METHODS[name]
+    return {**(METHODS[method.base].options if method.base else {}), **method.options}
+
+
+def options_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of a method: those given, and the defaults for those that are None or absent.
+
+    Raises:
+        InputError: a given option is none of the method's.
+    """
+    options = options_of(name)
+    chosen = {option: value for option, value in given.items() if value is not None}
+    if unknown := [option for option in chosen if option not in options]:
+        raise InputError(f"{name} has no {flag(unknown[0])}; it has {', '.join(map(flag, options))}")
+    return {**options, **chosen}
+
+
+def flag(option: str) -> str:
+    """Return an option's name on the command line."""
+    return "--" + option.replace("_", "-")
 
 
 def flat(config: Config) -> dict[str, Any]:

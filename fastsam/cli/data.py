@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastsam.cli import cifar
 from fastsam.cli.cifar import Cifar
-from fastsam.methods import InputError
+from fastsam.cli.errors import InputError
 
 PADDING = 4
 TEST_SHARE = 0.3

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsam.methods import InputError
+from fastsam.cli.errors import InputError
 
 Shape = tuple[int, ...]
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastsam.cli.data import short
-from fastsam.methods import METHODS, InputError
+from fastsam.cli.errors import InputError
+from fastsam.methods import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,12 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsam.cli import processes
 from fastsam.cli.config import AMP, CHECKPOINT, Config, flat, read_checkpoint, read_config, refuse_differences
 from fastsam.cli.data import draw_moves, generator, load
+from fastsam.cli.errors import InputError
 from fastsam.cli.models import MODELS, has_batch_norm
 from fastsam.cli.report import replacing
+from fastsam.cli.steps import BatchLosses, StepClock, Task, build, build_criterion, note_of
 from fastsam.graph.captured_step import CaptureError
 from fastsam.graph.graph_step import GraphStep, graph_step
 from fastsam.graph.plain_step import stepper_of
-from fastsam.methods import METHODS, BatchLosses, InputError, StepClock, Task, build, build_criterion
 from fastsam.trajectory.samples import SampleToRankSampler
 
 SCORED_AT_ONCE = 256  # pictures; a forward of them keeps little, so it fits where training does
@@ -127,7 +128,6 @@ class Run:
             torch.manual_seed(config.seed + processes.rank())
         # a program for several shapes would depend on which came first, and a resume meets them in another order
         self.compiled: Any = torch.compile(trained, dynamic=False) if config.compile else trained
-        self.note = METHODS[config.method].note
         self.optimizer: Any = build(config.method, trained, config.knobs)
         smoothing = config.label_smoothing
         task = Task(trained, self.optimizer, len(self.data.x), self.data.classes, smoothing, self.sampler)
@@ -175,9 +175,9 @@ class Run:
             loss = self._step(batch)
             if self.scaler is not None:
                 self.scaler.update()
-            clock.marks.append((start, clock.now()))
+            clock.events.append((start, clock.now()))
             total += loss * len(rows)
-            watcher.step(loss, self.note(self.optimizer))
+            watcher.step(loss, note_of(self.optimizer))
         step_ms = clock.median_ms()
         seconds = time.perf_counter() - begin
         loss_sum, hits = processes.total(torch.stack([total.double(), self.losses.hits.double()])).tolist()

@@ -15,9 +15,8 @@ from rich.console import Console
 
 from fastsam.__main__ import main
 from fastsam.cli import compare, progress
-from fastsam.cli.config import CHECKPOINT, Config
+from fastsam.cli.config import CHECKPOINT, Config, options_for
 from fastsam.cli.training import Epoch
-from fastsam.methods import knobs_for
 
 TINY = ["--model", "mlp", "--epochs", "2"]
 RUN_FILES = {"history.csv", "result.json", "curve.png", CHECKPOINT}
@@ -195,7 +194,7 @@ def test_a_long_epoch_says_each_minute_how_long_it_takes(runs, prefix, monkeypat
     now, text = [0.0], io.StringIO()
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with progress.Display(Console(file=text, width=100), runs) as display:
-        display.started(Config("sgd", knobs_for("sgd", {}), epochs=2), [], 391)
+        display.started(Config("sgd", options_for("sgd", {}), epochs=2), [], 391)
         for _ in range(21):
             now[0] += 3.9
             display.step(torch.tensor(2.3), "rows 50%")
@@ -206,7 +205,7 @@ def test_a_long_epoch_says_each_minute_how_long_it_takes(runs, prefix, monkeypat
 def test_a_terminal_shows_how_long_an_epoch_takes_until_one_is_over(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    config = Config("sgd", knobs_for("sgd", {}), epochs=2)
+    config = Config("sgd", options_for("sgd", {}), epochs=2)
     with progress.Display(Console(file=io.StringIO(), force_terminal=True), 1) as display:
         display.started(config, [], 100)
         now[0] += 0.75
@@ -331,14 +330,15 @@ def test_a_refused_compare_does_not_stand_in_the_way(capsys, tmp_path):
 
 
 NEW_METHOD = """
-import sys, torch
+import sys
 from fastsam import SAM
 from fastsam.methods import METHODS, Method
-def build(model, knobs):
-    assert knobs["gamma"] in (0.5, 0.9), knobs
-    return SAM(model.parameters(), torch.optim.SGD, lr=knobs["lr"], rho=0.1, model=model)
+class Newest(SAM):
+    def __init__(self, params, base_optimizer, gamma, **keywords):
+        assert gamma in (0.5, 0.9), gamma
+        super().__init__(params, base_optimizer, rho=0.1, **keywords)
 METHODS["newest"] = Method(
-    "a new idea", build, {"lr": 0.1, "gamma": 0.75}, base="sgd", tuned="gamma", grid=(0.5, 0.9)
+    "a new idea", "nobody yet", "optimizer", Newest, {"gamma": 0.75}, base="sgd", tuned="gamma", grid=(0.5, 0.9)
 )
 from fastsam.__main__ import main
 assert main(["train", "--help"]) == 0

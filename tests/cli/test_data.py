@@ -15,8 +15,8 @@ from fastsam.cli import cifar, data, training
 from fastsam.cli.cifar import CIFAR10, CIFAR100, PIXELS
 from fastsam.cli.config import Config
 from fastsam.cli.data import DATA_SETS, Split, crop_and_flip, draw_moves, generator, load, resolve, short
+from fastsam.cli.errors import InputError
 from fastsam.cli.models import MODELS
-from fastsam.methods import InputError
 
 TRAIN, TEST = 12, 7  # pictures in each file
 BINARY, PICKLED = 0, 1

@@ -7,16 +7,18 @@ import torch
 from kernel_cases import kernels
 
 from fastsam.cli import compare, training
-from fastsam.cli.config import CHECKPOINT, Config, read_checkpoint
+from fastsam.cli.config import CHECKPOINT, Config, options_for, read_checkpoint
 from fastsam.cli.data import DATA_SETS, DataSet, Pictures, digits, draw_moves, generator, load, with_label_noise
+from fastsam.cli.errors import InputError
+from fastsam.cli.steps import BatchLosses, Criterion, build
 from fastsam.cli.training import Run, Watcher, train
 from fastsam.graph import recorder as recorders
 from fastsam.graph.plain_step import stepper_of
-from fastsam.methods import METHODS, BatchLosses, Criterion, InputError, knobs_for
+from fastsam.methods import METHODS
 
 
 def config(method="sam", **changes):
-    settings = {"model": "mlp", "epochs": 2, "label_noise": 0.4, "knobs": knobs_for(method, {})} | changes
+    settings = {"model": "mlp", "epochs": 2, "label_noise": 0.4, "knobs": options_for(method, {})} | changes
     return Config(method=method, **settings)
 
 
@@ -116,7 +118,7 @@ def test_interrupted_in_the_first_epoch_resumes_from_the_start(make):
 def test_resume_refuses_another_config_and_names_what_differs(make):
     out = make("out")
     train(config(epochs=1), out)
-    other = config(epochs=2, knobs=knobs_for("sam", {"rho": 0.2}))
+    other = config(epochs=2, knobs=options_for("sam", {"rho": 0.2}))
     with pytest.raises(InputError, match=r"epochs 2 \(it has 1\), rho 0.2 \(it has 0.05\)"):
         train(other, out, resume=True)
 
@@ -150,7 +152,7 @@ def test_a_broken_checkpoint_is_refused(content, make):
 def test_sam_withstands_label_noise_that_sgd_fits(make):
     noisy = {"model": "cnn", "epochs": 12, "batch_size": 32}
     sgd = train(config("sgd", **noisy), make("sgd"))
-    sam = train(config("sam", knobs=knobs_for("sam", {"rho": 0.5}), **noisy), make("sam"))
+    sam = train(config("sam", knobs=options_for("sam", {"rho": 0.5}), **noisy), make("sam"))
     assert sam.last > 90
     assert sam.last > sgd.last + 5
     assert sgd.history[-1].train_accuracy > sam.history[-1].train_accuracy
@@ -222,12 +224,12 @@ def test_a_compiler_that_fails_is_one_line(make, monkeypatch):
 def test_the_tensor_mask_is_not_compiled():
     with pytest.raises(InputError, match=r"esam with --mask tensor cannot be compiled: .*; take --mask element, or"):
         config("esam", compile=True)
-    config("esam", compile=True, knobs=knobs_for("esam", {"mask": "element"}))
-    config("esam", compile=True, knobs=knobs_for("esam", {"beta": 1.0}))
+    config("esam", compile=True, knobs=options_for("esam", {"mask": "element"}))
+    config("esam", compile=True, knobs=options_for("esam", {"beta": 1.0}))
 
 
 def test_learning_rate_falls_as_a_cosine_over_all_steps():
-    run = Run(config("sgd", knobs=knobs_for("sgd", {"lr": 0.2})))
+    run = Run(config("sgd", knobs=options_for("sgd", {"lr": 0.2})))
     step, rates = run._step, []
     run._step = lambda batch: (rates.append(run.optimizer.param_groups[0]["lr"]), step(batch))[1]
     for _ in range(2):
@@ -329,8 +331,8 @@ def test_hits_are_counted_in_first_forward_passes_alone(method):
     x = torch.randn(9, 2)
     y = model(x).argmax(dim=1)
     y[4] = 1 - y[4]
-    knobs = knobs_for(method, {"rho": 100.0} if method != "sgd" else {"lr": 100.0})
-    stepper_of(METHODS[method].build(model, knobs)).step(losses, x, y, None)
+    knobs = options_for(method, {"rho": 100.0} if method != "sgd" else {"lr": 100.0})
+    stepper_of(build(method, model, knobs)).step(losses, x, y, None)
     assert losses.hits.item() == 8
 
 
@@ -348,7 +350,7 @@ def test_captured_training_goes_on_over_epochs_and_resumes_bit_for_bit(method, m
     from recorded_work import RecordedWork
 
     choose("triton")
-    knobs = knobs_for(method, {"mask": "element"} if method == "esam" else {"lag": 1, "start_epoch": 1})
+    knobs = options_for(method, {"mask": "element"} if method == "esam" else {"lag": 1, "start_epoch": 1})
     wanted = config(method, data="fake:70x1x4x4", batch_size=16, epochs=3, graph=True, knobs=knobs)
     replays = []
     replay = RecordedWork.replay

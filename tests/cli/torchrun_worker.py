@@ -12,6 +12,7 @@ from test_training import Stop, assert_equal, config, numbers, state
 
 from fastsam.__main__ import main
 from fastsam.cli import processes
+from fastsam.cli.config import options_of
 from fastsam.cli.training import train
 from fastsam.methods import METHODS
 
@@ -26,7 +27,7 @@ def every_method(folder):
 
 def resumed_bit_for_bit(folder):
     """With SAF, of which every process keeps a part of its own."""
-    knobs = {**METHODS["saf"].knobs, "lag": 1, "start_epoch": 1}
+    knobs = {**options_of("saf"), "lag": 1, "start_epoch": 1}
     wanted = config("saf", model="cnn", epochs=4, ranks=2, knobs=knobs)
     through, broken = folder / "through", folder / "broken"
     if processes.is_first():

@@ -1,0 +1,208 @@
+"""What a step of a training run needs: the method's optimizer and loss, a batch's per-sample losses, and a clock."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastsam.cli.errors import InputError
+from fastsam.methods import METHODS
+from fastsam.trajectory.samples import SampleToRankSampler
+from fastsam.two_pass.state import Stage, under_way
+
+
+class Criterion(nn.Module):
+    """Per-sample losses of logits: the cross-entropy. Methods that are a loss derive from it.
+
+    Args:
+        label_smoothing: from 0 to 1.
+    """
+
+    def __init__(self, label_smoothing: float) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Return the losses of a batch.
+
+        Args:
+            logits: float32 of shape [n, classes].
+            x: the model's inputs, shape [n, channels, height, width].
+            y: int64 labels of shape [n].
+            ids: int64 numbers of the samples, shape [n].
+
+        Returns:
+            Losses of shape [n].
+        """
+        return F.cross_entropy(logits, y, reduction="none", label_smoothing=self.label_smoothing)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, counted from 1."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a criterion may need to know; `sampler` says which samples are this process's, where there are several."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    num_samples: int
+    num_classes: int
+    label_smoothing: float
+    sampler: SampleToRankSampler | None = None
+
+
+class MethodLoss(Criterion):
+    """The loss of a method of kind "loss", under the method's name.
+
+    Args:
+        name: a key of METHODS.
+        task: what is trained. A loss that follows the optimizer's steps is attached to its optimizer.
+        options: the method's own.
+    """
+
+    def __init__(self, name: str, task: Task, options: Mapping[str, Any]) -> None:
+        super().__init__(task.label_smoothing)
+        self.name, self.needs = name, METHODS[name].loss_needs
+        sampler = {"sampler": task.sampler} if "sample_ids" in self.needs else {}
+        loss: Any = METHODS[name].build_loss(
+            model=task.model,
+            num_samples=task.num_samples,
+            num_classes=task.num_classes,
+            label_smoothing=task.label_smoothing,
+            reduction="none",
+            **sampler,
+            **options,
+        )
+        if hasattr(loss, "attach"):
+            loss.attach(task.optimizer)
+        self.add_module(name, loss)
+
+    @property
+    def loss(self) -> Any:
+        """The method's own module."""
+        return self.get_submodule(self.name)
+
+    def forward(self, logits: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Return losses of shape [n], as `Criterion` does."""
+        given = {"inputs": x, "sample_ids": ids}
+        return self.loss(logits, y, *(given[need] for need in self.needs))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, counted from 1."""
+        self.loss.set_epoch(epoch)
+
+
+def build(name: str, model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
+    """Return the optimizer of a method.
+
+    Args:
+        name: a key of METHODS.
+        model: the module that is trained, or its wrapper.
+        options: all of the method, those of its base among them.
+
+    Raises:
+        InputError: the method refuses an option's value.
+    """
+    method = METHODS[name]
+    base = METHODS[method.base or name]
+    of_base = {option: options[option] for option in base.options}
+    own = _own(name, options) if method.kind == "optimizer" else {}
+    try:
+        return method.build(model.parameters(), base.cls, model=model, base_options=of_base, **own)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def build_criterion(name: str, task: Task, options: Mapping[str, Any]) -> Criterion:
+    """Return the loss of a method.
+
+    Args:
+        name: a key of METHODS.
+        task: what is trained.
+        options: all of the method, those of its base among them.
+
+    Raises:
+        InputError: the method refuses an option's value.
+    """
+    if METHODS[name].kind != "loss":
+        return Criterion(task.label_smoothing)
+    try:
+        return MethodLoss(name, task, _own(name, options))
+    except (ValueError, TypeError, MemoryError) as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _own(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {option: options[option] for option in METHODS[name].options}
+
+
+def note_of(optimizer: Any) -> str:
+    """Return what the progress line says of the last step: of ESAM, the share of rows in its second pass."""
+    fraction = getattr(optimizer, "last_selected_fraction", None)
+    return "" if fraction is None else f"rows {fraction:.0%}"
+
+
+class BatchLosses:
+    """Per-sample losses of a batch, for the step; counts the hits of first forward passes on the side.
+
+    Args:
+        model: what computes the logits, shape [n, classes].
+        criterion: what computes losses of shape [n] from them.
+        amp_dtype: torch.float16 or torch.bfloat16 for autocast, None for none.
+        device: where model and batches are.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        criterion: Criterion,
+        amp_dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:
+        self.model, self.criterion = model, criterion
+        self.autocast: Any = nullcontext() if amp_dtype is None else torch.autocast(device.type, amp_dtype)
+        self.hits = torch.zeros((), dtype=torch.int64, device=device)
+
+    def __call__(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Return float32 losses of shape [n]."""
+        with self.autocast:
+            logits = self.model(x)
+        # 16 bits are too few for a log-softmax
+        logits = logits.float()
+        run = under_way()
+        if run is None or run.stage is Stage.ASCENT:
+            self.hits += (logits.detach().argmax(dim=1) == y).sum()
+        # a teacher computes as its model does
+        with self.autocast:
+            return self.criterion(logits, x, y, ids)
+
+
+class StepClock:
+    """Times single steps; on a GPU by events, so that nothing waits for it before the epoch's end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.events: list[tuple[Any, Any]] = []
+
+    def now(self) -> Any:
+        """Return a point in time for `events`, which holds the begin and end of each step."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def median_ms(self) -> float:
+        """Return the median step in milliseconds; waits for the GPU."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return statistics.median(start.elapsed_time(end) for start, end in self.events)
+        return 1e3 * statistics.median(end - start for start, end in self.events)
