@@ -1,10 +1,11 @@
 """mSAM with several processes: ranks times local shards perturbations, and one reduction a step."""
 
+import pytest
 import torch
 import torch.distributed as dist
-from distributed_worker import assert_equal_on_ranks, case, count_buckets, rows_of_rank, wrap
-from distributed_worker_fsdp import error_of, gathered, shard
+from ddp_steps import assert_equal_on_ranks, count_buckets, rows_of_rank, wrap
 from problems import batches, losses_of, mlp
+from sharding import error_of, gathered, shard
 
 from fastsam import MSAM
 
@@ -20,8 +21,10 @@ def interleaved(tensors, shards):
 SHARDS = ("replica", 1), ("replica", 2), ("replica", 4), ("global", 1), ("global", 3)
 
 
-@case(*[(*shards, static_graph) for static_graph in (False, True) for shards in SHARDS])
-def msam_under_ddp_is_msam_in_one_process(sync, shards, static_graph):
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("static_graph", [False, True])
+@pytest.mark.parametrize(("sync", "shards"), SHARDS)
+def test_msam_under_ddp_is_msam_in_one_process(sync, shards, static_graph):
     """SPEC 1.2, invariant 30: m shards a rank are m W perturbations, or with "global" m of W parts each."""
     world = dist.get_world_size()
     model, other = mlp(), mlp()
@@ -37,8 +40,9 @@ def msam_under_ddp_is_msam_in_one_process(sync, shards, static_graph):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
-@case(({},), ({"gradient_as_bucket_view": True},), ({"find_unused_parameters": True},))
-def msam_reduces_once_a_step(options):
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}])
+def test_msam_reduces_once_a_step(options):
     model = mlp()
     ddp = wrap(model, **options)
     reduced = count_buckets(ddp)
@@ -51,8 +55,8 @@ def msam_reduces_once_a_step(options):
     assert_equal_on_ranks(model.parameters())
 
 
-@case()
-def msam_of_sharded_weights_is_msam_in_one_process():
+@pytest.mark.ranks(2)
+def test_msam_of_sharded_weights_is_msam_in_one_process():
     """Under FSDP2 each shard's perturbation is global: the ranks' i-th parts make up shard i."""
     model, other = mlp(), mlp()
     shard(model)

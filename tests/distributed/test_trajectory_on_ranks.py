@@ -1,12 +1,9 @@
 """SAF and MESA with several processes: every sample finds its own past, wherever it was seen."""
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_worker import assert_equal_on_ranks, case, wrap
+from ddp_steps import assert_equal_on_ranks, wrap
 from problems import batches, mlp
 from test_saf import Remembers
 from torch.utils.data import DistributedSampler
@@ -15,14 +12,9 @@ from fastsam import MESA, SAF, SampleToRankSampler
 
 N, C, ROWS = 22, 3, 4
 X, Y = batches(1, rows=N)[0]
+
+
 SETTINGS = {"lam": 1.0, "lag": 2, "start_epoch": 1, "history_dtype": torch.float64}
-
-
-def shared_directory():
-    """A path that all ranks agree on."""
-    name = [tempfile.mkdtemp(prefix="history-") if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(name, src=0)
-    return Path(name[0]) / "history"
 
 
 def plan(sampler, epochs):
@@ -71,8 +63,8 @@ def roaming(rank=None):
     return DistributedSampler(X, dist.get_world_size(), rank, seed=3, drop_last=True)
 
 
-@case()
-def saf_with_a_fixed_map_equals_one_process():
+@pytest.mark.ranks(2)
+def test_saf_with_a_fixed_map_equals_one_process():
     model, other = mlp(), mlp()
     sampler = fixed()
     loss_of = SAF(N, C, sampler=sampler, **SETTINGS)
@@ -83,17 +75,17 @@ def saf_with_a_fixed_map_equals_one_process():
     assert loss_of._history._fields["tags"].shape == (2, 11 + 1)  # each rank keeps its part alone
 
 
-@case()
-def saf_with_a_shared_directory_equals_one_process():
+@pytest.mark.ranks(2)
+def test_saf_with_a_shared_directory_equals_one_process(tmp_path):
     model, other = mlp(), mlp()
-    train(model, SAF(N, C, storage=shared_directory(), **SETTINGS), roaming())
+    train(model, SAF(N, C, storage=tmp_path / "history", **SETTINGS), roaming())
     oracle(other, roaming)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
-@case()
-def every_row_finds_its_past_where_a_history_per_process_finds_a_part():
+@pytest.mark.ranks(2)
+def test_every_row_finds_its_past_where_a_history_per_process_finds_a_part(tmp_path):
     """SPEC R-06."""
     n, world = 400, dist.get_world_size()
     for way, at_least, at_most in (("directory", 1.0, 1.0), ("fixed", 1.0, 1.0), ("per process", 0.0, 0.6)):
@@ -102,7 +94,7 @@ def every_row_finds_its_past_where_a_history_per_process_finds_a_part():
             loss_of = SAF(n, C, lag=3, start_epoch=0, lam=1.0, sampler=sampler, reduction="none")
         else:
             sampler = DistributedSampler(range(n), seed=1)
-            directory = shared_directory()
+            directory = tmp_path / way
             loss_of = SAF(n, C, lag=3, start_epoch=0, lam=1.0, storage=directory, reduction="none")
             if way == "per process":  # as the authors have it
                 loss_of._shared, loss_of.storage = False, "device"
@@ -120,16 +112,16 @@ def every_row_finds_its_past_where_a_history_per_process_finds_a_part():
         assert at_least <= found / rows <= at_most, (way, found / rows, world)
 
 
-@case()
-def neither_is_an_error_that_explains_itself():
+@pytest.mark.ranks(2)
+def test_neither_is_an_error_that_explains_itself():
     with pytest.raises(
         RuntimeError, match=r"2 processes: .*SampleToRankSampler .*sampler=.*storage=.*DistributedSampler"
     ):
         SAF(N, C)
 
 
-@case()
-def foreign_samples_are_refused():
+@pytest.mark.ranks(2)
+def test_foreign_samples_are_refused():
     sampler = fixed()
     loss_of = SAF(N, C, sampler=sampler)
     foreign = (torch.arange(4) * 2 + 1 + dist.get_rank()) % N
@@ -139,9 +131,9 @@ def foreign_samples_are_refused():
         SAF(5, C, sampler=sampler)
 
 
-@case()
-def what_rank_0_cannot_open_fails_everywhere():
-    directory = shared_directory()
+@pytest.mark.ranks(2)
+def test_what_rank_0_cannot_open_fails_everywhere(tmp_path):
+    directory = tmp_path / "history"
     SAF(N, C, storage=directory, device="cpu")
     with pytest.raises(RuntimeError, match=r"rank 0 could not open SAF's history: FileExistsError.*resume=True"):
         SAF(N, C, storage=directory, device="cpu")
@@ -149,15 +141,15 @@ def what_rank_0_cannot_open_fails_everywhere():
     again.set_epoch(1)
 
 
-@case()
-def directories_that_are_not_shared_fail_everywhere():
-    mine = Path(tempfile.mkdtemp(prefix="own-")) / "history"
+@pytest.mark.ranks(2)
+def test_directories_that_are_not_shared_fail_everywhere(tmp_path):
+    mine = tmp_path / f"of rank {dist.get_rank()}" / "history"
     with pytest.raises(RuntimeError, match="ranks 1 do not see rank 0's"):
         SAF(N, C, storage=mine, device="cpu")
 
 
-@case()
-def mesa_averages_alike_on_all_ranks():
+@pytest.mark.ranks(2)
+def test_mesa_averages_alike_on_all_ranks():
     model = mlp(batchnorm=True)
     ddp = wrap(model)
     mesa = MESA(ddp, decay=0.9, start_epoch=0)
