@@ -17,7 +17,7 @@ compare: $(VENV)/.ready  ## train SGD and SAM side by side on digits, clean and 
 	$(BIN)/fastsam compare --out $(OUT) $(ARGS)
 
 test: $(VENV)/.ready  ## run every test
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.ready  ## style and types; mypy sees kernels/ where it is installed
 	$(BIN)/ruff check .
