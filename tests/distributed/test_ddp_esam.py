@@ -12,7 +12,10 @@ from fastsam import ESAM
 
 
 def esam_step(model, base, opt, parts, gamma, sharing, norm):
-    """One step of SPEC 1.3 over ranks, in plain torch. `parts` are the ranks' batches; the mask is the optimizer's."""
+    """ESAM's step of docs/algorithms.md over ranks, in plain torch.
+
+    `parts` are the ranks' batches; the mask is the optimizer's.
+    """
     params, kept = list(model.parameters()), opt._kept()
     w = [p.detach().clone() for p in params]
     losses = losses_of(model)

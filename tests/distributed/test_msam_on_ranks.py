@@ -25,7 +25,7 @@ SHARDS = ("replica", 1), ("replica", 2), ("replica", 4), ("global", 1), ("global
 @pytest.mark.parametrize("static_graph", [False, True])
 @pytest.mark.parametrize(("sync", "shards"), SHARDS)
 def test_msam_under_ddp_is_msam_in_one_process(sync, shards, static_graph):
-    """SPEC 1.2, invariant 30: m shards a rank are m W perturbations, or with "global" m of W parts each."""
+    """Invariant 30 of docs/algorithms.md: m shards a rank are m W perturbations, or with "global" m of W parts each."""
     world = dist.get_world_size()
     model, other = mlp(), mlp()
     ddp = wrap(model, static_graph=static_graph)

@@ -86,7 +86,7 @@ def test_saf_with_a_shared_directory_equals_one_process(tmp_path):
 
 @pytest.mark.ranks(2)
 def test_every_row_finds_its_past_where_a_history_per_process_finds_a_part(tmp_path):
-    """SPEC R-06."""
+    """docs/algorithms.md, R-06."""
     n, world = 400, dist.get_world_size()
     for way, at_least, at_most in (("directory", 1.0, 1.0), ("fixed", 1.0, 1.0), ("per process", 0.0, 0.6)):
         if way == "fixed":
