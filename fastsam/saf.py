@@ -68,10 +68,8 @@ class SAF(Trajectory):
         tau_squared: multiply the divergence by tau^2.
         ignore_index: class index of rows that do not count.
         reduction: "mean" over the rows that count, "sum", or "none" for a loss per row.
-        top_k: keep the k largest logits alone, the other classes sharing what is left of the probability equally.
-        storage: "device"; "host" for pinned memory, where `prefetch` fetches the next batch's rows ahead; or a
-        directory
-            for memory-mapped files. With "host", a directory on a GPU, or top_k, ids have to be on the CPU.
+        storage: "device"; "host" for pinned memory, where `prefetch` fetches the next batch's rows ahead; or a directory
+            for memory-mapped files. With "host" or a directory on a GPU ids have to be on the CPU.
         resume: go on with the files in the directory. Without it a directory that holds a history is refused.
         sampler: the `SampleToRankSampler` in use; then this process keeps its own samples' records alone.
         save_history: whether `state_dict` holds the records. Without them a resumed run has no past for `lag` epochs,
@@ -100,7 +98,6 @@ class SAF(Trajectory):
         tau_squared: bool = True,
         ignore_index: int = -100,
         reduction: Literal["mean", "sum", "none"] = "mean",
-        top_k: int | None = None,
         storage: Literal["device", "host"] | os.PathLike | str = "device",
         resume: bool = False,
         sampler: SampleToRankSampler | None = None,
@@ -110,7 +107,8 @@ class SAF(Trajectory):
         check_integer("num_samples", num_samples, 1)
         check_integer("num_classes", num_classes, 2)
         check_integer("lag", lag, 1)
-        _check_format(history_dtype, top_k, num_classes)
+        if history_dtype not in DTYPES:
+            raise ValueError(f"history_dtype must be one of {', '.join(map(str, DTYPES))}, got {history_dtype}")
         if sampler is not None and sampler.num_samples != num_samples:
             raise ValueError(f"num_samples is {num_samples}, but the sampler's is {sampler.num_samples}")
         self.num_samples, self.num_classes, self.lag = num_samples, num_classes, lag
@@ -118,7 +116,7 @@ class SAF(Trajectory):
         self._shared = storage not in ("device", "host") and _world_size() > 1
         self._refuse_lost_samples()
         rows = num_samples if sampler is None else sampler.rows
-        self._layout = Layout(rows, num_classes, lag, history_dtype, top_k)
+        self._layout = Layout(rows, num_classes, lag, history_dtype)
         self._resume = resume
         self._history: History | None = None
         self._loaded: Fields | None = None
@@ -182,7 +180,7 @@ class SAF(Trajectory):
             )
         history = self._history or self._open(logits.device)
         if capture.current() is not None and not history.direct:
-            raise RuntimeError("SAF's records are not on the device as whole rows; use storage='device' without top_k")
+            raise RuntimeError("SAF's records are not on the device, so that its steps cannot be captured; use storage='device'")
         ids = self._rows_of(sample_ids, logits.device if history.direct else torch.device("cpu"))
         if run is None:
             return self._plain(history, logits, targets, ids)
@@ -206,7 +204,7 @@ class SAF(Trajectory):
         return loss
 
     def _record(self, history: History, logits: Tensor, targets: Tensor, ids: Tensor, epoch: int) -> None:
-        history.record(logits, targets, ids, epoch, self.tau, self.ignore_index)
+        history.record(logits, targets, ids, epoch, self.ignore_index)
         self._count(len(ids))
 
     def _count(self, rows: int) -> None:
@@ -286,8 +284,8 @@ class SAF(Trajectory):
         """Return the rows of this process's history on `device`; -1, which is out of range, for a foreign sample."""
         if sample_ids.device != device and device.type == "cpu":
             raise ValueError(
-                f"sample_ids are on {sample_ids.device}, but the records are not, or not as whole rows; keep the ids "
-                "on the CPU, as the loader yields them, so that nothing waits for the device"
+                f"sample_ids are on {sample_ids.device}, but the records are not; keep the ids on "
+                " the CPU, as the loader yields them, so that nothing waits for the device"
             )
         ids = sample_ids.to(device, torch.int64, non_blocking=True)
         if self.sampler is None:
@@ -324,18 +322,6 @@ class SAF(Trajectory):
         if self._history is not None:
             self._history.to(fn(torch.empty(0, device=self._history.device)).device)
         return self
-
-
-def _check_format(dtype: Any, top_k: int | None, num_classes: int) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"history_dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    if top_k is None:
-        return
-    check_integer("top_k", top_k, 1)
-    if top_k >= num_classes:
-        raise ValueError(f"top_k must be below num_classes, which is {num_classes}, got {top_k}")
-    if dtype == torch.int8:
-        raise ValueError("top_k keeps floating-point logits; use another history_dtype than int8")
 
 
 def _world_size() -> int:

@@ -6,12 +6,11 @@ Epochs e and e - lag share a slot, so a row is read before it is overwritten and
 the past of epoch e only if its tag is exactly e - lag: one that was never written, or that an epoch passed over, does
 not.
 
-Where whole records lie on the device of the logits, the kernel walks them in place. Otherwise (host memory, files, or
-records cut down to the largest logits) the rows of a batch travel: fetched before the loss, brought home after it.
+Where the records lie on the device of the logits, the kernel walks them in place. Otherwise, in host memory or in files,
+the rows of a batch travel: fetched before the loss, brought home after it.
 """
 
 import json
-import math
 import os
 import shutil
 import uuid
@@ -41,18 +40,11 @@ class Layout(NamedTuple):
     classes: int
     lag: int
     dtype: torch.dtype
-    top_k: int | None
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of every tensor; the row behind the last takes what is not to be recorded."""
         slots = self.lag, self.rows + 1
         fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"tags": (slots, torch.int32)}
-        if self.top_k is not None:
-            index = torch.int16 if self.classes <= 2**15 else torch.int32
-            fields["records"] = (*slots, self.top_k), self.dtype
-            fields["classes"] = (*slots, self.top_k), index
-            fields["rest"] = slots, torch.float32
-            return fields
         width = -(-self.classes // _PADDING) * _PADDING if self.classes % _WIDE else self.classes
         fields["records"] = (*slots, width), self.dtype
         if self.dtype == torch.int8:
@@ -74,8 +66,7 @@ class Layout(NamedTuple):
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.fields().values())
 
     def __str__(self) -> str:
-        kept = "" if self.top_k is None else f", the {self.top_k} largest"
-        return f"{self.lag} x {self.rows} x {self.classes} logits in {_name(self.dtype)}{kept}: {readable(self.nbytes)}"
+        return f"{self.lag} x {self.rows} x {self.classes} logits in {_name(self.dtype)}: {readable(self.nbytes)}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -124,7 +115,7 @@ class History:
     @property
     def direct(self) -> bool:
         """Whether the kernel can walk the records where they are."""
-        return self.layout.top_k is None and self._home == self.device
+        return self._home == self.device
 
     @property
     def _home(self) -> torch.device:
@@ -148,10 +139,9 @@ class History:
         self.flush()
         fields = self._arrived(ids, epoch)
         own = torch.arange(len(ids), device=self.device)
-        rows = fields["records"] if self.layout.top_k is None else expand(fields, self.layout.classes)
-        return Past(rows, fields.get("scales"), fields["tags"], own, epoch, wanted, False, None)
+        return Past(fields["records"], fields.get("scales"), fields["tags"], own, epoch, wanted, False, None)
 
-    def record(self, logits: Tensor, targets: Tensor, ids: Tensor, epoch: int, tau: float, ignore_index: int) -> None:
+    def record(self, logits: Tensor, targets: Tensor, ids: Tensor, epoch: int, ignore_index: int) -> None:
         """Record logits of shape [n, classes] as those of `epoch`; rows with an ignored target are left out.
 
         Args:
@@ -159,7 +149,6 @@ class History:
             targets: as for `trajectory_loss`.
             ids: as for `past`.
             epoch: the present one.
-            tau: temperature at which classes that are not kept share what is left of the probability.
             ignore_index: of int64 targets.
         """
         if self.direct:
@@ -168,13 +157,8 @@ class History:
         self.flush()
         fields = self._blank(len(ids))
         own = torch.arange(len(ids), device=self.device)
-        if self.layout.top_k is None:
-            block = Past(fields["records"], fields.get("scales"), fields["tags"], own, epoch, 0, True, None)
-            ops.pick([logits]).record_(logits, block, targets, ignore_index)
-        else:
-            fields |= compress(logits, self.layout, tau)
-            ignored = targets == ignore_index if targets.dim() == 1 else torch.zeros_like(own, dtype=torch.bool)
-            fields["tags"] = torch.where(ignored, 0, epoch).int()
+        block = Past(fields["records"], fields.get("scales"), fields["tags"], own, epoch, 0, True, None)
+        ops.pick([logits]).record_(logits, block, targets, ignore_index)
         self._leaving = _Travelling(ids, epoch, fields, self._home)
 
     def prefetch(self, ids: Tensor, epoch: int) -> None:
@@ -276,29 +260,6 @@ def _start(field: Tensor, to: torch.device) -> Tensor:
     return field.pin_memory().to(to, non_blocking=True)
 
 
-def compress(logits: Tensor, layout: Layout, tau: float) -> Fields:
-    """Return the `top_k` largest logits, their classes, and one logit that stands for each of the others.
-
-    At temperature `tau` the others together keep their probability, in equal parts.
-    """
-    assert layout.top_k is not None
-    z = logits.detach().to(torch.float32)
-    values, classes = z.topk(layout.top_k, dim=1)
-    others = z.scatter(1, classes, -torch.inf).div_(tau).logsumexp(1) - math.log(layout.classes - layout.top_k)
-    fields, limit = layout.fields(), torch.finfo(layout.dtype).max
-    return {
-        "records": values.clamp(-limit, limit).to(layout.dtype),
-        "classes": classes.to(fields["classes"][1]),
-        "rest": others * tau,
-    }
-
-
-def expand(fields: Fields, classes: int) -> Tensor:
-    """Return whole rows of logits from what `compress` kept: float32 of shape [n, classes]."""
-    rows = fields["rest"].unsqueeze(1).repeat(1, classes)
-    return rows.scatter_(1, fields["classes"].long(), fields["records"].float())
-
-
 # memory
 
 
@@ -317,7 +278,8 @@ def map_files(layout: Layout, directory: Path, resume: bool) -> Fields:
     if about.exists() and not resume:
         raise FileExistsError(f"{directory} holds the history of an earlier run; delete it, or go on with resume=True")
     if resume:
-        found = json.loads(about.read_text()) if about.exists() else None
+        # a directory written while there were top-k histories says "top_k": null
+        found = {k: v for k, v in json.loads(about.read_text()).items() if v is not None} if about.exists() else None
         if found != description:
             raise ValueError(f"{directory} holds {found}, not the history {description}; it cannot be resumed")
     else:
@@ -366,10 +328,10 @@ def refuse_if_too_big(layout: Layout, where: str, free: int | None) -> None:
     """Raise MemoryError if a history does not fit into the bytes that are free; None means nobody knows."""
     if free is None or layout.nbytes <= free:
         return
-    smaller = layout._replace(dtype=torch.int8, top_k=None)
+    smaller = layout._replace(dtype=torch.int8)
     raise MemoryError(
         f"SAF's history ({layout}) does not fit on {where}, which has {readable(free)} free; "
-        f"history_dtype=torch.int8 takes {readable(smaller.nbytes)}, top_k or a smaller lag less; "
+        f"history_dtype=torch.int8 takes {readable(smaller.nbytes)}, a smaller lag less; "
         "storage='host' or a directory keeps it elsewhere"
     )
 
