@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastsam.trajectory.history import DTYPES, Fields, History, Layout, open_shared
+from fastsam.trajectory.history import History, open_shared
 from fastsam.trajectory.loss import Trajectory, check_integer, uncompiled
 from fastsam.trajectory.samples import SampleToRankSampler
+from fastsam.trajectory.storage import DTYPES, Fields, Layout
 from fastsam.two_pass import capture
 from fastsam.two_pass.state import Stage, under_way
 
@@ -180,7 +181,9 @@ class SAF(Trajectory):
             )
         history = self._history or self._open(logits.device)
         if capture.current() is not None and not history.direct:
-            raise RuntimeError("SAF's records are not on the device, so that its steps cannot be captured; use storage='device'")
+            raise RuntimeError(
+                "SAF's records are not on the device, so that its steps cannot be captured; use storage='device'"
+            )
         ids = self._rows_of(sample_ids, logits.device if history.direct else torch.device("cpu"))
         if run is None:
             return self._plain(history, logits, targets, ids)

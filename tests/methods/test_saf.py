@@ -13,7 +13,7 @@ from test_side_effects import NoHostReads
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastsam.trajectory.history
+import fastsam.trajectory.storage
 from fastsam import ESAM, SAF, SAM, IndexedDataset
 from fastsam.kernels import reference
 from fastsam.trajectory.history import History
@@ -364,7 +364,7 @@ def test_memory_scales_as_it_says():
 
 
 def test_a_history_that_does_not_fit_is_refused_before_it_is_allocated(monkeypatch, tmp_path):
-    monkeypatch.setattr(fastsam.trajectory.history, "_free_memory", lambda device: 10**9)
+    monkeypatch.setattr(fastsam.trajectory.storage, "_free_memory", lambda device: 10**9)
     with pytest.raises(MemoryError, match=r"7.\d+ GB\) does not fit on cpu, which has 1 GB free.*int8 takes 3.\d+ GB"):
         SAF(1281167, 1000, device="cpu")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
@@ -450,7 +450,12 @@ def test_a_checkpoint_of_another_size_is_refused_and_changes_nothing(backend):
     ours, z, ids = saf(), torch.randn(4, C), torch.arange(4)
     ours.set_epoch(4)
     ours(z, Y[:4], ids)
-    for other in (SAF(N + 5, C, lag=2), SAF(N, C + 30, lag=2), SAF(N, C, lag=3), SAF(N, C, lag=2, history_dtype=torch.int8)):
+    for other in (
+        SAF(N + 5, C, lag=2),
+        SAF(N, C + 30, lag=2),
+        SAF(N, C, lag=3),
+        SAF(N, C, lag=2, history_dtype=torch.int8),
+    ):
         with pytest.raises(ValueError, match="save_history=False"):
             other.load_state_dict(ours.state_dict())
         assert other.epoch == 1
