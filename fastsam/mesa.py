@@ -44,8 +44,7 @@ class MESA(Trajectory):
 
     Args:
         model: what is trained, or its DistributedDataParallel or torch.compile wrapper; held, not registered. To
-        compile
-            the teacher as well, call `mesa.teacher.compile()`.
+            compile the teacher as well, call `mesa.teacher.compile()`.
         lam: weight of the divergence, >= 0.
         tau: temperature, > 0.
         decay: of the average, in (0, 1): about the last 1 / (1 - decay) steps. 0.9998 is the authors' for ImageNet.
@@ -86,10 +85,13 @@ class MESA(Trajectory):
         if any(map(is_dtensor, student.parameters())):
             raise ValueError("the model's parameters are DTensors, which MESA cannot average; use SAF, or DDP")
         self.decay, self.teacher_dtype = decay, teacher_dtype
-        self._student = (student,)  # in a tuple, so that it is not a part of this module
+        # In a tuple, so that the model is not registered as a part of this module.
+        self._student = (student,)
         self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
-        self._last: tuple[Any, Tensor] | None = None
-        self._begun: tuple[Any, Tensor, Any] | None = None
+        self._first_pass: tuple[Any, Tensor] | None = None
+        """Inputs and teacher logits of the step's first pass, for its second one."""
+        self._begun: tuple[Any, Tensor, torch.cuda.Stream | None] | None = None
+        """Inputs, teacher logits and stream of a forward that `begin` started."""
 
     def train(self, mode: bool = True) -> "MESA":
         """Set the mode of the loss; the teacher stays in eval mode."""
@@ -135,33 +137,36 @@ class MESA(Trajectory):
             return
         device = next(self.teacher.parameters()).device
         if device.type != "cuda":
-            self._begun = inputs, self._ask(inputs, self.teacher_dtype), None
+            self._begun = inputs, self._teacher_forward(inputs, self.teacher_dtype), None
             return
-        beside = torch.cuda.Stream(device)
-        beside.wait_stream(torch.cuda.current_stream(device))  # the inputs, and the last update
-        with torch.cuda.stream(beside):
-            self._begun = inputs, self._ask(inputs, self.teacher_dtype), beside
+        stream = torch.cuda.Stream(device)
+        # The inputs and the teacher's last update were queued on the current stream.
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self._begun = inputs, self._teacher_forward(inputs, self.teacher_dtype), stream
 
     def _teacher_logits(self, inputs: Any, logits: Tensor) -> Tensor:
-        run = under_way()
-        if run is not None and run.stage is Stage.DESCENT and self._last is not None and self._last[0] is inputs:
-            return self._last[1]
-        begun = self._begun is not None and self._begun[0] is inputs
-        past = self._finish() if begun else self._ask(inputs, self._dtype(logits))
-        self._last = (inputs, past) if run is not None and run.stage is Stage.ASCENT else None
+        step = under_way()
+        stage = None if step is None else step.stage
+        if stage is Stage.DESCENT and self._first_pass is not None and self._first_pass[0] is inputs:
+            return self._first_pass[1]
+        is_begun = self._begun is not None and self._begun[0] is inputs
+        past = self._finish_begun() if is_begun else self._teacher_forward(inputs, self._dtype(logits))
+        self._first_pass = (inputs, past) if stage is Stage.ASCENT else None
         return past
 
-    def _finish(self) -> Tensor:
+    def _finish_begun(self) -> Tensor:
+        """Return the logits of the forward that `begin` started; the current stream waits for them."""
         assert self._begun is not None
-        (_, past, beside), self._begun = self._begun, None
-        if beside is not None:
-            here = torch.cuda.current_stream(past.device)
-            here.wait_stream(beside)
-            past.record_stream(here)
+        (_, past, stream), self._begun = self._begun, None
+        if stream is not None:
+            current = torch.cuda.current_stream(past.device)
+            current.wait_stream(stream)
+            past.record_stream(current)
         return past
 
     @torch.no_grad()
-    def _ask(self, inputs: Any, dtype: torch.dtype | None) -> Tensor:
+    def _teacher_forward(self, inputs: Any, dtype: torch.dtype | None) -> Tensor:
         """Return the teacher's logits, in the precision of the context around it or under autocast to `dtype`."""
         kind = next(self.teacher.parameters()).device.type
         with nullcontext() if dtype is None else torch.autocast(kind, dtype):
@@ -193,14 +198,15 @@ class MESA(Trajectory):
         Raises:
             RuntimeError: the weights are perturbed now.
         """
-        run = under_way()
-        if run is not None and run.stage in (Stage.DESCENT, Stage.FIRST):
+        step = under_way()
+        if step is not None and step.stage in (Stage.DESCENT, Stage.FIRST):
             raise RuntimeError(
-                f"update() cannot be called {run.stage.value}: the weights are perturbed; call it after step()"
+                f"update() cannot be called {step.stage.value}: the weights are perturbed; call it after step()"
             )
-        self._last = None
+        self._first_pass = None
+        # A forward that is still running reads the teacher's weights, which this changes.
         if self._begun is not None:
-            self._finish()  # of no use to anybody, but it reads the weights
+            self._finish_begun()
         pairs = list(zip(_tensors(self.teacher), _tensors(self._student[0]), strict=True))
         averaged = [(v, w) for v, w in pairs if v.is_floating_point() or v.is_complex()]
         averages = [torch.view_as_real(v) if v.is_complex() else v for v, _ in averaged]

@@ -69,8 +69,8 @@ class SAF(Trajectory):
         tau_squared: multiply the divergence by tau^2.
         ignore_index: class index of rows that do not count.
         reduction: "mean" over the rows that count, "sum", or "none" for a loss per row.
-        storage: "device"; "host" for pinned memory, where `prefetch` fetches the next batch's rows ahead; or a directory
-            for memory-mapped files. With "host" or a directory on a GPU ids have to be on the CPU.
+        storage: "device"; "host" for pinned memory, where `prefetch` fetches the next batch's records ahead; or a
+            directory for memory-mapped files. With "host", or a directory and a GPU, ids have to be on the CPU.
         resume: go on with the files in the directory. Without it a directory that holds a history is refused.
         sampler: the `SampleToRankSampler` in use; then this process keeps its own samples' records alone.
         save_history: whether `state_dict` holds the records. Without them a resumed run has no past for `lag` epochs,
@@ -115,17 +115,17 @@ class SAF(Trajectory):
         self.num_samples, self.num_classes, self.lag = num_samples, num_classes, lag
         self.sampler, self.storage, self.save_history = sampler, storage, save_history
         self._shared = storage not in ("device", "host") and _world_size() > 1
-        self._refuse_lost_samples()
-        rows = num_samples if sampler is None else sampler.rows
-        self._layout = Layout(rows, num_classes, lag, history_dtype)
+        self._check_processes()
+        own_samples = num_samples if sampler is None else sampler.num_own_samples
+        self._layout = Layout(own_samples, num_classes, lag, history_dtype)
         self._resume = resume
         self._history: History | None = None
         self._loaded: Fields | None = None
-        self._rows_seen = 0
+        self._rows_this_epoch = 0
         if device is not None:
             self._open(torch.device(device))
 
-    def _refuse_lost_samples(self) -> None:
+    def _check_processes(self) -> None:
         if _world_size() > 1 and self.sampler is None and not self._shared:
             raise RuntimeError(
                 f"{_world_size()} processes: a sample that moves to another one would not find its past there (the "
@@ -139,10 +139,10 @@ class SAF(Trajectory):
         return self._layout.nbytes
 
     def _open(self, device: torch.device) -> History:
-        where = device if self.storage == "device" else self.storage
-        logger.info("SAF's history, on %s: %s", where, self._layout)  # before any of it is allocated
-        open_ = open_shared if self._shared else History
-        self._history = open_(self._layout, self.storage, device, self._resume)
+        # The size is logged before any of it is allocated.
+        logger.info("SAF's history, on %s: %s", device if self.storage == "device" else self.storage, self._layout)
+        make = open_shared if self._shared else History
+        self._history = make(self._layout, self.storage, device, self._resume)
         if self._loaded is not None:
             self._history.load_state_dict(self._loaded)
             self._loaded = None
@@ -173,53 +173,53 @@ class SAF(Trajectory):
         capture.watch(lambda: (self.epoch, self.training, self.lam, self.tau))
         if not self.training or self.lam == 0:
             return self._cross_entropy(logits, targets)
-        run = under_way()
-        if run is not None and run.stage is Stage.FIRST:
+        step = under_way()
+        if step is not None and step.stage is Stage.FIRST:
             raise RuntimeError(
                 "SAF cannot follow first_step() and second_step(): the first pass has been recorded already. Use "
                 "opt.step(losses, ...), or `with opt.ascent(): ...` and `with opt.descent(): ...`"
             )
         history = self._history or self._open(logits.device)
         if capture.current() is not None and not history.direct:
-            raise RuntimeError(
-                "SAF's records are not on the device, so that its steps cannot be captured; use storage='device'"
-            )
-        ids = self._rows_of(sample_ids, logits.device if history.direct else torch.device("cpu"))
-        if run is None:
-            return self._plain(history, logits, targets, ids)
-        if run.stage is not Stage.DESCENT:  # recorded when the step ends, since all its passes read the same past
-            record = partial(self._record, history, logits.detach(), targets, ids, self.epoch)
-            run.at_end.append(record)
+            raise RuntimeError("SAF's records are not on the device, which a captured step needs; use storage='device'")
+        positions = self._positions(sample_ids, logits.device if history.direct else torch.device("cpu"))
+        if step is None:
+            return self._loss_and_record(history, logits, targets, positions)
+        # All passes of a fastsam optimizer's step read the same past, so the first is recorded when the step ends.
+        if step.stage is not Stage.DESCENT:
+            record = partial(self._record, history, logits.detach(), targets, positions, self.epoch)
+            step.at_end.append(record)
         if not self.active:
             return self._cross_entropy(logits, targets)
-        return self._loss(logits, targets, history.past(ids, self.epoch, record=False))
+        return self._loss(logits, targets, history.past(positions, self.epoch, record=False))
 
-    def _plain(self, history: History, logits: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
+    def _loss_and_record(self, history: History, logits: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
         if not self.active:
             loss = self._cross_entropy(logits, targets)
-            self._record(history, logits.detach(), targets, ids, self.epoch)
+            self._record(history, logits.detach(), targets, positions, self.epoch)
             return loss
-        loss = self._loss(logits, targets, history.past(ids, self.epoch, record=True))
+        loss = self._loss(logits, targets, history.past(positions, self.epoch, record=True))
+        # The loss's kernel has recorded where it can do so in place.
         if history.direct:
-            self._count(len(ids))
+            self._count(len(positions))
         else:
-            self._record(history, logits.detach(), targets, ids, self.epoch)
+            self._record(history, logits.detach(), targets, positions, self.epoch)
         return loss
 
-    def _record(self, history: History, logits: Tensor, targets: Tensor, ids: Tensor, epoch: int) -> None:
-        history.record(logits, targets, ids, epoch, self.ignore_index)
-        self._count(len(ids))
+    def _record(self, history: History, logits: Tensor, targets: Tensor, positions: Tensor, epoch: int) -> None:
+        history.record(logits, targets, positions, epoch, self.ignore_index)
+        self._count(len(positions))
 
-    def _count(self, rows: int) -> None:
-        """Notice that nobody calls `set_epoch`, without which there is no past."""
+    def _count(self, batch_rows: int) -> None:
+        """Warn where `set_epoch` seems not to be called, without which no sample has a past."""
         if (captured := capture.current()) is not None:
-            captured.calls.append(partial(self._count, rows))
+            captured.calls.append(partial(self._count, batch_rows))
             return
-        before, self._rows_seen = self._rows_seen, self._rows_seen + rows
-        if before <= 2 * self._layout.rows < self._rows_seen:
+        before, self._rows_this_epoch = self._rows_this_epoch, self._rows_this_epoch + batch_rows
+        if before <= 2 * self._layout.samples < self._rows_this_epoch:
             warnings.warn(
-                f"SAF has seen {self._rows_seen} rows of {self._layout.rows} samples in epoch {self.epoch}; call "
-                "set_epoch(e) at the start of every epoch, or no sample has a past",
+                f"SAF has seen {self._rows_this_epoch} rows of {self._layout.samples} samples in epoch {self.epoch}; "
+                "call set_epoch(e) at the start of every epoch, or no sample has a past",
                 stacklevel=2,
             )
 
@@ -227,11 +227,15 @@ class SAF(Trajectory):
         """Fetch the records of the next batch while the device works on this one; only host memory and files need it.
 
         Args:
-            sample_ids: those of the next call, on the CPU.
+            sample_ids: integers of shape [n] on the CPU, those of the next call.
+
+        Raises:
+            TypeError: sample_ids are no tensor of integers.
+            ValueError: a wrong shape, or an id out of range.
         """
         self._check_ids(sample_ids, len(sample_ids))
         if self._history is not None and self.active:
-            self._history.prefetch(self._rows_of(sample_ids, torch.device("cpu")), self.epoch)
+            self._history.prefetch(self._positions(sample_ids, torch.device("cpu")), self.epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch, counted from 1 as in the paper; with a shared directory, in all processes together.
@@ -242,12 +246,13 @@ class SAF(Trajectory):
             IndexError: a sample id was out of range since the last call.
         """
         super().set_epoch(epoch)
-        self._rows_seen = 0
+        self._rows_this_epoch = 0
         if self._history is not None:
             self._history.flush()
         if self._shared:
             dist.barrier()
-        self.check_ids()  # behind the barrier, where nobody waits for a process that raises
+        # After the barrier, so that no process waits there for one that raises.
+        self.check_ids()
 
     # sample ids
 
@@ -255,12 +260,12 @@ class SAF(Trajectory):
         """Wait for the device, and raise IndexError if a sample id on it was out of range since the last check."""
         if self._history is None:
             return
-        count, worst = self._history.errors.tolist()
+        count, position = self._history.errors.tolist()
         if count:
             self._history.errors.zero_()
             raise IndexError(
-                f"{count} sample ids were out of range, one of them row {worst}; they are in [0, {self.num_samples}), "
-                "and with a sampler on the rank it gives them to. These rows had no divergence and were not recorded"
+                f"{count} sample ids were out of range, one of them row {position}; they are in [0, {self.num_samples})"
+                ", and with a sampler on the rank it gives them to. These rows had no divergence and were not recorded"
             )
 
     def _check_ids(self, sample_ids: Any, n: int) -> None:
@@ -283,8 +288,11 @@ class SAF(Trajectory):
                     f"sample_ids hold one that SampleToRankSampler does not give to rank {self.sampler.rank}"
                 )
 
-    def _rows_of(self, sample_ids: Tensor, device: torch.device) -> Tensor:
-        """Return the rows of this process's history on `device`; -1, which is out of range, for a foreign sample."""
+    def _positions(self, sample_ids: Tensor, device: torch.device) -> Tensor:
+        """Return where this process's history keeps the samples: int64 of shape [n] on `device`.
+
+        A sample that the sampler gives to another rank gets -1, which is out of range.
+        """
         if sample_ids.device != device and device.type == "cpu":
             raise ValueError(
                 f"sample_ids are on {sample_ids.device}, but the records are not; keep the ids on "
@@ -293,8 +301,8 @@ class SAF(Trajectory):
         ids = sample_ids.to(device, torch.int64, non_blocking=True)
         if self.sampler is None:
             return ids.contiguous()
-        w, rank = self.sampler.num_replicas, self.sampler.rank
-        return torch.where(ids % w == rank, ids.div(w, rounding_mode="floor"), -1)
+        world, rank = self.sampler.num_replicas, self.sampler.rank
+        return torch.where(ids % world == rank, ids.div(world, rounding_mode="floor"), -1)
 
     # checkpoints
 
@@ -317,7 +325,7 @@ class SAF(Trajectory):
                 self._loaded = {name: field.clone() for name, field in records.items()}
             else:
                 self._history.load_state_dict(records)
-        self.epoch, self._rows_seen = state["epoch"], 0
+        self.epoch, self._rows_this_epoch = state["epoch"], 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SAF":
         """Follow `to`, `cuda` and `cpu`; the records keep their dtype."""

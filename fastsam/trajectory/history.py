@@ -1,13 +1,13 @@
-"""SAF's memory: what the model said of every sample in each of the last `lag` epochs.
+"""SAF's memory: the logits of every sample in each of the last `lag` epochs.
 
     record[e mod lag][id] = logits of epoch e,    tag[e mod lag][id] = e
 
-Epochs e and e - lag share a slot, so a row is read before it is overwritten and `lag` slots suffice. A row counts as
-the past of epoch e only if its tag is exactly e - lag: one that was never written, or that an epoch passed over, does
-not.
+Epochs e and e - lag share a slot, so a record is read before it is overwritten and `lag` slots suffice. A record counts
+as the past of epoch e only if its tag is exactly e - lag; one that was never written, or that an epoch passed over,
+does not.
 
-Where the records lie on the device of the logits, the kernel walks them in place. Otherwise, in host memory or in files,
-the rows of a batch travel: fetched before the loss, brought home after it.
+Where the records lie on the device of the logits, the kernel reads and writes them in place. Where they lie in host
+memory or in files, those of a batch are copied to the device before the loss, and the new ones back after it.
 """
 
 import os
@@ -46,106 +46,117 @@ class History:
         else:
             self._fields = map_files(layout, Path(storage), resume)
         self.errors = torch.zeros(2, dtype=torch.int64, device=device)
-        """How many sample ids were out of range, and one of them, as the kernel found."""
-        self._coming: _Travelling | None = None
-        self._leaving: _Travelling | None = None
+        """How many positions were out of range, and one of them, as the kernel found."""
+        self._prefetched: AsyncCopy | None = None
+        self._pending_write: AsyncCopy | None = None
 
     @property
     def direct(self) -> bool:
-        """Whether the kernel can walk the records where they are."""
-        return self._home == self.device
+        """Whether the kernel can read and write the records in place."""
+        return self._storage_device == self.device
 
     @property
-    def _home(self) -> torch.device:
+    def _storage_device(self) -> torch.device:
         return self._fields["tags"].device
 
     def _slot(self, epoch: int) -> Fields:
         return {name: field[epoch % self.layout.lag] for name, field in self._fields.items()}
 
-    def past(self, ids: Tensor, epoch: int, record: bool) -> Past:
+    def past(self, positions: Tensor, epoch: int, record: bool) -> Past:
         """Return where `trajectory_loss` finds the logits of `epoch - lag`, and where it records those of `epoch`.
 
         Args:
-            ids: int64 rows of this history, shape [n]; on `device` if the history is `direct`, else on the host.
+            positions: where this history keeps the batch's samples, int64 of shape [n]; on `device` if the history is
+                `direct`, else on the host.
             epoch: the present one, from 1.
             record: whether the loss records; only a `direct` history's does, others need `record` afterwards.
         """
-        wanted = epoch - self.layout.lag if epoch > self.layout.lag else -1  # 0 is the tag of what was never written
+        # 0 is the tag of what was never written.
+        wanted = epoch - self.layout.lag if epoch > self.layout.lag else -1
         if self.direct:
             slot = {name: field[:-1] for name, field in self._slot(epoch).items()}
-            return Past(slot["records"], slot.get("scales"), slot["tags"], ids, epoch, wanted, record, self.errors)
+            records, scales, tags = slot["records"], slot.get("scales"), slot["tags"]
+            return Past(records, scales, tags, positions, epoch, wanted, record, self.errors)
         self.flush()
-        fields = self._arrived(ids, epoch)
-        own = torch.arange(len(ids), device=self.device)
-        return Past(fields["records"], fields.get("scales"), fields["tags"], own, epoch, wanted, False, None)
+        fields = self._fetched(positions, epoch)
+        batch_rows = torch.arange(len(positions), device=self.device)
+        return Past(fields["records"], fields.get("scales"), fields["tags"], batch_rows, epoch, wanted, False, None)
 
-    def record(self, logits: Tensor, targets: Tensor, ids: Tensor, epoch: int, ignore_index: int) -> None:
-        """Record logits of shape [n, classes] as those of `epoch`; rows with an ignored target are left out.
+    def record(self, logits: Tensor, targets: Tensor, positions: Tensor, epoch: int, ignore_index: int) -> None:
+        """Record the logits as those of `epoch`; rows with an ignored target are left out.
 
         Args:
-            logits: on `device`.
+            logits: of shape [n, classes], on `device`.
             targets: as for `trajectory_loss`.
-            ids: as for `past`.
+            positions: as for `past`.
             epoch: the present one.
             ignore_index: of int64 targets.
         """
         if self.direct:
-            ops.pick([logits]).record_(logits, self.past(ids, epoch, True), targets, ignore_index)
+            ops.pick([logits]).record_(logits, self.past(positions, epoch, True), targets, ignore_index)
             return
         self.flush()
-        fields = self._blank(len(ids))
-        own = torch.arange(len(ids), device=self.device)
-        block = Past(fields["records"], fields.get("scales"), fields["tags"], own, epoch, 0, True, None)
-        ops.pick([logits]).record_(logits, block, targets, ignore_index)
-        self._leaving = _Travelling(ids, epoch, fields, self._home)
+        fields = self._zeros(len(positions))
+        batch_rows = torch.arange(len(positions), device=self.device)
+        batch = Past(fields["records"], fields.get("scales"), fields["tags"], batch_rows, epoch, 0, True, None)
+        ops.pick([logits]).record_(logits, batch, targets, ignore_index)
+        self._pending_write = AsyncCopy(positions, epoch, fields, self._storage_device)
 
-    def prefetch(self, ids: Tensor, epoch: int) -> None:
-        """Set the rows of the next batch in motion while the device is busy with this one; `ids` as for `past`."""
+    def prefetch(self, positions: Tensor, epoch: int) -> None:
+        """Start to copy the records of the next batch while the device works on this one.
+
+        Args:
+            positions: as for `past`, those of the next batch.
+            epoch: the present one.
+        """
         if not self.direct:
-            self._coming = self._fetch(ids, epoch)
+            self._prefetched = self._fetch(positions, epoch)
 
     def flush(self) -> None:
-        """Write the rows that are on their way home."""
-        leaving, self._leaving = self._leaving, None
-        if leaving is None:
+        """Wait for the copy of the last batch's records, and write them into the storage."""
+        pending, self._pending_write = self._pending_write, None
+        if pending is None:
             return
-        fields = leaving.arrive(wait=True)
-        rows = torch.where(fields["tags"] > 0, self._rows(leaving.ids).to(self._home), self.layout.rows)
-        slot = self._slot(leaving.epoch)
-        slot["tags"].index_fill_(0, rows, NEVER)  # a row that an interrupt leaves half-written is nobody's past
+        fields = pending.result(wait=True)
+        is_recorded = fields["tags"] > 0
+        kept = self._without_repeats(pending.positions).to(self._storage_device)
+        positions = torch.where(is_recorded, kept, self.layout.samples)
+        slot = self._slot(pending.epoch)
+        # The tags are cleared first and written last, so that an interrupt leaves no tag on a half-written record.
+        slot["tags"].index_fill_(0, positions, NEVER)
         for name in sorted(slot, key="tags".__eq__):
-            slot[name].index_copy_(0, rows, fields[name])
+            slot[name].index_copy_(0, positions, fields[name])
 
-    def _blank(self, n: int) -> Fields:
+    def _zeros(self, n: int) -> Fields:
         fields = self.layout.fields().items()
         return {name: torch.zeros((n, *shape[2:]), dtype=dtype, device=self.device) for name, (shape, dtype) in fields}
 
-    def _fetch(self, ids: Tensor, epoch: int) -> "_Travelling":
+    def _fetch(self, positions: Tensor, epoch: int) -> "AsyncCopy":
         self.flush()
-        rows = self._rows(ids).to(self._home)
-        fields = {name: field.index_select(0, rows) for name, field in self._slot(epoch).items()}
-        fields["tags"] = self._tags(rows, epoch)
-        return _Travelling(ids, epoch, fields, self.device)
+        stored = self._without_repeats(positions).to(self._storage_device)
+        fields = {name: field.index_select(0, stored) for name, field in self._slot(epoch).items()}
+        fields["tags"] = self._tags(stored, epoch)
+        return AsyncCopy(positions, epoch, fields, self.device)
 
-    def _arrived(self, ids: Tensor, epoch: int) -> Fields:
-        """Return the rows on `device`, those that were fetched ahead if they are these."""
-        coming, self._coming = self._coming, None
-        if coming is None or coming.epoch != epoch or not torch.equal(coming.ids, ids):
-            return self._fetch(ids, epoch).arrive()
-        # a row that was recorded since has another tag now
-        tags = _Travelling(ids, epoch, {"tags": self._tags(self._rows(ids).to(self._home), epoch)}, self.device)
-        return coming.arrive() | tags.arrive()
+    def _fetched(self, positions: Tensor, epoch: int) -> Fields:
+        """Return the batch's records on `device`: those that were prefetched if they are of this batch."""
+        copy, self._prefetched = self._prefetched, None
+        if copy is None or copy.epoch != epoch or not torch.equal(copy.positions, positions):
+            return self._fetch(positions, epoch).result()
+        # What was recorded since the prefetch has another tag now.
+        tags = self._tags(self._without_repeats(positions).to(self._storage_device), epoch)
+        return copy.result() | AsyncCopy(positions, epoch, {"tags": tags}, self.device).result()
 
-    def _tags(self, rows: Tensor, epoch: int) -> Tensor:
-        tags = self._slot(epoch)["tags"].index_select(0, rows)
-        return torch.where(rows == self.layout.rows, 0, tags)
+    def _tags(self, stored: Tensor, epoch: int) -> Tensor:
+        tags = self._slot(epoch)["tags"].index_select(0, stored)
+        return torch.where(stored == self.layout.samples, 0, tags)
 
-    def _rows(self, ids: Tensor) -> Tensor:
-        """Return ids, but the spare row where an earlier row of the batch has the same one."""
-        order = ids.argsort(stable=True)
-        repeated = torch.zeros_like(ids, dtype=torch.bool)
-        repeated[order[1:]] = ids[order[1:]] == ids[order[:-1]]
-        return torch.where(repeated, self.layout.rows, ids)
+    def _without_repeats(self, positions: Tensor) -> Tensor:
+        """Return the positions, but the spare last one where an earlier row of the batch has the same one."""
+        order = positions.argsort(stable=True)
+        is_repeated = torch.zeros_like(positions, dtype=torch.bool)
+        is_repeated[order[1:]] = positions[order[1:]] == positions[order[:-1]]
+        return torch.where(is_repeated, self.layout.samples, positions)
 
     # checkpoints
 
@@ -161,66 +172,80 @@ class History:
             ValueError: the layout is another; nothing is changed.
         """
         self.layout.check(state)
-        self._coming = self._leaving = None
+        self._prefetched = self._pending_write = None
         for name, field in self._fields.items():
             field.copy_(state[name])
 
     def to(self, device: torch.device) -> None:
         """Follow the model to another device; records in host memory or in files stay there."""
         self.flush()
-        self._coming, self.device, self.errors = None, device, self.errors.to(device)
+        self._prefetched, self.device, self.errors = None, device, self.errors.to(device)
         if self.storage == "device":
             self._fields = {name: field.to(device) for name, field in self._fields.items()}
 
 
-class _Travelling:
-    """Rows of one batch between two devices; on their way from the moment of construction."""
+class AsyncCopy:
+    """The records of one batch, copied to another device without waiting; the copy starts with the construction.
 
-    def __init__(self, ids: Tensor, epoch: int, fields: Fields, to: torch.device) -> None:
-        self.ids, self.epoch, self._event = ids, epoch, None
-        if fields["tags"].device != to:
-            fields = {name: _start(field, to) for name, field in fields.items()}
+    Args:
+        positions: of the batch's samples in the history, int64 of shape [n].
+        epoch: whose slot the records are of.
+        fields: what is copied, "tags" among them; not copied if it is on the device already.
+        device: where it is copied to.
+    """
+
+    def __init__(self, positions: Tensor, epoch: int, fields: Fields, device: torch.device) -> None:
+        self.positions, self.epoch, self._event = positions, epoch, None
+        if fields["tags"].device != device:
+            fields = {name: _start_copy(field, device) for name, field in fields.items()}
             self._event = torch.cuda.Event()
             self._event.record()
         self._fields = fields
 
-    def arrive(self, wait: bool = False) -> Fields:
-        """Return the rows; with `wait` they are there, else later work on the device finds them there."""
+    def result(self, wait: bool = False) -> Fields:
+        """Return the copies; they are complete if `wait`, else for work that is queued on the device from now on."""
         if wait and self._event is not None:
             self._event.synchronize()
         return self._fields
 
 
-def _start(field: Tensor, to: torch.device) -> Tensor:
-    """Copy through pinned memory, without waiting; torch keeps it alive until the copy is done."""
-    if to.type == "cpu":
+def _start_copy(field: Tensor, device: torch.device) -> Tensor:
+    """Copy through pinned memory without waiting; torch keeps that memory until the copy is done."""
+    if device.type == "cpu":
         return torch.empty(field.shape, dtype=field.dtype, pin_memory=True).copy_(field, non_blocking=True)
-    return field.pin_memory().to(to, non_blocking=True)
+    return field.pin_memory().to(device, non_blocking=True)
 
 
 def open_shared(layout: Layout, storage: str | os.PathLike, device: torch.device, resume: bool) -> History:
     """Return a history in files that all processes of the default group map; every process has to call it.
 
+    Args:
+        layout: what is kept.
+        storage: a directory that all processes share.
+        device: where the logits are.
+        resume: take over the files in the directory, rather than refuse to.
+
     Raises:
         RuntimeError: rank 0 could not make it, or a process does not see rank 0's directory; on every rank.
     """
-    mark = Path(storage) / "shared"
-    history, said = None, [""]
+    token = Path(storage) / "shared"
+    history, message = None, [""]
     if dist.get_rank() == 0:
+        # A failure is told to all ranks, since they wait for this one.
         try:
             history = History(layout, storage, device, resume)
-            said = [uuid.uuid4().hex]
-            mark.write_text(said[0])
-        except Exception as error:  # told to all ranks, which would wait for this one
-            said = [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(said, src=0)
-    seen: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(seen, mark.exists() and mark.read_text() == said[0])
-    if not seen[0]:
-        raise RuntimeError(f"rank 0 could not open SAF's history: {said[0]}")
-    if not all(seen):
-        blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+            message = [uuid.uuid4().hex]
+            token.write_text(message[0])
+        except Exception as error:
+            message = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(message, src=0)
+    sees_token: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(sees_token, token.exists() and token.read_text() == message[0])
+    if not sees_token[0]:
+        raise RuntimeError(f"rank 0 could not open SAF's history: {message[0]}")
+    if not all(sees_token):
+        others = ", ".join(str(rank) for rank, sees in enumerate(sees_token) if not sees)
         raise RuntimeError(
-            f"ranks {blind} do not see rank 0's {storage}; SAF's history needs a directory that all share"
+            f"ranks {others} do not see rank 0's {storage}; SAF's history needs a directory that all share"
         )
     return history or History(layout, storage, device, resume=True)

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable would import the compiler, and Triton
+
+# torch.compiler.disable would import the compiler, and Triton with it.
+from torch._compile import _disable_dynamo as uncompiled
 
 from fastsam.kernels import ops
 from fastsam.kernels.reference import Past
@@ -37,12 +39,20 @@ class _TrajectoryLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradient, scale = ctx.saved_tensors
-        factor = (grad_output * scale).view(-1, 1)  # never rounded to 16 bits, where a loss scale may overflow
+        # The factor is not rounded to 16 bits, in which a loss scale may overflow.
+        factor = (grad_output * scale).view(-1, 1)
         return (gradient * factor).to(gradient.dtype), None, None, None
 
 
 class Trajectory(nn.Module):
-    """What both losses share: cross-entropy, and from the epoch after `start_epoch` on the divergence from the past."""
+    """What both losses share: cross-entropy, and from the epoch after `start_epoch` on the divergence from the past.
+
+    The arguments are those of `SAF` and `MESA`, where they are described.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, named with its value.
+    """
 
     def __init__(
         self,
@@ -116,7 +126,14 @@ class Trajectory(nn.Module):
 
 
 def check_number(name: str, value: Any, fits: Callable[[float], bool], words: str) -> None:
-    """Raise TypeError unless value is a number, ValueError unless it is finite and `fits`, which `words` describe."""
+    """Raise TypeError unless the value is a number, ValueError unless it is finite and fits.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        fits: whether a number is in range.
+        words: what `fits` says, for the message.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not (math.isfinite(value) and fits(value)):
@@ -124,7 +141,13 @@ def check_number(name: str, value: Any, fits: Callable[[float], bool], words: st
 
 
 def check_integer(name: str, value: Any, smallest: int) -> None:
-    """Raise TypeError unless value is an integer, ValueError if it is smaller than `smallest`."""
+    """Raise TypeError unless the value is an integer, ValueError if it is too small.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        smallest: that is allowed.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
     if value < smallest:

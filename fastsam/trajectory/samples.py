@@ -32,7 +32,8 @@ class IndexedDataset(Dataset):
         return (*item, index) if isinstance(item, tuple) else (item, index)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # while it is being unpickled
+        # While it is being unpickled there is no dataset yet.
+        if name == "dataset":
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -79,7 +80,7 @@ class SampleToRankSampler(Sampler[int]):
         self.epoch = 0
 
     @property
-    def rows(self) -> int:
+    def num_own_samples(self) -> int:
         """Number of samples that belong to this rank."""
         return len(range(self.rank, self.num_samples, self.num_replicas))
 
@@ -93,6 +94,7 @@ class SampleToRankSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         own = np.arange(self.rank, self.num_samples, self.num_replicas)
-        if self.shuffle:  # in an order of its own, or the same samples of all ranks would always meet
+        # Every rank draws an order of its own, or the same samples of all ranks would always share a batch.
+        if self.shuffle:
             own = np.random.default_rng((self.seed, self.epoch, self.rank)).permutation(own)
         return iter(np.resize(own, len(self)).tolist())

@@ -10,53 +10,64 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8)
 _WIDE, _PADDING = 8, 16
-"""Rows whose length is no multiple of 8 are padded to one of 16, so that all can be moved in wide accesses."""
+"""A record whose length is no multiple of 8 is padded to one of 16, so that all can be moved in wide accesses."""
 
 Fields = dict[str, Tensor]
-"""Tensors of equal leading size by name: tags and records, and what a format needs besides."""
+"""Tensors of equal leading sizes by name: tags and records, and with int8 the records' scales."""
 
 
 class Layout(NamedTuple):
-    """What decides the memory of a history; histories of one layout can take over each other's records."""
+    """What decides the memory of a history; a history can take over the records of another one of the same layout."""
 
-    rows: int
+    samples: int
     classes: int
     lag: int
     dtype: torch.dtype
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return shape and dtype of every tensor; the row behind the last takes what is not to be recorded."""
-        slots = self.lag, self.rows + 1
-        fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"tags": (slots, torch.int32)}
+        """Return shape and dtype of every tensor of a history.
+
+        "tags" are int32 of shape [lag, samples + 1], "records" of shape [lag, samples + 1, width >= classes], and
+        "scales", with int8, float32 of shape [lag, samples + 1]. The last position takes what is not to be recorded.
+        """
+        slots = self.lag, self.samples + 1
         width = -(-self.classes // _PADDING) * _PADDING if self.classes % _WIDE else self.classes
-        fields["records"] = (*slots, width), self.dtype
+        fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "tags": (slots, torch.int32),
+            "records": ((*slots, width), self.dtype),
+        }
         if self.dtype == torch.int8:
             fields["scales"] = slots, torch.float32
         return fields
 
     def check(self, fields: Fields) -> None:
         """Raise ValueError unless these are the fields of a history of this layout."""
-        found = {name: (tuple(field.shape), field.dtype) for name, field in fields.items()}
-        if found != self.fields():
+        actual = {name: (tuple(field.shape), field.dtype) for name, field in fields.items()}
+        if actual != self.fields():
             raise ValueError(
-                f"the checkpoint's history is of other samples, classes, lag or format: {_words(found)}; here it is "
-                f"{_words(self.fields())}. Make SAF as it was then, or with save_history=False to go on without records"
+                f"the checkpoint's history is of other samples, classes, lag or format: {_describe(actual)}; here it "
+                f"is {_describe(self.fields())}. Make SAF as it was then, or with save_history=False to go on without "
+                "records"
             )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all records and tags."""
+        """Bytes of all tensors."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.fields().values())
 
+    def as_json(self) -> dict[str, int | str]:
+        """Return what identifies this layout in a directory of files; "rows" is the number of samples."""
+        return {"rows": self.samples, "classes": self.classes, "lag": self.lag, "dtype": _name(self.dtype)}
+
     def __str__(self) -> str:
-        return f"{self.lag} x {self.rows} x {self.classes} logits in {_name(self.dtype)}: {readable(self.nbytes)}"
+        return f"{self.lag} x {self.samples} x {self.classes} logits in {_name(self.dtype)}: {readable(self.nbytes)}"
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _words(fields: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+def _describe(fields: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
     return ", ".join(f"{name} {list(shape)} {_name(dtype)}" for name, (shape, dtype) in fields.items())
 
 
@@ -69,26 +80,46 @@ def readable(nbytes: float) -> str:
     return f"{nbytes:.3g} GB"
 
 
-def allocate(layout: Layout, home: torch.device, device: torch.device) -> Fields:
-    refuse_if_too_big(layout, str(home), _free_memory(home))
-    pinned = home.type == "cpu" and device.type == "cuda"
+def allocate(layout: Layout, storage_device: torch.device, device: torch.device) -> Fields:
+    """Return the tensors of a new history, all zeros.
+
+    Args:
+        layout: what is kept.
+        storage_device: where the tensors are to lie; the CPU's are pinned if `device` is a GPU.
+        device: where the logits are.
+
+    Raises:
+        MemoryError: they do not fit.
+    """
+    refuse_if_too_big(layout, str(storage_device), _free_memory(storage_device))
+    is_pinned = storage_device.type == "cpu" and device.type == "cuda"
     return {
-        name: torch.zeros(shape, dtype=dtype, device=home, pin_memory=pinned)
+        name: torch.zeros(shape, dtype=dtype, device=storage_device, pin_memory=is_pinned)
         for name, (shape, dtype) in layout.fields().items()
     }
 
 
 def map_files(layout: Layout, directory: Path, resume: bool) -> Fields:
-    """Return the tensors of a history in files, which all processes that map them share."""
-    about, description = directory / "history.json", layout._asdict() | {"dtype": _name(layout.dtype)}
-    if about.exists() and not resume:
-        raise FileExistsError(f"{directory} holds the history of an earlier run; delete it, or go on with resume=True")
+    """Return the tensors of a history in files, which all processes that map them share.
+
+    Args:
+        layout: what is kept.
+        directory: where the files are, or are made.
+        resume: take over what the files hold.
+
+    Raises:
+        FileExistsError: the directory holds a history, and resume is False.
+        ValueError: it holds none or one of another layout, and resume is True.
+        MemoryError: new files do not fit onto the disk.
+    """
+    description = directory / "history.json"
     if resume:
-        # a directory written while there were top-k histories says "top_k": null
-        found = {k: v for k, v in json.loads(about.read_text()).items() if v is not None} if about.exists() else None
-        if found != description:
-            raise ValueError(f"{directory} holds {found}, not the history {description}; it cannot be resumed")
+        _check_description(layout, description)
     else:
+        if description.exists():
+            raise FileExistsError(
+                f"{directory} holds the history of an earlier run; delete it, or go on with resume=True"
+            )
         directory.mkdir(parents=True, exist_ok=True)
         refuse_if_too_big(layout, str(directory), shutil.disk_usage(directory).free)
     fields = {}
@@ -96,14 +127,32 @@ def map_files(layout: Layout, directory: Path, resume: bool) -> Fields:
         path = directory / f"{name}.bin"
         if not resume:
             path.unlink(missing_ok=True)
-        size = torch.Size(shape).numel()  # a new file is all zeros, and takes no room before it is written
+        # A new file is all zeros, and takes no room on the disk before it is written to.
+        size = torch.Size(shape).numel()
         fields[name] = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
-    about.write_text(json.dumps(description))
+    description.write_text(json.dumps(layout.as_json()))
     return fields
 
 
+def _check_description(layout: Layout, description: Path) -> None:
+    actual = json.loads(description.read_text()) if description.exists() else {}
+    # Earlier versions wrote "top_k": null for the histories that there are now.
+    actual = {key: value for key, value in actual.items() if value is not None}
+    if actual != layout.as_json():
+        raise ValueError(
+            f"{description.parent} holds {actual or 'no history'}, not the history {layout.as_json()}; it cannot be "
+            "resumed"
+        )
+
+
 def refuse_if_too_big(layout: Layout, where: str, free: int | None) -> None:
-    """Raise MemoryError if a history does not fit into the bytes that are free; None means nobody knows."""
+    """Raise MemoryError if a history does not fit.
+
+    Args:
+        layout: of the history.
+        where: the device or directory, for the message.
+        free: bytes that are free there; None if that is not known.
+    """
     if free is None or layout.nbytes <= free:
         return
     smaller = layout._replace(dtype=torch.int8)

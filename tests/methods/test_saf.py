@@ -277,7 +277,7 @@ def test_records_fetched_ahead_are_those_fetched_late(backend, monkeypatch):
                 losses.append(ours(model(X[ids]) * epoch, Y[ids], ids).detach())
                 if ahead and i + 1 < len(parts):
                     ours.prefetch(parts[i + 1])
-                    assert ours._history._coming is not None or not ours.active
+                    assert ours._history._prefetched is not None or not ours.active
         results.append(torch.stack(losses))
     assert torch.equal(*results)
 
