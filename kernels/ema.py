@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference_trajectory_loss
+from fastsam.kernels import reference_ema
 from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
 from fastsam.kernels.launch import ELEMENTS, block_size, launch, on_device, split, to_device, wide, widest
 
@@ -59,10 +59,10 @@ def _ema_kernel(
 @torch.no_grad()
 def ema_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float, found_inf: Tensor | None = None) -> None:
     """Set each average v to decay v + (1 - decay) w; see `reference.ema_`. One launch for each dtype pair."""
-    reference_trajectory_loss.check_decay(decay)
+    reference_ema.check_decay(decay)
     launches, rest = split(averages, values)
     if rest:
-        reference_trajectory_loss.ema_([averages[i] for i in rest], [values[i] for i in rest], decay, found_inf)
+        reference_ema.ema_([averages[i] for i in rest], [values[i] for i in rest], decay, found_inf)
     for each in launches:
         size = block_size(*each.dtypes)
         work = each.table(size, None, ((1 - decay,),))

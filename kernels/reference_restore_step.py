@@ -1,4 +1,4 @@
-"""Plain-torch twins of what ends a step: the restore of the weights, and SGD's and Adam's step from there."""
+"""Reference implementations of the restore of the weights and of SGD's step from there; and what every step shares."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsam.kernels.reference import arithmetic_dtype, place
+from fastsam.kernels.reference_common import arithmetic_dtype, place
 from fastsam.kernels.tensor_list import Backup, buckets, same_layout
 
 
@@ -18,19 +18,6 @@ class SGDOptions(NamedTuple):
     dampening: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
-    maximize: bool = False
-
-
-class AdamOptions(NamedTuple):
-    """Hyperparameters of torch.optim.Adam, or with `decoupled` of AdamW, for one tensor."""
-
-    lr: float | Tensor
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    decoupled: bool = False
-    amsgrad: bool = False
     maximize: bool = False
 
 
@@ -70,77 +57,33 @@ def restore_sgd_step_(
         grad_scale: 0-dim float32 tensor, a GradScaler's scale; None means the gradients are unscaled.
         found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
     """
-    _restore_from(weights, sources)
-    for rows in _alike(options, weights, grads, momentum_buffers):
+    restore_from(weights, sources)
+    for rows in alike(options, weights, grads, momentum_buffers):
         o = options[rows[0]]
         buffers = [b for i in rows if (b := momentum_buffers[i]) is not None]
-        lists = _Dense([weights[i] for i in rows], [grads[i] for i in rows], buffers)
+        lists = DenseLists([weights[i] for i in rows], [grads[i] for i in rows], buffers)
         torch._fused_sgd_(
             *lists.tensors,
             weight_decay=o.weight_decay, momentum=o.momentum, lr=o.lr, dampening=o.dampening,
             nesterov=o.nesterov, maximize=o.maximize, is_first_step=False,
-            grad_scale=_to(grad_scale, weights[rows[0]]), found_inf=_to(found_inf, weights[rows[0]]),
+            grad_scale=to_device_of(weights[rows[0]], grad_scale), found_inf=to_device_of(weights[rows[0]], found_inf),
         )  # fmt: skip
         lists.write_back()
 
 
-@torch.no_grad()
-def restore_adam_step_(
-    weights: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor | None],
-    steps: Sequence[Tensor],
-    options: Sequence[AdamOptions],
-    *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """Set each weight to its source, then take torch.optim.Adam's or AdamW's step from there.
-
-    Args:
-        weights: tensors to update in place.
-        sources: for each weight its backup, or the weight itself where it was not perturbed.
-        grads: final gradients; divided in place by `grad_scale` if given.
-        exp_avgs: first moments, updated in place.
-        exp_avg_sqs: second moments, updated in place.
-        max_exp_avg_sqs: largest second moments so far, updated in place; None without amsgrad.
-        steps: 0-dim float32 step counters on the weights' devices, advanced in place.
-        options: hyperparameters for each tensor.
-        grad_scale: 0-dim float32 tensor, a GradScaler's scale; None means the gradients are unscaled.
-        found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
-    """
-    _restore_from(weights, sources)
-    for rows in _alike(options, weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
-        o, counters = options[rows[0]], [steps[i] for i in rows]
-        largest = [x for i in rows if (x := max_exp_avg_sqs[i]) is not None]
-        lists = _Dense(*([source[i] for i in rows] for source in (weights, grads, exp_avgs, exp_avg_sqs)), largest)
-        inf = _to(found_inf, weights[rows[0]])
-        torch._foreach_add_(counters, 1)
-        step = torch._fused_adamw_ if o.decoupled else torch._fused_adam_
-        step(  # type: ignore[call-overload]
-            *lists.tensors, counters,
-            lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay, eps=o.eps, amsgrad=o.amsgrad,
-            maximize=o.maximize, grad_scale=_to(grad_scale, weights[rows[0]]), found_inf=inf,
-        )  # fmt: skip
-        if inf is not None:
-            torch._foreach_sub_(counters, [inf] * len(counters))
-        lists.write_back()
-
-
-def _restore_from(weights: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def restore_from(weights: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Set each weight to its source, which may be the weight itself."""
     rows = [i for i, (w, s) in enumerate(zip(weights, sources, strict=True)) if w is not s]
     if rows:
         torch._foreach_copy_([weights[i] for i in rows], [sources[i] for i in rows])
 
 
-def _to(scalar: Tensor | None, like: Tensor) -> Tensor | None:
+def to_device_of(like: Tensor, scalar: Tensor | None) -> Tensor | None:
+    """Return the scalar on the device of `like`; None stays None."""
     return None if scalar is None else scalar.to(like.device, non_blocking=True)
 
 
-def _alike(options: Sequence[tuple], *lists: Sequence[Tensor | None]) -> list[list[int]]:
+def alike(options: Sequence[tuple], *lists: Sequence[Tensor | None]) -> list[list[int]]:
     """Positions of parameters that one call serves: of a device, a dtype and options, all fusable or none."""
     distinct = {id(o): o for o in options}
     # tensors compare elementwise; two options with a tensor lr are alike only if it is the same tensor
@@ -174,7 +117,7 @@ def _is_fusable(*tensors: Tensor) -> bool:
     return same_layout(tensors) and all(t.dtype == tensors[0].dtype for t in tensors)
 
 
-class _Dense:
+class DenseLists:
     """The same lists in one layout and dtype: themselves where they agree already, else copies to be written back."""
 
     def __init__(self, *lists: list[Tensor]) -> None:
@@ -185,6 +128,7 @@ class _Dense:
             self.tensors = tuple([t.to(wide).contiguous() for t in tensors] for tensors in lists)
 
     def write_back(self) -> None:
+        """Copy what the copies hold into their originals."""
         for originals, tensors in zip(self.originals, self.tensors, strict=True):
             for original, tensor in zip(originals, tensors, strict=True):
                 if original is not tensor:

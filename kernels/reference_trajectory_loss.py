@@ -1,4 +1,4 @@
-"""Plain-torch twins of the losses of trajectory methods: cross-entropy with a pull to the past, and moving averages.
+"""Reference implementation of the loss of trajectory methods: cross-entropy with a KL divergence from the past.
 
     q = softmax(logits / tau), p = softmax(past / tau)
     loss of a row = cross-entropy(logits, target) + weight KL(p || q)
@@ -7,15 +7,13 @@
 SPEC 1.4 and 1.5 with weight = lambda tau^2. A past is the teacher's logits, or what a history recorded of the samples.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsam.kernels import reference
-from fastsam.kernels.tensor_list import buckets
+from fastsam.kernels.reference_common import arithmetic_dtype, reads_scalars
 
 LOGITS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of logits; a history may be any of them, or int8."""
@@ -154,7 +152,7 @@ def trajectory_loss(
     """
     check_loss(logits, targets, past, tau, reduction)
     ignored = _ignored(targets, ignore_index)
-    shifted, probabilities = _exponentials(logits.to(reference.arithmetic_dtype(logits.dtype)))
+    shifted, probabilities = _exponentials(logits.to(arithmetic_dtype(logits.dtype)))
     sums = probabilities.sum(1, keepdim=True)
     gradient = probabilities.div_(sums)
     if targets.is_floating_point():
@@ -198,49 +196,12 @@ def check_record(logits: Tensor, past: Past, targets: Tensor | None) -> None:
     check_loss(logits, targets, past)
 
 
-@torch.no_grad()
-def ema_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float, found_inf: Tensor | None = None) -> None:
-    """Set each average v to decay v + (1 - decay) w (SPEC Eq. 10), as v + (1 - decay)(w - v), which keeps v = w.
-
-    Args:
-        averages: floating tensors to update in place; computed in float64 where either side is, else in float32.
-        values: tensors of the same shapes on the same devices, of any floating dtypes.
-        decay: from 0 to 1.
-        found_inf: 0-dim tensor; where it is not 0 the averages stay as they are.
-
-    Raises:
-        ValueError: decay is out of range.
-    """
-    check_decay(decay)
-    if found_inf is not None and reference._reads_scalars(found_inf.device):
-        if bool(found_inf):
-            return
-        found_inf = None
-    keys = ((v.device, v.dtype, w.dtype) for v, w in zip(averages, values, strict=True))
-    for rows in buckets(keys):
-        v, w = [averages[i] for i in rows], [values[i] for i in rows]
-        wide = torch.promote_types(torch.promote_types(v[0].dtype, w[0].dtype), torch.float32)
-        moved = [t.to(wide, copy=found_inf is not None) for t in v]
-        torch._foreach_lerp_(moved, [t.to(wide) for t in w], 1 - decay)
-        if found_inf is not None:
-            skipped = found_inf.to(v[0].device) != 0
-            moved = [torch.where(skipped, old, new) for old, new in zip(v, moved, strict=True)]
-        if moved[0] is not v[0]:
-            torch._foreach_copy_(v, moved)
-
-
-def check_decay(decay: float) -> None:
-    """Raise ValueError unless an average with this decay is one."""
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must be from 0 to 1, got {decay}")
-
-
 def _ignored(targets: Tensor | None, ignore_index: int) -> Tensor | None:
     """Rows with an ignored target; None where there is none."""
     if targets is None or targets.is_floating_point():
         return None
     ignored = targets == ignore_index
-    return None if reference._reads_scalars(ignored.device) and not ignored.any() else ignored
+    return None if reads_scalars(ignored.device) and not ignored.any() else ignored
 
 
 def _exponentials(x: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -284,7 +245,7 @@ def _find_rows(past: Past, ignored: Tensor | None) -> _Rows:
     ids, n_samples = past.ids, len(past.rows)
     if ids is None:
         return _Rows(None, None)
-    if ignored is None and reference._reads_scalars(ids.device) and _are_distinct(ids, n_samples):
+    if ignored is None and reads_scalars(ids.device) and _are_distinct(ids, n_samples):
         return _Rows(ids, None)
     inside = (ids >= 0) & (ids < n_samples)
     counted = torch.ones_like(inside) if ignored is None else ~ignored
@@ -311,7 +272,7 @@ def _pull(
     shifted: Tensor, losses: Tensor, gradient: Tensor, past: Past, rows: _Rows, tau: float, weight: float
 ) -> None:
     """Add weight KL(past || current) to the losses of rows that have a past, and its gradient to theirs."""
-    may_look = reference._reads_scalars(losses.device)
+    may_look = reads_scalars(losses.device)
     valid = rows.taking_part
     if past.tags is not None and rows.ids is not None:
         fresh = past.tags.index_select(0, rows.ids) == past.wanted
@@ -380,7 +341,7 @@ def _encode(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def _fits_half(logits: Tensor) -> bool:
     """Whether all logits are known to be in float16's range."""
-    if not reference._reads_scalars(logits.device):
+    if not reads_scalars(logits.device):
         return False
     lowest, highest = logits.aminmax()
     return bool(lowest >= -LARGEST_HALF) and bool(highest <= LARGEST_HALF)

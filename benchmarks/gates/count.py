@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsam
 from fastsam import ESAM, MESA, MSAM, SAF, SAM
-from fastsam.kernels import reference
+from fastsam.kernels import reference_common
 
 RECORD = Path(__file__).with_name("counts.json")
 WARM_UP = 2
@@ -262,7 +262,7 @@ def count_step(build: Build, backend: str) -> Counts:
 def measure(name: str) -> dict[str, dict[str, int]]:
     """Return all counts of a method."""
     ours = count_step(METHODS[name], "triton")
-    with patch.object(reference, "READ_SCALARS", False):
+    with patch.object(reference_common, "READ_SCALARS", False):
         twin = count_step(METHODS[name], "torch")
     found = {"launches": ours.launches, "operations": ours.operations, "reads": ours.reads, "twin reads": twin.reads}
     return {kind: dict(sorted(counter.items())) for kind, counter in found.items()}

@@ -41,10 +41,10 @@ OURS, AGAIN, TWIN = "ours", "ours again", "torch.compile of the twin"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TESTS = {
     "cuda": [
-        *("test_kernels.py", "test_kernel_steps.py", "test_kernel_launches.py", "test_select.py"),
-        *("test_trajectory_loss.py", "test_ema.py", "test_graph.py"),
+        *("kernels/test_kernels.py", "kernels/test_kernel_steps.py", "kernels/test_kernel_launches.py", "kernels/test_select.py"),
+        *("kernels/test_trajectory_loss.py", "kernels/test_ema.py", "graph/test_graph.py"),
     ],
-    "cpu": ["test_reference.py"],
+    "cpu": ["kernels/test_reference.py"],
 }
 """The tests of the kernels and of captured steps, and of the twins."""
 _UNITS = 4  # in the last place of the dtype, root mean square

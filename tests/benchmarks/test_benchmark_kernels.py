@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastsam.kernels import reference_common
+
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "benchmarks").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
@@ -27,7 +29,7 @@ cases = pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 
 @pytest.fixture
 def green(monkeypatch):
-    monkeypatch.setitem(kernels.TESTS, "cpu", ["test_readme.py"])
+    monkeypatch.setitem(kernels.TESTS, "cpu", ["packaging/test_readme.py"])
 
 
 @pytest.mark.parametrize(("name", "tensors", "parameters"), [
@@ -135,7 +137,7 @@ def test_our_own_wrong_numbers_stop_everything():
 
 
 def test_the_compiled_twin_serves_all_copies_of_the_inputs(monkeypatch):
-    monkeypatch.setattr(kernels.reference, "READ_SCALARS", False)  # as on a GPU
+    monkeypatch.setattr(reference_common, "READ_SCALARS", False)  # as on a GPU
     for name in ("norm", "perturb_", "restore_adam_step_"):
         kernel = KERNELS[name]
         copies = [kernel.make(kernel.small, torch.float32, "cpu", seed) for seed in range(3)]

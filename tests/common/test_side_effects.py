@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsam import SAM
-from fastsam.kernels import reference
+from fastsam.kernels import reference_common
 
 
 class Normed(nn.Module):
@@ -214,7 +214,7 @@ class NoHostReads(TorchDispatchMode):
 @pytest.mark.parametrize("kwargs", [{"momentum": 0.9}, {}])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_step_reads_nothing_on_the_host(backend, monkeypatch, way, scaled, kwargs, adaptive):
-    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    monkeypatch.setattr(reference_common, "READ_SCALARS", False)
     model = mlp(batchnorm=True)
     opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, adaptive=adaptive, model=model, lr=0.1, **kwargs)
     expected = mlp(batchnorm=True)

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import DEVICE, DTYPES, LISTS, assert_as_exact, assert_same_bits, copies, kernels, tensors
 from test_kernel_launches import Operations
 
-from fastsam.kernels import reference
+from fastsam.kernels import reference, reference_common
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -57,7 +57,7 @@ def test_what_is_equal_stays(ema_, dtypes, decay):
 @pytest.mark.parametrize("reads", [True, False])
 @pytest.mark.parametrize("found", [0.0, 1.0])
 def test_a_skipped_step_leaves_averages_alone(ema_, dtypes, reads, found, monkeypatch):
-    monkeypatch.setattr(reference, "READ_SCALARS", reads)
+    monkeypatch.setattr(reference_common, "READ_SCALARS", reads)
     averages, values = tensors(dtypes, 0), tensors(dtypes, 1)
     wanted = copies(averages)
     if found:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, DTYPES, LISTS, SIZES, UNIT, assert_as_exact, assert_same_bits, copies, kernels, tensors
 
-from fastsam.kernels import philox, reference
+from fastsam.kernels import philox, reference, reference_common
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.tensor_list import Backup, in_memory_order
 
@@ -35,7 +35,7 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def no_scalars(monkeypatch):
     """The twin computes its scale on the device, as the kernel does."""
-    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    monkeypatch.setattr(reference_common, "READ_SCALARS", False)
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_any_list_of_lengths_and_offsets(cases):
     kernels.perturb_(weights, grads, backup, norm, [0.3] * len(cases), None, draw)
     assert_same_bits(backup.tensors, before)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "READ_SCALARS", False)
+        patch.setattr(reference_common, "READ_SCALARS", False)
         reference.perturb_(twins, grads, Backup(twins), norm, [0.3] * len(cases), None, draw)
     assert_same_bits(weights, twins)
     kernels.restore_(backup)
@@ -323,7 +323,7 @@ def test_stochastic_rounding_is_that_of_the_twin_for_every_magnitude(dtype):
     norm, draw = torch.ones((), dtype=torch.float64, device=DEVICE), Draw(7, 8, (9,))
     kernels.perturb_(weights, grads, Backup(weights), norm, [1.0], None, draw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "READ_SCALARS", False)
+        patch.setattr(reference_common, "READ_SCALARS", False)
         reference.perturb_(twins, grads, Backup(twins), norm, [1.0], None, draw)
     assert_same_bits(weights, twins)
     assert not torch.equal(weights[0], values.to(DEVICE, dtype))

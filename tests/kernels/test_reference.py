@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsam.kernels import philox, reference
+from fastsam.kernels import philox, reference, reference_common, reference_norm, reference_perturb
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import AdamOptions, SGDOptions
 from fastsam.kernels.tensor_list import Backup, in_memory_order, is_dense, same_layout
@@ -16,7 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=[True, False], ids=["scalars read", "scalars on device"])
 def read_scalars(request, monkeypatch):
-    monkeypatch.setattr(reference, "READ_SCALARS", request.param)
+    monkeypatch.setattr(reference_common, "READ_SCALARS", request.param)
 
 
 def tensors(dtypes, seed=0, scale=1.0):
@@ -92,11 +92,11 @@ def test_norm(dtypes, adaptive, scale):
 
 
 def test_norm_allocates_one_piece_however_many_there_are():
-    grads = [torch.ones(5 * reference.PIECE + 1), torch.ones(3, 5).t()]
+    grads = [torch.ones(5 * reference_norm.PIECE + 1), torch.ones(3, 5).t()]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         found = reference.norm(grads)
-    assert found.item() == pytest.approx((5 * reference.PIECE + 16) ** 0.5, rel=1e-15)
-    piece = 8 * reference.PIECE * torch.get_num_threads()
+    assert found.item() == pytest.approx((5 * reference_norm.PIECE + 16) ** 0.5, rel=1e-15)
+    piece = 8 * reference_norm.PIECE * torch.get_num_threads()
     assert piece <= sum(max(event.self_cpu_memory_usage, 0) for event in profile.events()) < piece + 1000
 
 
@@ -191,7 +191,7 @@ def test_stochastic_rounding_goes_to_a_neighbour_with_the_right_probability(dtyp
 def test_stochastic_rounding_keeps_what_is_representable():
     for dtype in (torch.bfloat16, torch.float16):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-        rounded = reference._round_stochastically(every.float(), dtype, torch.full((2**16,), 0xFFFF)).to(dtype)
+        rounded = reference_perturb.round_stochastically(every.float(), dtype, torch.full((2**16,), 0xFFFF)).to(dtype)
         assert torch.equal(rounded.view(torch.int16)[~every.isnan()], every.view(torch.int16)[~every.isnan()])
         assert rounded[every.isnan()].isnan().all()
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, UNIT, assert_as_exact, assert_same_bits, kernels
 from test_kernel_launches import Operations
 
-from fastsam.kernels import ops, reference
+from fastsam.kernels import ops, reference, reference_common
 from fastsam.kernels.reference import Past
 
 F64, F32, F16, BF16, INT8 = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8
@@ -24,7 +24,7 @@ def module(request, monkeypatch):
     """The launchers under test; whatever they leave unwritten is NaN."""
     if request.param == "triton" and kernels is None:
         pytest.skip("triton is not installed")
-    monkeypatch.setattr(reference, "READ_SCALARS", request.param == "torch")
+    monkeypatch.setattr(reference_common, "READ_SCALARS", request.param == "torch")
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
@@ -495,7 +495,7 @@ def test_one_launch_and_no_waiting(monkeypatch, reduction):
 
 
 def test_the_twin_does_not_wait_for_a_device(monkeypatch):
-    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    monkeypatch.setattr(reference_common, "READ_SCALARS", False)
     logits, targets = randn(9, 10).to(F32), classes_of(9, 10)
     past = history(10, INT8, ids=ids_for(9).cpu(), record=True)
     past = Past(*(t.cpu() if isinstance(t, torch.Tensor) else t for t in past))

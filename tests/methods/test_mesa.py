@@ -11,7 +11,7 @@ from test_side_effects import NoHostReads
 from torch import nn
 
 from fastsam import MESA, SAM
-from fastsam.kernels import reference
+from fastsam.kernels import reference_common
 
 SGD = torch.optim.SGD
 X, Y = batches(1, rows=24)[0]
@@ -254,7 +254,7 @@ def test_a_skipped_step_leaves_the_teacher(backend):
 
 @pytest.mark.parametrize("batchnorm", [False, True])
 def test_an_update_is_one_launch_and_reads_nothing_on_the_host(backend, batchnorm, monkeypatch, launches):
-    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    monkeypatch.setattr(reference_common, "READ_SCALARS", False)
     model = mlp(torch.float32, batchnorm=batchnorm)
     mesa = MESA(model, decay=0.5, start_epoch=0)
     with NoHostReads():

@@ -16,7 +16,7 @@ from test_side_effects import SCHEDULERS, NoHostReads
 from torch import nn
 
 from fastsam import MSAM, SAM
-from fastsam.kernels import reference
+from fastsam.kernels import reference_common
 
 SGD = torch.optim.SGD
 X, Y = batches(1, rows=13)[0]
@@ -425,7 +425,7 @@ def test_an_ascent_gradient_is_gone_when_the_second_pass_runs(backend):
 
 
 def test_a_step_reads_nothing_on_the_host(backend, monkeypatch):
-    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    monkeypatch.setattr(reference_common, "READ_SCALARS", False)
     model = mlp(batchnorm=True)
     opt = msam(model)
     with NoHostReads():
@@ -912,7 +912,7 @@ def test_batched_non_finite_passes(backend, call):
 
 
 def test_a_batched_step_reads_nothing_on_the_host(backend, monkeypatch):
-    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    monkeypatch.setattr(reference_common, "READ_SCALARS", False)
     model = mlp(batchnorm=True)
     opt = msam(model, execution="batched")
     with NoHostReads():

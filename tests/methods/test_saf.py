@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsam.trajectory.storage
 from fastsam import ESAM, SAF, SAM, IndexedDataset
-from fastsam.kernels import reference
+from fastsam.kernels import reference_common
 from fastsam.trajectory.history import History
 
 SGD = torch.optim.SGD
@@ -676,7 +676,7 @@ def test_ids_that_the_device_found_out_of_range_are_reported_at_the_next_epoch(b
 
 def test_a_step_is_one_launch_and_reads_nothing_on_the_host(backend, monkeypatch, launches):
     """With the record; the ids' check on the host, which a GPU's ids do not have, is left out."""
-    monkeypatch.setattr(reference, "READ_SCALARS", False)
+    monkeypatch.setattr(reference_common, "READ_SCALARS", False)
     monkeypatch.setattr(SAF, "_check_ids", lambda *_: None)
     ours, model, ids = saf(lag=1, start_epoch=1, device="cpu"), mlp(), torch.arange(N)
     counts = []
