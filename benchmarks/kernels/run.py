@@ -41,7 +41,12 @@ OURS, AGAIN, TWIN = "ours", "ours again", "torch.compile of the twin"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TESTS = {
     "cuda": [
-        *("kernels/test_kernels.py", "kernels/test_kernel_steps.py", "kernels/test_kernel_launches.py", "kernels/test_select.py"),
+        *(
+            "kernels/test_kernels.py",
+            "kernels/test_kernel_steps.py",
+            "kernels/test_kernel_launches.py",
+            "kernels/test_select.py",
+        ),
         *("kernels/test_trajectory_loss.py", "kernels/test_ema.py", "graph/test_graph.py"),
     ],
     "cpu": ["kernels/test_reference.py"],
