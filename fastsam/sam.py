@@ -25,7 +25,7 @@ from fastsam.distributed.dtensor import first_element, norm_over_ranks, shard_nu
 from fastsam.kernels import ops
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import E0
-from fastsam.kernels.replay_tables import Renewable
+from fastsam.kernels.replay_tables import Refreshable
 from fastsam.two_pass import capture
 from fastsam.two_pass.optimizer import Ascended, TwoPassOptimizer
 from fastsam.two_pass.wrapper import FROM_BASE
@@ -146,7 +146,7 @@ class SAM(TwoPassOptimizer):
         return norm_over_ranks(norm_of, ascended.spreads)
 
     @property
-    def _renewed(self) -> tuple[str, ...]:  # type: ignore[override]
+    def _refreshed(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self._knob_keys["rho"],)
 
     def _move(self, ascended: Ascended, norm: Tensor) -> None:
@@ -155,7 +155,7 @@ class SAM(TwoPassOptimizer):
         e0 = OFFICIAL_E0 if self._is_official() else E0
         kernels = ops.pick(ascended.weights)
         # a capture keeps the groups to look into, and no gradients, whose memory others may use
-        radii = Renewable(self._radii(ascended), partial(self._radii, replace(ascended, weights=[], grads=[])))
+        radii = Refreshable(self._radii(ascended), partial(self._radii, replace(ascended, weights=[], grads=[])))
         kernels.perturb_(ascended.weights, ascended.grads, backup, norm, radii, adaptive, draw, e0)
 
     def _radii(self, ascended: Ascended) -> list[float]:

@@ -1,6 +1,6 @@
 """The fused work of sharpness-aware steps over lists of tensors.
 
 The way of the data: gradients -> `norm` -> `perturb_` -> second gradient -> `restore_*_step_`.
-Every stage has a plain-torch twin in `reference`; `ops` is the one place that picks an implementation.
+Every stage has a reference implementation in plain torch; `ops` is the one place that picks an implementation.
 Nothing here knows about optimizers.
 """

@@ -89,7 +89,7 @@ class Launch:
         sets: tuple[int, ...] | None = None,
         hyperparameters: tuple[tuple[float, ...], ...] = ((),),
         *others: tuple[int, ...],
-        renewal: Callable[[], replay_tables.Lines] | None = None,
+        refresh: Callable[[], replay_tables.Lines] | None = None,
     ) -> Table:
         """Return the table for chunks of `size` elements, uploading what has changed.
 
@@ -98,9 +98,9 @@ class Launch:
             sets: for each parameter which set of hyperparameters it uses; None means the first.
             hyperparameters: the sets.
             others: further integers of each parameter, in the columns behind the addresses.
-            renewal: in a capture, returns a set for each parameter, then and before each replay; outside None.
+            refresh: in a capture, returns a set for each parameter, then and before each replay; outside None.
         """
-        if renewal is not None:
+        if refresh is not None:
             sets = tuple(range(len(self.rows)))  # those that are alike now may differ in a later replay
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         rows = self._tables.get((stream, sets, others))
@@ -111,7 +111,7 @@ class Launch:
         table = Table(
             rows,
             _chunk_map(self.lengths, size, self.device, stream),
-            _live(renewal, self.device) if renewal else _hyperparameter_rows(hyperparameters, self.device, stream),
+            _live(refresh, self.device) if refresh else _hyperparameter_rows(hyperparameters, self.device, stream),
         )
         replay_tables.keep(*table)
         return table
@@ -124,7 +124,7 @@ _kinds: dict[Hashable, tuple[list[list[int]], list[int]]] = {}
 def split(
     *lists: Sequence[Tensor | None], by_width: bool = False, refused: tuple[bool, ...] = ()
 ) -> tuple[list[Launch], list[int]]:
-    """Return the launches, one for every device and combination of dtypes, and the rows that are left to the twin.
+    """Return the launches, one for every device and combination of dtypes, and the rows that are left to the reference.
 
     Looking at every tensor takes far longer than a launch, so what was found is remembered: the launches while the
     addresses are the same, who goes with whom while lengths, devices, dtypes and layouts are.
@@ -133,7 +133,7 @@ def split(
         lists: the tensors of each parameter that a kernel walks side by side, of one shape and on one device; None
             only behind the first list.
         by_width: whether dtypes of one width are alike, as for a kernel that moves bits.
-        refused: for each row whether to leave it to the twin in any case.
+        refused: for each row whether to leave it to the reference in any case.
     """
     lengths, devices = tuple(map(_length, lists[0])), tuple(map(_device, lists[0]))
     addresses, layouts = zip(*map(_signature, lists), strict=True)

@@ -22,18 +22,18 @@ def find_sample(ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, targe
         tl.atomic_add(errors_ptr, is_error.to(tl.int64), mask=is_error)
         tl.store(errors_ptr + 1, sample, mask=is_error)
     takes_part = counted & inside
-    again = tl.zeros((SCAN_SIZE,), tl.int32)
+    is_repeated = tl.zeros((SCAN_SIZE,), tl.int32)
     first = tl.zeros((), tl.int64)
     while (first < row) & takes_part:
         others = first + tl.arange(0, SCAN_SIZE)
         same = (others < row) & (tl.load(ids_ptr + others, mask=others < row, other=-1) == sample)
         if HAS_CLASSES:
             # read only where the ids are the same, so hardly ever
-            target = tl.load(targets_ptr + others * target_stride, mask=same, other=0)
-            same = same & (target != ignore_index)
-        again |= same.to(tl.int32)
+            target_class = tl.load(targets_ptr + others * target_stride, mask=same, other=0)
+            same = same & (target_class != ignore_index)
+        is_repeated |= same.to(tl.int32)
         first += SCAN_SIZE
-    takes_part = takes_part & (tl.max(again) == 0)
+    takes_part = takes_part & (tl.max(is_repeated) == 0)
     return tl.where(takes_part, sample, 0), takes_part
 
 
@@ -67,37 +67,37 @@ def store_block(row_ptr, start, length, x, VECTOR: tl.constexpr, LANES: tl.const
 
 @triton.jit
 def load_past(
-    row_ptr, start, n_classes, length, unit, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr
+    row_ptr, start, n_classes, length, scale, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr
 ):
     """Past logits from `start`, -inf past the last class; a history's padding is read but not used."""
     t = load_block(row_ptr, start, length, COMPUTE, VECTOR, LANES)
     if row_ptr.dtype.element_ty.is_int():
-        t *= unit
+        t *= scale
     return tl.where(tl.arange(0, LANES) < n_classes - start, t, float("-inf"))
 
 
 @triton.jit
 def load_targets(
-    targets_ptr, target, start, n_classes, smoothing,
+    targets_ptr, target_class, start, n_classes, smoothing,
     COMPUTE: tl.constexpr, HAS_CLASSES: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Target probabilities from `start`, after smoothing; 0 past the last class."""
     offsets = tl.arange(0, LANES)
     if HAS_CLASSES:
-        share = tl.where(start + offsets == target, 1.0, 0.0).to(COMPUTE)
+        target = tl.where(start + offsets == target_class, 1.0, 0.0).to(COMPUTE)
     else:
-        share = load_block(targets_ptr, start, n_classes // VECTOR * VECTOR, COMPUTE, VECTOR, LANES)
-    share = share * (1 - smoothing) + smoothing / n_classes.to(COMPUTE)
-    return tl.where(offsets < n_classes - start, share, 0.0)
+        target = load_block(targets_ptr, start, n_classes // VECTOR * VECTOR, COMPUTE, VECTOR, LANES)
+    target = target * (1 - smoothing) + smoothing / n_classes.to(COMPUTE)
+    return tl.where(offsets < n_classes - start, target, 0.0)
 
 
 @triton.jit
-def add_exponentials(z, largest, total, total_soft, rate):
-    """Add exp(z) and exp(rate z) to sums that are relative to the largest z so far."""
+def add_exponentials(z, largest, total, total_soft, inverse_tau):
+    """Add exp(z) and exp(inverse_tau z) to sums that are relative to the largest z so far."""
     new = tl.maximum(largest, tl.max(z))
     shift = tl.where(new == float("-inf"), 0.0, new)
     total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift))
-    total_soft = total_soft * tl.exp((largest - shift) * rate) + tl.sum(tl.exp((z - shift) * rate))
+    total_soft = total_soft * tl.exp((largest - shift) * inverse_tau) + tl.sum(tl.exp((z - shift) * inverse_tau))
     return new, total, total_soft
 
 
@@ -110,18 +110,18 @@ def largest_magnitude(z, n):
 
 
 @triton.jit
-def unit_of(magnitude):
-    """What one step of int8 stands for in a row of this largest magnitude."""
+def int8_scale(magnitude):
+    """The scale of a row of int8 with this largest magnitude: what one step stands for."""
     return tl.maximum(magnitude * 0.007874015718698502, _SMALLEST_SCALE)  # 1 / 127
 
 
 @triton.jit
-def record_block(row_ptr, start, n_classes, length, z, unit, VECTOR: tl.constexpr, LANES: tl.constexpr):
+def record_block(row_ptr, start, n_classes, length, z, scale, VECTOR: tl.constexpr, LANES: tl.constexpr):
     """Write logits from `start` into the history, as `reference_trajectory_loss._encode` does, 0 in its padding."""
     DTYPE: tl.constexpr = row_ptr.dtype.element_ty
     z = tl.where(tl.arange(0, LANES) < n_classes - start, z, 0.0)
     if DTYPE.is_int():
-        steps = tl.div_rn(z.to(tl.float32), tl.zeros_like(z).to(tl.float32) + unit)
+        steps = tl.div_rn(z.to(tl.float32), tl.zeros_like(z).to(tl.float32) + scale)
         steps = tl.where(steps == steps, steps, 0.0)
         steps = (steps + 12582912.0) - 12582912.0  # 1.5 2^23: rounds half to even
         store_block(row_ptr, start, length, steps.to(DTYPE), VECTOR, LANES)
@@ -134,7 +134,7 @@ def record_block(row_ptr, start, n_classes, length, z, unit, VECTOR: tl.constexp
 
 @triton.jit
 def load_all(
-    z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
+    z_ptr, past_ptr, soft_ptr, target_class, start, n_classes, z_length, past_length, scale, smoothing,
     COMPUTE: tl.constexpr, HAS_PAST: tl.constexpr, HAS_CLASSES: tl.constexpr,
     VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, PAST_VECTOR: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -142,51 +142,53 @@ def load_all(
     z = load_block(z_ptr, start, z_length, COMPUTE, VECTOR, LANES)
     t = z
     if HAS_PAST:
-        t = load_past(past_ptr, start, n_classes, past_length, unit, COMPUTE, PAST_VECTOR, LANES)
-    share = load_targets(soft_ptr, target, start, n_classes, smoothing, COMPUTE, HAS_CLASSES, TARGET_VECTOR, LANES)
-    return z, t, share
+        t = load_past(past_ptr, start, n_classes, past_length, scale, COMPUTE, PAST_VECTOR, LANES)
+    target = load_targets(
+        soft_ptr, target_class, start, n_classes, smoothing, COMPUTE, HAS_CLASSES, TARGET_VECTOR, LANES
+    )
+    return z, t, target
 
 
 @triton.jit
 def add_all(
-    z, t, share, n_left, z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude, rate,
+    z, t, target, n_left, z_largest, z_sum, q_sum, t_largest, p_sum, target_sum, magnitude, inverse_tau,
     HAS_PAST: tl.constexpr, HAS_CLASSES: tl.constexpr, QUANTISES: tl.constexpr,
 ):  # fmt: skip
     """Add a block to what has to be known of the whole row."""
-    z_largest, z_sum, q_sum = add_exponentials(z, z_largest, z_sum, q_sum, rate)
+    z_largest, z_sum, q_sum = add_exponentials(z, z_largest, z_sum, q_sum, inverse_tau)
     if HAS_PAST:
-        t_largest, _, p_sum = add_exponentials(t, t_largest, p_sum, p_sum, rate)
+        t_largest, _, p_sum = add_exponentials(t, t_largest, p_sum, p_sum, inverse_tau)
     if QUANTISES:
         magnitude = tl.maximum(magnitude, largest_magnitude(z, n_left))
     if not HAS_CLASSES:
-        share_sum += tl.sum(share)
-    return z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude
+        target_sum += tl.sum(target)
+    return z_largest, z_sum, q_sum, t_largest, p_sum, target_sum, magnitude
 
 
 @triton.jit
 def finish_block(
-    z, t, share, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_unit,
-    z_largest, t_largest, z_factor, q_factor, p_factor, rate,
+    z, t, target, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_scale,
+    z_largest, t_largest, z_factor, q_factor, p_factor, inverse_tau,
     HAS_PAST: tl.constexpr, RECORDS: tl.constexpr, VECTOR: tl.constexpr, PAST_VECTOR: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient and the record; return sums of share (z - largest) and exp(t / tau) (t - z), both shifted."""
+    """Store the gradient and the record; return sums of target z and exp(t / tau) (t - z), of shifted logits."""
     shifted = z - z_largest
-    gradient = tl.exp(shifted) * z_factor - share
-    gain = tl.sum(tl.where(share != 0, share * shifted, 0.0))
-    spread = tl.zeros_like(gain)
+    gradient = tl.exp(shifted) * z_factor - target
+    target_logit = tl.sum(tl.where(target != 0, target * shifted, 0.0))
+    spread = tl.zeros_like(target_logit)
     if HAS_PAST:
         past_shifted = t - t_largest
-        p = tl.exp(past_shifted * rate)
+        p = tl.exp(past_shifted * inverse_tau)
         spread = tl.sum(tl.where(p > 0, p * (past_shifted - shifted), 0.0))
-        gradient += tl.where(has_past, tl.exp(shifted * rate) * q_factor - p * p_factor, 0.0)
+        gradient += tl.where(has_past, tl.exp(shifted * inverse_tau) * q_factor - p * p_factor, 0.0)
     gradient = narrow(tl.where(counted, gradient, 0.0), gradient_ptr.dtype.element_ty)
     store_block(gradient_ptr, start, length, gradient, VECTOR, LANES)
     if RECORDS:
-        # every thread has read the past before any overwrites it, whatever share of the row each one holds
+        # every thread has read the past before any overwrites it, whatever part of the row each one holds
         tl.debug_barrier()
-        record_block(past_ptr, start, length, record_length, z, new_unit, PAST_VECTOR, LANES)
-    return gain, spread
+        record_block(past_ptr, start, length, record_length, z, new_scale, PAST_VECTOR, LANES)
+    return target_logit, spread
 
 
 @triton.jit

@@ -19,9 +19,9 @@ def set_backend(name: str | None) -> None:
     """Choose the implementation of the fused work for every optimizer of this process.
 
     Args:
-        name: "torch" for the plain-torch twins, "triton" for the Triton kernels, None for the default: Triton where
-            it can run on the tensors at hand, else torch. Tensors on the CPU are left to torch in any case, unless
-            Triton interprets its kernels.
+        name: "torch" for the reference implementations, "triton" for the Triton kernels, None for the default: Triton
+            where it can run on the tensors at hand, else torch. Tensors on the CPU are left to torch in any case,
+            unless Triton interprets its kernels.
 
     Raises:
         ValueError: the name is unknown.

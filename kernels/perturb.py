@@ -35,7 +35,7 @@ from fastsam.kernels.tensor_list import Backup, in_memory_order
 
 @triton.jit
 def _round_stochastically(values, words, DTYPE: tl.constexpr):
-    """Round float32 values to a neighbour in a 16-bit dtype; the twin in reference.py says how."""
+    """Round float32 values to a neighbour in a 16-bit dtype; reference_perturb.py says how."""
     noise = (words & 0xFFFF).to(tl.int32)
     bits = values.to(tl.int32, bitcast=True)
     if DTYPE.is_bf16():
@@ -141,7 +141,7 @@ def _perturb_kernel(
 
 
 class _Part(Backup):
-    """Some rows of a backup, for a twin to fill."""
+    """Some rows of a backup, for the reference to fill."""
 
     def __init__(self, whole: Backup, rows: list[int]) -> None:
         self.tensors = [whole.tensors[i] for i in rows]
@@ -173,7 +173,7 @@ def perturb_(
     etas = (None,) * len(weights) if adaptive is None else tuple(adaptive)
     keep = None if draw is None else draw.keep
     launches, rest = split(weights, grads, backup.tensors)
-    replay_tables.refuse_twin(rest, weights)
+    replay_tables.refuse_reference(rest, weights)
     if rest:
         chosen: Any = ([items[i] for i in rest] for items in (weights, grads, rho, etas))
         some_weights, some_grads, some_rho, some_etas = chosen
@@ -191,8 +191,8 @@ def perturb_(
         zeros = (0,) * len(each.rows)
         numbers = map(each.of, draw.addresses()) if draw is not None and is_drawn else (zeros, zeros)
         others = each.of(etas), None if keep is None else each.of(keep), e0
-        renewal = replay_tables.renewal(rho, partial(_lines_of, each, others))
-        work = each.table(size, *_sets(each.of(rho), *others), *numbers, renewal=renewal)
+        refresh = replay_tables.refresh_of(rho, partial(_lines_of, each, others))
+        work = each.table(size, *_sets(each.of(rho), *others), *numbers, refresh=refresh)
         marks = backup.marks.get(each.rows)
         if marks is None or marks.shape[0] != work.n_programs:
             marks = backup.marks[each.rows] = torch.zeros(work.n_programs, dtype=torch.int64, device=each.device)
@@ -205,7 +205,7 @@ def perturb_(
                 WEIGHT=ELEMENTS[dtype], GRAD=ELEMENTS[grad_dtype], WIDEST=widest(each.dtypes), COMPUTE=wide(dtype),
                 ADAPTIVE=any(eta is not None for eta in others[0]), STOCHASTIC=stochastic, BLOCK_SIZE=size,
                 **mask_constants(draw),
-                enable_fp_fusion=False,  # product and sum rounded as the twin does, or stochastic rounding would differ
+                enable_fp_fusion=False,  # rounded as in the reference, or stochastic rounding would differ
             )  # fmt: skip
     backup.mark_complete()
     torch.autograd.graph.increment_version(weights)

@@ -16,12 +16,12 @@ Lines = tuple[tuple[float, ...], ...]
 """Sets of hyperparameters, one for each parameter."""
 
 
-class Renewable(list):
+class Refreshable(list):
     """A list of numbers or options, and the function that returns it as it is now."""
 
-    def __init__(self, items: Iterable[Any], again: Callable[[], Sequence[Any]]) -> None:
+    def __init__(self, items: Iterable[Any], refresh: Callable[[], Sequence[Any]]) -> None:
         super().__init__(items)
-        self.again = again
+        self.refresh = refresh
 
 
 class Tables:
@@ -40,7 +40,7 @@ class Tables:
         return table
 
     def live(self, lines: Callable[[], Lines], device: torch.device) -> Tensor:
-        """Return a float64 table on `device` that `renew` keeps at what `lines()` returns."""
+        """Return a float64 table on `device` that `refresh` keeps at what `lines()` returns."""
         now = lines()
         table = self.upload(torch.tensor(now, dtype=torch.float64), device)
         self._live.append((table, lines))
@@ -53,7 +53,7 @@ class Tables:
             _copy(host, table)
         self._empty = []
 
-    def renew(self) -> None:
+    def refresh(self) -> None:
         """Upload the tables whose lines are others now."""
         for i, (table, lines) in enumerate(self._live):
             now = lines()
@@ -91,16 +91,16 @@ def tables() -> Tables | None:
     return _open
 
 
-def renewal(items: Sequence[Any], lines_of: Callable[[Sequence[Any]], Iterable[tuple[float, ...]]]) -> Any:
+def refresh_of(items: Sequence[Any], lines_of: Callable[[Sequence[Any]], Iterable[tuple[float, ...]]]) -> Any:
     """Return a function that makes lines of what `items` are by then; None outside of a capture."""
     if _open is None:
         return None
-    again = items.again if isinstance(items, Renewable) else lambda: items
-    return lambda: tuple(lines_of(again()))
+    refresh = items.refresh if isinstance(items, Refreshable) else lambda: items
+    return lambda: tuple(lines_of(refresh()))
 
 
-def refuse_twin(rest: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    """Raise RuntimeError if a capture would leave tensors to the plain-torch twin, whose numbers nobody could renew."""
+def refuse_reference(rest: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if a capture would leave tensors to the reference, whose numbers nobody could refresh."""
     left = [tensors[i] for i in rest if tensors[i].numel()]
     if _open is not None and left:
         raise RuntimeError(

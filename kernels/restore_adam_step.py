@@ -19,7 +19,7 @@ from fastsam.kernels.restore_step import (
     learning_rate,
     step_constants,
     step_hyperparameters,
-    step_renewal,
+    step_refresh,
 )
 
 
@@ -136,11 +136,11 @@ def restore_adam_step_(
 ) -> None:
     """Set each weight to its source and take Adam's or AdamW's step from there; see `reference.restore_adam_step_`.
 
-    One launch for each dtype combination; amsgrad and empty parameters are left to the twin.
+    One launch for each dtype combination; amsgrad and empty parameters are left to the reference.
     """
     refused = tuple([largest is not None or not w.numel() for largest, w in zip(max_exp_avg_sqs, weights, strict=True)])
     launches, rest = split(weights, sources, grads, exp_avgs, exp_avg_sqs, refused=refused)
-    replay_tables.refuse_twin(rest, weights)
+    replay_tables.refuse_reference(rest, weights)
     if rest:
         lists: Any = (weights, sources, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, options)
         some = ([items[i] for i in rest] for items in lists)
@@ -149,8 +149,8 @@ def restore_adam_step_(
     for each in launches:
         sets, lines, rates, _kept = step_hyperparameters(options, each, _after_lr)
         constants = step_constants(each, each.dtypes[3])
-        renewal = step_renewal(options, each, _after_lr)
-        work = each.table(constants["BLOCK_SIZE"], sets, lines, each.of(counts), rates, renewal=renewal)
+        refresh = step_refresh(options, each, _after_lr)
+        work = each.table(constants["BLOCK_SIZE"], sets, lines, each.of(counts), rates, refresh=refresh)
         with on_device(each.device), counters(len(each.rows), each.device) as arrivals:
             launch(
                 _restore_adam_step_kernel, work.n_programs, *work, arrivals,

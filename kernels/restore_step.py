@@ -122,9 +122,9 @@ def _stays(lr: float | Tensor, each: Launch) -> bool:
     return isinstance(lr, Tensor) and lr.device.type in ("cuda", each.device.type)
 
 
-def step_renewal(options: Sequence[Any], each: Launch, rest_of: Callable[[Any], tuple[float, ...]]) -> Any:
-    """Return what renews the hyperparameters in replays; None outside of a capture."""
-    return replay_tables.renewal(options, lambda now: _lines(each, rest_of, each.of(now)))
+def step_refresh(options: Sequence[Any], each: Launch, rest_of: Callable[[Any], tuple[float, ...]]) -> Any:
+    """Return what refreshes the hyperparameters in replays; None outside of a capture."""
+    return replay_tables.refresh_of(options, lambda now: _lines(each, rest_of, each.of(now)))
 
 
 def step_constants(each: Launch, state_dtype: torch.dtype) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def restore_sgd_step_(
     One launch for each dtype combination, with and without momentum.
     """
     launches, rest = split(weights, sources, grads, momentum_buffers)
-    replay_tables.refuse_twin(rest, weights)
+    replay_tables.refuse_reference(rest, weights)
     if rest:
         lists: Any = (weights, sources, grads, momentum_buffers, options)
         some = ([items[i] for i in rest] for items in lists)
@@ -236,8 +236,8 @@ def restore_sgd_step_(
     for each in launches:
         sets, lines, rates, _kept = step_hyperparameters(options, each, _after_lr)
         constants = step_constants(each, each.dtypes[3])
-        renewal = step_renewal(options, each, _after_lr)
-        work = each.table(constants["BLOCK_SIZE"], sets, lines, rates, renewal=renewal)
+        refresh = step_refresh(options, each, _after_lr)
+        work = each.table(constants["BLOCK_SIZE"], sets, lines, rates, refresh=refresh)
         with on_device(each.device):
             launch(
                 _restore_sgd_step_kernel, work.n_programs, *work,

@@ -169,7 +169,7 @@ def select_largest_increase(after: Tensor, before: Tensor, k: int) -> Tensor:
     One launch, whatever the strides.
 
     Raises:
-        ValueError: as the twin, and where there are more than `MOST_ROWS` rows.
+        ValueError: as the reference, and where there are more than `MOST_ROWS` rows.
     """
     reference.check_selection(after, before, k)
     n_rows = len(after)

@@ -28,13 +28,13 @@ from fastsam.kernels.loss_blocks import (
     add_all,
     find_sample,
     finish_block,
+    int8_scale,
     largest_magnitude,
     load_all,
     load_block,
     record_block,
     reduce_losses,
     row_at,
-    unit_of,
 )
 from fastsam.kernels.reference_trajectory_loss import Past
 
@@ -69,7 +69,7 @@ def _record_kernel(
     )
     z_ptr = row_at(logits_ptr, row, logits_stride, VECTOR)
     past_ptr = row_at(rows_ptr, past_row, past_stride, PAST_VECTOR)
-    # of who takes no part nothing is read or written
+    # A row that takes no part has length 0: nothing of it is read or written.
     z_length = n_classes // VECTOR * VECTOR * takes_part.to(tl.int32)
     past_length = width // PAST_VECTOR * PAST_VECTOR * takes_part.to(tl.int32)
     magnitude = tl.zeros((), tl.float32)
@@ -79,12 +79,12 @@ def _record_kernel(
             z = load_block(z_ptr, start, z_length, COMPUTE, VECTOR, BLOCK_SIZE)
             magnitude = tl.maximum(magnitude, largest_magnitude(z, n_classes - start))
             start += BLOCK_SIZE
-        tl.store(scales_ptr + past_row, unit_of(magnitude), mask=takes_part)
+        tl.store(scales_ptr + past_row, int8_scale(magnitude), mask=takes_part)
     tl.store(tags_ptr + past_row, epoch, mask=takes_part)
     start = tl.zeros((), tl.int32)
     while start < n_classes:
         z = load_block(z_ptr, start, z_length, COMPUTE, VECTOR, BLOCK_SIZE)
-        record_block(past_ptr, start, n_classes, past_length, z, unit_of(magnitude), PAST_VECTOR, BLOCK_SIZE)
+        record_block(past_ptr, start, n_classes, past_length, z, int8_scale(magnitude), PAST_VECTOR, BLOCK_SIZE)
         start += BLOCK_SIZE
 
 
@@ -105,23 +105,23 @@ def _trajectory_loss_kernel(
     HAS_HISTORY: tl.constexpr = ids_ptr is not None
     QUANTISES: tl.constexpr = RECORDS and scales_ptr is not None
     row = tl.program_id(0).to(tl.int64)
-    rate = tl.load(numbers_ptr).to(COMPUTE)
+    inverse_tau = tl.load(numbers_ptr).to(COMPUTE)
     weight = tl.load(numbers_ptr + 1).to(COMPUTE)
-    pull = tl.load(numbers_ptr + 2).to(COMPUTE)
+    kl_gradient_scale = tl.load(numbers_ptr + 2).to(COMPUTE)
     tau = tl.load(numbers_ptr + 3).to(COMPUTE)
     smoothing = tl.load(numbers_ptr + 4).to(COMPUTE)
     z_ptr = row_at(logits_ptr, row, logits_stride, VECTOR)
     gradient_ptr = row_at(gradient_ptr, row, n_classes, VECTOR)
-    target = row * 0
+    target_class = row * 0
     counted = row >= 0
-    share_sum = tl.zeros((), COMPUTE)
+    target_sum = tl.zeros((), COMPUTE)
     if HAS_CLASSES:
-        target = tl.load(targets_ptr + row * target_stride)
-        counted = target != ignore_index
-        share_sum = tl.where((target >= 0) & (target < n_classes), share_sum + 1, float("nan"))
+        target_class = tl.load(targets_ptr + row * target_stride)
+        counted = target_class != ignore_index
+        target_sum = tl.where((target_class >= 0) & (target_class < n_classes), target_sum + 1, float("nan"))
     soft_ptr = row_at(targets_ptr, row, target_stride, TARGET_VECTOR)
     past_row, takes_part, has_past = row, counted, counted
-    unit = tl.full((), 1.0, COMPUTE)
+    scale = tl.full((), 1.0, COMPUTE)
     if HAS_HISTORY:
         past_row, takes_part = find_sample(
             ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, target_stride, ignore_index,
@@ -129,9 +129,9 @@ def _trajectory_loss_kernel(
         )  # fmt: skip
         has_past = takes_part & (tl.load(tags_ptr + past_row) == wanted)
         if scales_ptr is not None:
-            unit = tl.load(scales_ptr + past_row).to(COMPUTE)
-    # of who has no past, or is not recorded, nothing is read or written
-    length = n_classes // VECTOR * VECTOR  # all of them, in words that tell the compiler of their factor
+            scale = tl.load(scales_ptr + past_row).to(COMPUTE)
+    # A row without a past, or that is not recorded, has length 0 there: nothing of it is read or written.
+    length = n_classes // VECTOR * VECTOR  # all classes, written so that the compiler sees the factor
     width = width // PAST_VECTOR * PAST_VECTOR
     z_length, past_length = length * counted.to(tl.int32), width * has_past.to(tl.int32)
     record_length = width * takes_part.to(tl.int32)
@@ -144,54 +144,54 @@ def _trajectory_loss_kernel(
     q_sum, t_largest, p_sum, magnitude = z_sum, z_largest, z_sum, tl.zeros((), tl.float32)
     start = tl.zeros((), tl.int32)
     if WHOLE:
-        z, t, share = load_all(
-            z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
+        z, t, target = load_all(
+            z_ptr, past_ptr, soft_ptr, target_class, start, n_classes, z_length, past_length, scale, smoothing,
             COMPUTE, HAS_PAST, HAS_CLASSES, VECTOR, TARGET_VECTOR, PAST_VECTOR, BLOCK_SIZE,
         )  # fmt: skip
-        z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude = add_all(
-            z, t, share, n_classes, z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude, rate,
-            HAS_PAST, HAS_CLASSES, QUANTISES,
+        z_largest, z_sum, q_sum, t_largest, p_sum, target_sum, magnitude = add_all(
+            z, t, target, n_classes, z_largest, z_sum, q_sum, t_largest, p_sum, target_sum, magnitude,
+            inverse_tau, HAS_PAST, HAS_CLASSES, QUANTISES,
         )  # fmt: skip
     else:
         while start < n_classes:
-            z, t, share = load_all(
-                z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
+            z, t, target = load_all(
+                z_ptr, past_ptr, soft_ptr, target_class, start, n_classes, z_length, past_length, scale, smoothing,
                 COMPUTE, HAS_PAST, HAS_CLASSES, VECTOR, TARGET_VECTOR, PAST_VECTOR, BLOCK_SIZE,
             )  # fmt: skip
-            z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude = add_all(
-                z, t, share, n_classes - start, z_largest, z_sum, q_sum, t_largest, p_sum, share_sum, magnitude, rate,
-                HAS_PAST, HAS_CLASSES, QUANTISES,
+            z_largest, z_sum, q_sum, t_largest, p_sum, target_sum, magnitude = add_all(
+                z, t, target, n_classes - start, z_largest, z_sum, q_sum, t_largest, p_sum, target_sum, magnitude,
+                inverse_tau, HAS_PAST, HAS_CLASSES, QUANTISES,
             )  # fmt: skip
             start += BLOCK_SIZE
 
     # 0 without a finite logit, NaN with one that is NaN or inf
     has_past = has_past & (p_sum > 0)
-    new_unit = unit_of(magnitude)
-    z_factor, q_factor, p_factor = share_sum / z_sum, pull / q_sum, pull / p_sum
+    new_scale = int8_scale(magnitude)
+    z_factor, q_factor, p_factor = target_sum / z_sum, kl_gradient_scale / q_sum, kl_gradient_scale / p_sum
     start = tl.zeros((), tl.int32)
     if WHOLE:
-        gain, spread = finish_block(
-            z, t, share, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_unit,
-            z_largest, t_largest, z_factor, q_factor, p_factor, rate,
+        target_logit, spread = finish_block(
+            z, t, target, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_scale,
+            z_largest, t_largest, z_factor, q_factor, p_factor, inverse_tau,
             HAS_PAST, RECORDS, VECTOR, PAST_VECTOR, BLOCK_SIZE,
         )  # fmt: skip
     else:
-        gain, spread = tl.zeros((), COMPUTE), tl.zeros((), COMPUTE)
+        target_logit, spread = tl.zeros((), COMPUTE), tl.zeros((), COMPUTE)
         while start < n_classes:
-            z, t, share = load_all(
-                z_ptr, past_ptr, soft_ptr, target, start, n_classes, z_length, past_length, unit, smoothing,
+            z, t, target = load_all(
+                z_ptr, past_ptr, soft_ptr, target_class, start, n_classes, z_length, past_length, scale, smoothing,
                 COMPUTE, HAS_PAST, HAS_CLASSES, VECTOR, TARGET_VECTOR, PAST_VECTOR, BLOCK_SIZE,
             )  # fmt: skip
-            some_gain, some_spread = finish_block(
-                z, t, share, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_unit,
-                z_largest, t_largest, z_factor, q_factor, p_factor, rate,
+            some_target_logit, some_spread = finish_block(
+                z, t, target, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_scale,
+                z_largest, t_largest, z_factor, q_factor, p_factor, inverse_tau,
                 HAS_PAST, RECORDS, VECTOR, PAST_VECTOR, BLOCK_SIZE,
             )  # fmt: skip
-            gain += some_gain
+            target_logit += some_target_logit
             spread += some_spread
             start += BLOCK_SIZE
 
-    loss = tl.log(z_sum) * share_sum - gain
+    loss = tl.log(z_sum) * target_sum - target_logit
     if HAS_PAST:
         # the log of a quotient, where a difference of logs would lose digits
         divergence = spread / (p_sum * tau) - tl.log(p_sum / q_sum)
@@ -199,7 +199,7 @@ def _trajectory_loss_kernel(
     if RECORDS:
         tl.store(tags_ptr + past_row, epoch, mask=takes_part)
         if QUANTISES:
-            tl.store(scales_ptr + past_row, new_unit, mask=takes_part)
+            tl.store(scales_ptr + past_row, new_scale, mask=takes_part)
     tl.store(losses_ptr + row, tl.where(counted, loss, 0.0))
     if REDUCTION == "none":
         tl.store(scale_ptr, tl.full((), 1.0, COMPUTE), mask=row == 0)

@@ -1,4 +1,4 @@
-"""The Triton launchers under the names of their twins in reference.py. Needs triton; only dispatch imports it."""
+"""The Triton launchers, under the names of the reference implementations. Needs triton; only ops.py imports it."""
 
 from fastsam.kernels.ema import ema_
 from fastsam.kernels.launch import INTERPRETED

@@ -92,7 +92,7 @@ class RecordedStep:
         torch.clear_autocast_cache()  # an autocast around the steps would go on with casts of older weights
         torch._foreach_copy_(self._inputs, list(tensors_of(batch, scalars=True)))
         if (numbers := self._look.numbers()) != self._numbers:
-            self._capture.tables.renew()
+            self._capture.tables.refresh()
             self._numbers = numbers
         groups = self._stepper.param_groups
         if self._counter is not None:

@@ -6,9 +6,9 @@
 
 The first calls run as usual: they are training steps like any other, make the optimizer's state, and compile the
 kernels. Then a step is captured, which runs nothing, and from there on each call replays it: the same kernels with the
-same numbers, so that training goes on bit for bit. What may change from step to step lies on the device and is renewed
-before a replay: learning rates, momenta, decays and radii of all groups, the loss scale, and the counters that address
-ESAM's masks and stochastic rounding.
+same numbers, so that training goes on bit for bit. What may change from step to step lies on the device and is
+refreshed before a replay: learning rates, momenta, decays and radii of all groups, the loss scale, and the counters
+that address ESAM's masks and stochastic rounding.
 """
 
 import warnings

@@ -11,7 +11,7 @@ from fastsam.two_pass.gradients import flat
 from fastsam.two_pass.restore_step import steps_in_a_kernel
 from fastsam.two_pass.wrapper import STEP
 
-_RENEWED = ("lr", "momentum", "dampening", "weight_decay", "betas", "eps")
+_REFRESHED = ("lr", "momentum", "dampening", "weight_decay", "betas", "eps")
 """Settings of SGD, Adam and AdamW that a replay reads from tables on the device."""
 _address: Any = Tensor.data_ptr
 _requires_grad, _training = operator.attrgetter("requires_grad"), operator.attrgetter("training")
@@ -31,11 +31,11 @@ class Given:
         model = getattr(stepper, "model", None)
         self._modules = [] if model is None else list(model.modules())
         # what these depend on is looked at too
-        self._renewed = (*(_RENEWED if steps_in_a_kernel(self._base) else ()), *stepper._renewed)
+        self._refreshed = (*(_REFRESHED if steps_in_a_kernel(self._base) else ()), *stepper._refreshed)
 
     def now(self) -> dict[str, Any]:
         """Return what a capture made now would be good for, by words for it."""
-        followed, groups = {"params", STEP, *self._renewed}, self._stepper.param_groups
+        followed, groups = {"params", STEP, *self._refreshed}, self._stepper.param_groups
         params = flat(groups)
         device = params[0].device.type
         states = [t for p in params for t in self._base.state.get(p, {}).values() if isinstance(t, Tensor)]
@@ -58,7 +58,7 @@ class Given:
 
     def numbers(self) -> list[Any]:
         """Return what the tables of a capture follow. A tensor on the device is followed by the kernel itself."""
-        return [_on_host(group.get(key)) for group in self._stepper.param_groups for key in self._renewed]
+        return [_on_host(group.get(key)) for group in self._stepper.param_groups for key in self._refreshed]
 
 
 def change(now: dict[str, Any], then: dict[str, Any]) -> str | None:

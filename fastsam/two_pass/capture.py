@@ -122,7 +122,7 @@ def watch(read: Callable[[], Any]) -> None:
 class Capturable:
     """What `graph_step` asks of whatever takes the steps. These are the answers of one whose steps are all alike."""
 
-    _renewed: tuple[str, ...] = ()
+    _refreshed: tuple[str, ...] = ()
     """Keys of the groups' settings that replays follow by tables on the device, beside those of a fused base."""
 
     def _obstacle(self, scaler: Any) -> str | None:

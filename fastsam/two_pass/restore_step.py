@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fastsam.distributed.dtensor import any_over_ranks, laid_out_as, local, spread
 from fastsam.kernels import ops
 from fastsam.kernels.reference import AdamOptions, SGDOptions
-from fastsam.kernels.replay_tables import Renewable
+from fastsam.kernels.replay_tables import Refreshable
 from fastsam.kernels.tensor_list import Backup
 
 
@@ -195,19 +195,19 @@ def _sgd_lists(base: Optimizer, stepped: Stepped) -> tuple[list[Tensor | None], 
                 o = o._replace(dampening=0.0)  # torch does not damp the first gradient
         buffers.append(None if buffer is None else local(buffer))
         options.append(o)
-    return buffers, _renewable(options, base, stepped, _sgd_options)
+    return buffers, _refreshable(options, base, stepped, _sgd_options)
 
 
-def _renewable(
+def _refreshable(
     options: Sequence[Any], base: Optimizer, stepped: Stepped, options_of: Callable[[dict[str, Any]], Any]
-) -> Renewable:
+) -> Refreshable:
     """Return options that a replay of the step takes from the groups as they are by then."""
 
-    def again() -> list[Any]:
+    def refresh() -> list[Any]:
         per_group = {id(group): options_of(group) for group in base.param_groups}
         return [per_group[id(group)] for group, _ in stepped]
 
-    return Renewable(options, again)
+    return Refreshable(options, refresh)
 
 
 def _sgd_options(group: dict[str, Any]) -> SGDOptions:
@@ -241,7 +241,7 @@ def _adam_lists(
         [local(state["exp_avg_sq"]) for state in states],
         [local(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None for state in states],
         [state["step"] for state in states],
-        _renewable([per_group[id(group)] for group, _ in stepped], base, stepped, _adam_options),
+        _refreshable([per_group[id(group)] for group, _ in stepped], base, stepped, _adam_options),
     )
 
 

@@ -38,7 +38,7 @@ def test_the_default_on_a_gpu_is_triton_and_on_a_cpu_torch(triton):
     compiled = stand_in(False)
     triton(compiled, has_gpu=True)
     assert ops.pick(CUDA) is compiled
-    assert ops.pick(CPU + CUDA) is compiled  # it leaves the former to the twins
+    assert ops.pick(CPU + CUDA) is compiled  # it leaves the former to the references
     assert ops.pick(CPU) is reference
     assert ops.pick([]) is reference
 

@@ -1,4 +1,4 @@
-"""Moving averages, the kernel and its twin, against float64."""
+"""Moving averages, the kernel and its reference, against float64."""
 
 import pytest
 import torch

@@ -185,8 +185,10 @@ def test_the_step_counter_of_a_tensor_of_many_chunks_advances_once(monkeypatch):
 
 def test_weights_that_were_not_perturbed_step_from_themselves():
     weights, grads = tensors([torch.float32]), tensors([torch.float32], 1)
-    twins = copies(weights)
+    expected = copies(weights)
     kernels.restore_sgd_step_(weights, weights, grads, [None] * len(weights), [SGD["plain"]] * len(weights))
-    reference.restore_sgd_step_(twins, twins, copies(grads), [None] * len(twins), [SGD["plain"]] * len(twins))
-    for w, t in zip(weights, twins, strict=True):
+    reference.restore_sgd_step_(
+        expected, expected, copies(grads), [None] * len(expected), [SGD["plain"]] * len(expected)
+    )
+    for w, t in zip(weights, expected, strict=True):
         torch.testing.assert_close(w, t)

@@ -1,4 +1,4 @@
-"""The Triton kernels against their twins and against float64: norm, finite check, perturbation, restore."""
+"""The Triton kernels against their references and against float64: norm, finite check, perturbation, restore."""
 
 import math
 
@@ -34,7 +34,7 @@ def poisoned(monkeypatch):
 
 @pytest.fixture
 def no_scalars(monkeypatch):
-    """The twin computes its scale on the device, as the kernel does."""
+    """The reference computes its scale on the device, as the kernel does."""
     monkeypatch.setattr(reference_common, "READ_SCALARS", False)
 
 
@@ -87,9 +87,9 @@ def test_norm_of_a_mask(keep):
     draw = Draw(5, 6, tuple(range(len(grads))), keep=(keep,) * len(grads))
     for adaptive in (False, True):
         etas = etas_of(grads, adaptive)
-        twin = reference.norm(grads, weights, etas, draw).item()
-        assert kernels.norm(grads, weights, etas, draw).item() == pytest.approx(twin, rel=UNIT)
-        assert (twin == 0) == (keep == 0)
+        expected = reference.norm(grads, weights, etas, draw).item()
+        assert kernels.norm(grads, weights, etas, draw).item() == pytest.approx(expected, rel=UNIT)
+        assert (expected == 0) == (keep == 0)
 
 
 @pytest.mark.usefixtures("no_scalars")
@@ -153,15 +153,15 @@ def test_any_list_of_lengths_and_offsets(cases):
     norm = kernels.norm(grads)
     assert norm.item() == pytest.approx(reference.norm(grads).item(), rel=UNIT)
     assert kernels.found_nonfinite(grads).item() == 0
-    before, twins = copies(weights), copies(weights)
+    before, expected = copies(weights), copies(weights)
     draw = Draw(1, 2, tuple(range(len(cases))))
     backup = Backup(weights)
     kernels.perturb_(weights, grads, backup, norm, [0.3] * len(cases), None, draw)
     assert_same_bits(backup.tensors, before)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference_common, "READ_SCALARS", False)
-        reference.perturb_(twins, grads, Backup(twins), norm, [0.3] * len(cases), None, draw)
-    assert_same_bits(weights, twins)
+        reference.perturb_(expected, grads, Backup(expected), norm, [0.3] * len(cases), None, draw)
+    assert_same_bits(weights, expected)
     kernels.restore_(backup)
     assert_same_bits(weights, before)
 
@@ -190,15 +190,15 @@ def test_perturb_and_restore(dtypes, adaptive, draw):
     weights, grads = tensors(dtypes, sizes=sizes), tensors(dtypes, seed=1, sizes=sizes)
     etas, rho = etas_of(grads, adaptive), [[0.5, -0.25, 0.0, 30.0][i % 4] for i in range(len(grads))]
     draw = draw_of(draw, len(weights))
-    before, twins, addresses = copies(weights), copies(weights), [w.data_ptr() for w in weights]
+    before, expected, addresses = copies(weights), copies(weights), [w.data_ptr() for w in weights]
     norm = kernels.norm(grads, weights, etas, draw)
     backup = Backup(weights)
     versions = [w._version for w in weights]
     kernels.perturb_(weights, grads, backup, norm, rho, etas, draw)
     assert all(w._version > version for w, version in zip(weights, versions, strict=True))
     assert_same_bits(backup.tensors, before)
-    reference.perturb_(twins, grads, Backup(twins), norm, rho, etas, draw)
-    assert_same_bits(weights, twins)  # the same operations, in the same order, rounded alike
+    reference.perturb_(expected, grads, Backup(expected), norm, rho, etas, draw)
+    assert_same_bits(weights, expected)  # the same operations, in the same order, rounded alike
     if draw is None:
         rows = list(zip(before, grads, rho, etas or [None] * len(rho), strict=True))
         assert_as_exact(
@@ -219,16 +219,16 @@ def test_perturb_and_restore(dtypes, adaptive, draw):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_another_dtype(dtype, grad_dtype):
     weights, grads = tensors([dtype], sizes=(63, 4096)), tensors([grad_dtype], seed=1, sizes=(63, 4096))
-    twins, etas = copies(weights), etas_of(grads, True)
+    expected, etas = copies(weights), etas_of(grads, True)
     norm = kernels.norm(grads, weights, etas)
     assert norm.item() == pytest.approx(reference.norm(grads, weights, etas).item(), rel=UNIT)
     kernels.perturb_(
         weights, grads, Backup(weights), norm, [0.3] * len(weights), etas, draw_of((True, None), len(weights))
     )
     reference.perturb_(
-        twins, grads, Backup(twins), norm, [0.3] * len(weights), etas, draw_of((True, None), len(weights))
+        expected, grads, Backup(expected), norm, [0.3] * len(weights), etas, draw_of((True, None), len(weights))
     )
-    assert_same_bits(weights, twins)
+    assert_same_bits(weights, expected)
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
@@ -244,7 +244,7 @@ def test_a_useless_norm_leaves_weights_alone(value, adaptive, stochastic):
     etas = [adaptive] * len(weights)
     norm = kernels.norm(grads, weights, etas)
     assert norm.item() == 0 if value == 0 else not torch.isfinite(norm)
-    dense = [i for i, w in enumerate(weights) if w.stride() != (6, 2)]  # the twin turns -0 into 0
+    dense = [i for i, w in enumerate(weights) if w.stride() != (6, 2)]  # the reference turns -0 into 0
     weights, grads, before, etas = ([part[i] for i in dense] for part in (weights, grads, before, etas))
     draw = draw_of((True, None), len(weights)) if stochastic else None
     kernels.perturb_(weights, grads, Backup(weights), norm, [0.5] * len(weights), etas, draw)
@@ -316,16 +316,16 @@ def test_parts_draw_what_the_whole_does(launcher, cuts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_stochastic_rounding_is_that_of_the_twin_for_every_magnitude(dtype):
+def test_stochastic_rounding_is_that_of_the_reference_for_every_magnitude(dtype):
     values = torch.tensor([s * 2.0**e * (1 + f / 97) for e in range(-30, 18) for f in range(97) for s in (1, -1)])
     weights = [values.to(DEVICE, dtype)]
-    grads, twins = [torch.full_like(weights[0], 2.0**-12) * weights[0].float().abs()], copies(weights)
+    grads, expected = [torch.full_like(weights[0], 2.0**-12) * weights[0].float().abs()], copies(weights)
     norm, draw = torch.ones((), dtype=torch.float64, device=DEVICE), Draw(7, 8, (9,))
     kernels.perturb_(weights, grads, Backup(weights), norm, [1.0], None, draw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference_common, "READ_SCALARS", False)
-        reference.perturb_(twins, grads, Backup(twins), norm, [1.0], None, draw)
-    assert_same_bits(weights, twins)
+        reference.perturb_(expected, grads, Backup(expected), norm, [1.0], None, draw)
+    assert_same_bits(weights, expected)
     assert not torch.equal(weights[0], values.to(DEVICE, dtype))
 
 

@@ -1,4 +1,4 @@
-"""The plain-torch twins against a float64 truth."""
+"""The reference implementations against a float64 truth."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Selection of the rows whose loss rose most, the twin and the kernel, against NumPy."""
+"""Selection of the rows whose loss rose most, the reference and the kernel, against NumPy."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsam.kernels import reference
 
-if kernels is None:  # there is only the twin
+if kernels is None:  # there is only the reference
     select = None
 else:
     from fastsam.kernels import select
@@ -117,41 +117,41 @@ def test_any_kind_of_nan_comes_last(bits, shape):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.data(), st.sampled_from(DTYPES), st.sampled_from(["twin", *SHAPES]))
+@given(st.data(), st.sampled_from(DTYPES), st.sampled_from(["reference", *SHAPES]))
 def test_arrays_with_many_ties(data, dtype, implementation):
     value = st.sampled_from([0.0, -0.0, 0.25, -0.25, 1.0, -1.0, 6e4, -6e4, 6e-8, 1e-40, INF, -INF, NAN])
     pairs = data.draw(st.lists(st.tuples(value, value), min_size=1, max_size=50))
     k = data.draw(st.integers(1, len(pairs)))
     after, before = torch.tensor(pairs, dtype=torch.float64).to(dtype).unbind(1)
-    if implementation == "twin":
+    if implementation == "reference":
         check(reference.select_largest_increase, after, before, k)
     else:
         check(by_kernel, after, before, k, shape=implementation)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.data(), st.sampled_from(["twin", *SHAPES]), st.sampled_from([(32, torch.float32), (64, torch.float64)]))
+@given(st.data(), st.sampled_from(["reference", *SHAPES]), st.sampled_from([(32, torch.float32), (64, torch.float64)]))
 def test_arrays_of_any_numbers(data, implementation, kind):
     width, dtype = kind
     value = st.floats(width=width)
     pairs = data.draw(st.lists(st.tuples(value, value), min_size=1, max_size=50))
     k = data.draw(st.integers(1, len(pairs)))
     after, before = torch.tensor(pairs, dtype=dtype).unbind(1)
-    if implementation == "twin":
+    if implementation == "reference":
         check(reference.select_largest_increase, after, before, k)
     else:
         check(by_kernel, after, before, k, shape=implementation)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.data(), st.sampled_from(["twin", *SHAPES]))
+@given(st.data(), st.sampled_from(["reference", *SHAPES]))
 def test_chosen_rows_rose_most(data, implementation):
     """docs/algorithms.md#invariant-20 and docs/algorithms.md#invariant-21."""
     value = st.floats(-100, 100)
     pairs = data.draw(st.lists(st.tuples(value, value), min_size=1, max_size=50))
     k = data.draw(st.integers(1, len(pairs)))
     after, before = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-    if implementation == "twin":
+    if implementation == "reference":
         rows = reference.select_largest_increase(after, before, k)
     else:
         rows = by_kernel(after, before, k, shape=implementation)
@@ -214,7 +214,7 @@ def test_nothing_waits_for_the_device(chosen):
     assert torch.ops.aten._local_scalar_dense.default not in calls.seen
 
 
-def test_twin_has_static_shapes():
+def test_reference_has_static_shapes():
     vector = torch.empty(100, device="meta")
     assert reference.select_largest_increase(vector, vector, 7).shape == (7,)
 

@@ -1,4 +1,4 @@
-"""The trajectory loss, the kernel and its twin, against torch in float64 and plain Python's view of the history."""
+"""The trajectory loss, the kernel and its reference, against float64 and plain Python's view of the history."""
 
 import itertools
 import math
@@ -382,11 +382,11 @@ def test_the_record_alone_is_the_same(module, dtype, n_classes):
     logits, targets = randn(9, n_classes).to(DEVICE, F32), classes_of(9, n_classes).to(DEVICE)
     targets[[0, 5]] = IGNORED  # the first of two rows with one id does not count
     past = history(n_classes, dtype, ids=ids_for(9), record=True)
-    alone, twin = clone(past), clone(past)
+    alone, expected = clone(past), clone(past)
     module.trajectory_loss(logits, targets, past, tau=1.0, weight=1.0)
     module.record_(logits, alone, targets, IGNORED)
-    reference.record_(logits, twin, targets, IGNORED)
-    for other in (alone, twin):
+    reference.record_(logits, expected, targets, IGNORED)
+    for other in (alone, expected):
         integers = past.rows.element_size() == 1
         same = torch.equal if integers else lambda a, b: assert_same_bits([a], [b]) is None
         assert same(past.rows[:, :n_classes], other.rows[:, :n_classes])
@@ -494,7 +494,7 @@ def test_one_launch_and_no_waiting(monkeypatch, reduction):
     assert operations.names <= {"empty", "select", "detach"}
 
 
-def test_the_twin_does_not_wait_for_a_device(monkeypatch):
+def test_the_reference_does_not_wait_for_a_device(monkeypatch):
     monkeypatch.setattr(reference_common, "READ_SCALARS", False)
     logits, targets = randn(9, 10).to(F32), classes_of(9, 10)
     past = history(10, INT8, ids=ids_for(9).cpu(), record=True)
