@@ -5,7 +5,8 @@
     loss   = CE(z, y) + lam tau^2 KL(softmax(t / tau) || softmax(z / tau))     (Eq. 13, from epoch start_epoch + 1 on)
     v     <- decay v + (1 - decay) w                     after every step of the base optimizer (Eq. 10)
 
-The teacher v stands for the trajectory that SAF remembers, for one copy of the weights and a forward a step.
+The teacher v stands for the trajectory that SAF remembers, for one copy of the weights and a forward a step. See
+docs/algorithms.md#mesa.
 """
 
 import copy

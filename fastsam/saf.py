@@ -6,7 +6,7 @@
     loss   = CE(z, y) + lam tau^2 KL(softmax(t / tau) || softmax(z / tau))     (Eq. 9, from epoch start_epoch + 1 on)
 
 One forward and backward, and one kernel for the four lines. tau^2 stands in the authors' code, not in the paper; they
-record before they read, which takes one slot more.
+record before they read, which takes one slot more. See docs/algorithms.md#saf.
 """
 
 import logging

@@ -6,7 +6,8 @@
     loss   = CE(z, y) + lam tau^2 KL(softmax(t / tau) || softmax(z / tau))
 
 The sharpness of the path that training takes is small where the outputs hardly change along it. Both leave the base
-optimizer's single forward and backward as they are. tau^2 stands in the authors' code, not in the paper.
+optimizer's single forward and backward as they are. tau^2 stands in the authors' code, not in the paper
+(docs/algorithms.md#r-22).
 """
 
 import math

@@ -18,7 +18,7 @@ X, Y = batches(1, rows=24)[0]
 
 
 def test_worked_numbers(backend):
-    """SPEC 4.2: EMA with decay 0.9 of weights that take four given steps."""
+    """docs/algorithms.md#moving-average: EMA with decay 0.9 of weights that take four given steps."""
     model = nn.Linear(2, 1, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 1.0]]))
@@ -33,7 +33,7 @@ def test_worked_numbers(backend):
 
 
 def test_closed_form_of_the_average(backend):
-    """SPEC invariant 25, both sides of Eq. 11."""
+    """docs/algorithms.md#invariant-25, both sides of Eq. 11."""
     model, decay, eta = mlp(), 0.8, 0.05
     mesa, opt = MESA(model, decay=decay), SGD(model.parameters(), lr=eta)
     start = [p.detach().clone() for p in model.parameters()]
@@ -86,7 +86,7 @@ def test_training_equals_the_papers_equations(backend, inputs):
 
 @pytest.mark.parametrize("keywords", [{"lam": 0.0, "start_epoch": 0}, {"start_epoch": 5}])
 def test_an_inactive_loss_is_cross_entropy_bit_for_bit_and_asks_no_teacher(backend, keywords):
-    """SPEC invariant 12."""
+    """docs/algorithms.md#invariant-12."""
     model, other = mlp(torch.float32, batchnorm=True), mlp(torch.float32, batchnorm=True)
     mesa = MESA(model, decay=0.9, **keywords)
     mesa.teacher.register_forward_hook(lambda *_: pytest.fail("the teacher was asked"))
@@ -107,7 +107,7 @@ def test_an_inactive_loss_is_cross_entropy_bit_for_bit_and_asks_no_teacher(backe
 
 
 def test_a_teacher_that_is_the_model_does_not_diverge(backend):
-    """SPEC invariant 24."""
+    """docs/algorithms.md#invariant-24."""
     model = mlp()
     mesa = MESA(model, start_epoch=0)
     z = model(X).detach()
@@ -115,7 +115,7 @@ def test_a_teacher_that_is_the_model_does_not_diverge(backend):
 
 
 def test_the_teacher_is_in_eval_mode_with_averaged_statistics(backend):
-    """SPEC R-29: float buffers averaged, the counter copied."""
+    """docs/algorithms.md#r-29: float buffers averaged, the counter copied."""
     model = mlp(batchnorm=True, dropout=0.5)
     holder = nn.ModuleDict({"loss": MESA(model, decay=0.5, start_epoch=0)})
     mesa = holder["loss"]
@@ -239,7 +239,7 @@ def test_the_average_never_sees_perturbed_weights(backend):
 
 
 def test_a_skipped_step_leaves_the_teacher(backend):
-    """SPEC section 0: a skipped step leaves the method's state untouched."""
+    """docs/algorithms.md#one-step: a skipped step leaves the method's state untouched."""
     model = mlp()
     opt = SAM(model.parameters(), SGD, rho=0.5, lr=0.3, model=model)
     mesa = MESA(model, decay=0.5)
@@ -276,7 +276,7 @@ def test_attach_may_be_undone(backend):
 
 
 def test_resume_goes_on_bit_for_bit(backend, tmp_path):
-    """SPEC invariant 29."""
+    """docs/algorithms.md#invariant-29."""
 
     def go(model, mesa, opt, epochs):
         for epoch in epochs:

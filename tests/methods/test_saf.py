@@ -70,16 +70,16 @@ class Remembers:
         if self.epoch > self.start_epoch and self.lam:
             found = [k for k, t in enumerate(past) if t is not None]
             if found:
-                pull = divergence(torch.stack([past[k] for k in found]), z[found])
-                loss = loss + self.lam * pull.sum() / len(ids)
+                kl = divergence(torch.stack([past[k] for k in found]), z[found])
+                loss = loss + self.lam * kl.sum() / len(ids)
         self.seen.update({(self.epoch, i): row for i, row in zip(ids.tolist(), z.detach(), strict=True)})
         return loss
 
 
-@pytest.fixture(params=["device", "files", "travelling"])
+@pytest.fixture(params=["device", "files", "copied"])
 def storage(request, tmp_path, monkeypatch):
-    """Where the records lie; "travelling" sends them the way they take between two devices."""
-    if request.param == "travelling":
+    """Where the records lie; "copied" copies them as between two devices."""
+    if request.param == "copied":
         monkeypatch.setattr(History, "direct", property(lambda self: False))
     return tmp_path / "history" if request.param == "files" else "device"
 
@@ -103,7 +103,7 @@ def test_training_equals_the_papers_equations(backend, storage, lag, smoothing):
 
 @pytest.mark.parametrize("keywords", [{"lam": 0.0}, {"start_epoch": 9}, {"start_epoch": 4}])
 def test_an_inactive_loss_is_cross_entropy_bit_for_bit(backend, keywords):
-    """SPEC invariant 12; start_epoch=4 is inactive in the fourth epoch still."""
+    """docs/algorithms.md#invariant-12; start_epoch=4 is inactive in the fourth epoch still."""
     model, other = mlp(torch.float32, batchnorm=True), mlp(torch.float32, batchnorm=True)
     ours = saf(lag=1, **keywords)
     global_x = X.float()
@@ -122,21 +122,21 @@ def test_an_inactive_loss_is_cross_entropy_bit_for_bit(backend, keywords):
 
 
 def test_the_divergence_begins_after_start_epoch_and_with_a_record_of_exactly_lag_epochs_ago(backend):
-    """SPEC R-24, invariant 23."""
+    """docs/algorithms.md#r-24, docs/algorithms.md#invariant-23."""
     z, ids = torch.randn(4, C, dtype=torch.float64), torch.arange(4)
     ours, y = saf(lag=2, start_epoch=2, lam=0.3), Y[:4]
     values = []
     for epoch in (1, 2, 3, 4, 6, 7, 8):
         ours.set_epoch(epoch)
         values.append(float(ours(z * epoch, y, ids)) - float(F.cross_entropy(z * epoch, y)))
-    pull = [float(0.3 * divergence(z * (e - 2), z * e).mean()) for e in (3, 4, 6, 7, 8)]
+    kl = [float(0.3 * divergence(z * (e - 2), z * e).mean()) for e in (3, 4, 6, 7, 8)]
     # epoch 5 was passed over, so epoch 7 has no past, though its slot holds epoch 3
-    assert values == pytest.approx([0, 0, pull[0], pull[1], pull[2], 0, pull[4]], abs=1e-12)
-    assert min(pull) > 1e-3
+    assert values == pytest.approx([0, 0, kl[0], kl[1], kl[2], 0, kl[4]], abs=1e-12)
+    assert min(kl) > 1e-3
 
 
 def test_without_learning_or_batch_norm_nothing_diverges(backend):
-    """SPEC invariant 24."""
+    """docs/algorithms.md#invariant-24."""
     model, ours = mlp(), saf(lag=1, start_epoch=0, lam=1.0)
     for epoch in range(1, 4):
         ours.set_epoch(epoch)
@@ -219,9 +219,9 @@ def test_ignored_rows_are_not_recorded_and_late_samples_join(backend, storage):
     ours(z, y, ids)
     ours.set_epoch(2)
     rows = ours(2 * z, torch.tensor([0, 1, 1, 2]), ids)
-    pull = divergence(z, 2 * z)
-    pull[1] = 0  # ignored an epoch ago
-    torch.testing.assert_close(rows, F.cross_entropy(2 * z, torch.tensor([0, 1, 1, 2]), reduction="none") + pull)
+    kl = divergence(z, 2 * z)
+    kl[1] = 0  # ignored an epoch ago
+    torch.testing.assert_close(rows, F.cross_entropy(2 * z, torch.tensor([0, 1, 1, 2]), reduction="none") + kl)
 
 
 def test_of_two_rows_of_one_sample_the_first_counts(backend, storage):
@@ -231,8 +231,8 @@ def test_of_two_rows_of_one_sample_the_first_counts(backend, storage):
     ours.set_epoch(2)
     rows = ours(2 * z, Y[:3], torch.tensor([6, 5, 5]))
     cross = F.cross_entropy(2 * z, Y[:3], reduction="none")
-    pull = torch.stack([divergence(z[2:], 2 * z[:1])[0], divergence(z[:1], 2 * z[1:2])[0], torch.zeros(()).double()])
-    torch.testing.assert_close(rows, cross + pull)
+    kl = torch.stack([divergence(z[2:], 2 * z[:1])[0], divergence(z[:1], 2 * z[1:2])[0], torch.zeros(()).double()])
+    torch.testing.assert_close(rows, cross + kl)
 
 
 def test_the_last_partial_batch_and_dropped_samples(backend, storage):
@@ -314,7 +314,7 @@ class InterruptAt(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
 @pytest.mark.parametrize("target", [1, -100])
-def test_a_row_that_an_interrupt_leaves_half_written_is_nobodys_past(choose, storage, dtype, target):
+def test_an_interrupted_write_leaves_no_past(choose, storage, dtype, target):
     choose("torch")
     old, new, ids = torch.randn(4, C, dtype=torch.float64), torch.randn(4, C, dtype=torch.float64), torch.arange(4)
     y = torch.tensor([0, target, 2, 0])
@@ -403,7 +403,7 @@ def test_files_are_sparse_and_survive_the_process(backend, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 def test_resume_in_the_middle_of_an_epoch_goes_on_bit_for_bit(backend, storage, dtype, tmp_path):
-    """SPEC invariant 29."""
+    """docs/algorithms.md#invariant-29."""
     keywords = {"lag": 2, "start_epoch": 1, "lam": 1.0, "history_dtype": dtype}
     through, model = saf(storage=storage, **keywords), mlp()
     opt = SGD(model.parameters(), lr=0.5, momentum=0.9)
@@ -580,7 +580,7 @@ def test_a_failed_step_records_nothing(backend):
 
 
 def test_a_skipped_step_records_as_a_plain_run_does(backend):
-    """SPEC section 0, 31."""
+    """docs/algorithms.md#one-step, docs/algorithms.md#invariant-31."""
     model, ours = mlp(), saf(lag=1, start_epoch=0, reduction="none")
     opt = SAM(model.parameters(), SGD, rho=0.5, lr=0.3, model=model)
     calls, before = [], snapshot(model)
@@ -665,8 +665,8 @@ def test_ids_that_the_device_found_out_of_range_are_reported_at_the_next_epoch(b
     monkeypatch.setattr(SAF, "_check_ids", lambda *_: None)
     before = past_of(ours, 2)
     loss = ours(2 * z, Y[:4], torch.tensor([0, 99, -7, 3]))
-    pull = divergence(z, 2 * z)[[0, 3]].sum() / 4
-    torch.testing.assert_close(loss, F.cross_entropy(2 * z, Y[:4]) + 0.3 * pull)
+    kl = divergence(z, 2 * z)[[0, 3]].sum() / 4
+    torch.testing.assert_close(loss, F.cross_entropy(2 * z, Y[:4]) + 0.3 * kl)
     after = past_of(ours, 2)
     assert torch.equal(before["records"][[1, 2]], after["records"][[1, 2]])
     with pytest.raises(IndexError, match=r"2 sample ids were out of range, one of them row (99|-7)"):
