@@ -1,31 +1,38 @@
 """fastsam: sharpness-aware training for PyTorch, exact and drop-in. (Not Segment Anything.)
 
-`SAM`, `ESAM` and `MSAM` are `torch.optim.Optimizer`s around a base optimizer, `SAF` and `MESA` losses for any
-optimizer, and `graph_step` takes whole steps as CUDA graphs; see their docstrings and the README.
+`SAM`, `ESAM`, `MSAM`, `GSAM` and `LookSAM` are `torch.optim.Optimizer`s around a base optimizer, `SAF` and
+`MESA` losses for any optimizer, and `graph_step` takes whole steps as CUDA graphs; see their docstrings and the README.
+A method of your own derives from `TwoPassOptimizer`.
 """
 
 from fastsam.esam import ESAM
 from fastsam.graph.graph_step import GraphStep, graph_step
+from fastsam.gsam import GSAM
 from fastsam.installation import installed_version, warn_if_shared
 from fastsam.kernels.ops import set_backend
+from fastsam.looksam import LookSAM
 from fastsam.mesa import MESA
 from fastsam.msam import MSAM
 from fastsam.saf import SAF
 from fastsam.sam import SAM
 from fastsam.trajectory.samples import IndexedDataset, SampleToRankSampler
+from fastsam.two_pass.optimizer import TwoPassOptimizer
 
 __version__ = installed_version()
 warn_if_shared(__file__)
 
 __all__ = [
     "ESAM",
+    "GSAM",
     "MESA",
     "MSAM",
     "SAF",
     "SAM",
     "GraphStep",
     "IndexedDataset",
+    "LookSAM",
     "SampleToRankSampler",
+    "TwoPassOptimizer",
     "graph_step",
     "set_backend",
 ]

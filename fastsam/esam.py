@@ -17,16 +17,18 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastsam.distributed.ddp import PerturbSync
 from fastsam.distributed.dtensor import first_element
 from fastsam.kernels import ops, philox
 from fastsam.kernels.philox import Draw
 from fastsam.sam import SAM, check_choice
 from fastsam.two_pass import capture
+from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.batch import check_losses, take_rows
-from fastsam.two_pass.optimizer import Ascended
+from fastsam.two_pass.optimizer import TwoPassOptimizer
 from fastsam.two_pass.wrapper import SEED, STEP
 
 
@@ -37,7 +39,7 @@ class ESAM(SAM):
     of `SAM`, and:
 
     Args:
-        beta: probability that a tensor (or element) is perturbed, in (0, 1]; a knob of each group. 1 perturbs all.
+        beta: probability that a tensor (or element) is perturbed, in (0, 1]; set for each group. 1 perturbs all.
         gamma: share of the rows that the second pass uses, in (0, 1]: max(1, floor(gamma n + 1e-6)) of n, two at
             least where `model` has batch norm in training mode. 1 uses all and skips the selection forward. With less
             than 1 only `step(loss_fn, *batch)` works; the first group's value counts.
@@ -70,15 +72,42 @@ class ESAM(SAM):
         norm: Literal["masked", "full", "estimated"] = "masked",
         selection: Literal["reforward", "reuse"] = "reforward",
         strict: bool = False,
-        **keywords: Any,
+        model: nn.Module | None = None,
+        perturb_sync: PerturbSync = "global",
+        same_rng: bool = True,
+        stochastic_rounding: bool | Literal["auto"] = "auto",
+        check_finite: bool = True,
+        seed: int = 0,
+        **base_kwargs: Any,
     ) -> None:
         check_choice("mask", mask, ("tensor", "element"))
         check_choice("norm", norm, ("masked", "full", "estimated"))
         check_choice("selection", selection, ("reforward", "reuse"))
         self.mask, self.norm, self.selection, self.strict = mask, norm, selection, strict
         self.last_selected_fraction = 1.0
-        self._own_knobs = {"beta": beta, "gamma": gamma}
-        super().__init__(params, base_optimizer, rho, adaptive, **keywords)
+        TwoPassOptimizer.__init__(
+            self,
+            params,
+            base_optimizer,
+            {"rho": rho, "adaptive": adaptive, "beta": beta, "gamma": gamma},
+            model=model,
+            perturb_sync=perturb_sync,
+            same_rng=same_rng,
+            stochastic_rounding=stochastic_rounding,
+            check_finite=check_finite,
+            seed=seed,
+            **base_kwargs,
+        )
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise TypeError or ValueError for a bad hyperparameter."""
+        super().check_options(options)
+        for name in ("beta", "gamma"):
+            value = options.get(name, 1.0)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value}")
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -89,128 +118,95 @@ class ESAM(SAM):
                     f"{tuple(p.shape)} lies on the ranks as {p.placements}; use mask='tensor'"
                 )
 
-    def _check_knobs(self, knobs: dict[str, Any]) -> None:
-        super()._check_knobs(knobs)
-        for name in ("beta", "gamma"):
-            value = knobs.get(name, 1.0)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}")
-
-    @property
-    def _gamma(self) -> float:
-        return self.knob(self.param_groups[0], "gamma")
-
-    def _check_form(self, call: str) -> None:
-        if self._gamma < 1:
+    def check(self, call: str, rows: int | None = None) -> None:
+        """Raise RuntimeError where no rows can be selected."""
+        super().check(call, rows)
+        if call not in ("the constructor", "step(loss_fn, *batch)") and self._gamma < 1:
             raise RuntimeError(
                 f"{call} cannot select rows (gamma={self._gamma}); use opt.step(loss_fn, *batch), or pass gamma=1 to "
                 "keep the stochastic perturbation alone"
             )
 
+    @property
+    def _gamma(self) -> float:
+        return self.option(self.param_groups[0], "gamma")
+
     # stochastic weight perturbation
+
+    def needs_gradient(self) -> list[bool]:
+        """Return which tensors the mask keeps; all that may be perturbed where the norm is of the whole gradient."""
+        if self.norm == "full":
+            return self.perturbed()
+        return [kept and wanted for kept, wanted in zip(self._kept(), self.perturbed(), strict=True)]
+
+    def has_second_pass(self) -> bool:
+        """Whether the mask keeps any tensor; if not, the step is the base optimizer's."""
+        masks = zip(self._kept(), self.perturbed(), self._params(), strict=True)
+        return any(kept and wanted and p.requires_grad for kept, wanted, p in masks)
+
+    def perturb(self, ascent: Ascent, k: int) -> Tensor:
+        """Compute ||m g||_2, and move the weights that the mask m keeps by rho m g / (beta ||m g||_2) (Eq. 4-5)."""
+        norm, kept = self._masked_norm(ascent), self._kept()
+        ascent = ascent.take([row for row, i in enumerate(ascent.indices) if kept[i]])
+        ascent.move(norm, self.radius, self.etas(ascent), self._draw(ascent), self.e0)
+        return norm
+
+    def radius(self, group: dict[str, Any]) -> float:
+        """Return rho / beta of a group."""
+        return super().radius(group) / self.option(group, "beta")
+
+    def skip(self) -> Tensor | None:
+        """Skip a step without a direction, in which no rows are sharpness-sensitive either."""
+        norm = self.last_grad_norm
+        return self.any_rank(None if norm is None else ~torch.isfinite(norm))
 
     def _kept(self) -> list[bool]:
         """The tensor mask of this step, in group order: the same on every rank, backend and device."""
         if self.mask == "element" or capture.recorder() is not None:  # whose kernels draw the mask
             return [True] * len(self._params())
         group = self.param_groups[0]
-        betas = tuple(self.knob(group, "beta") for group in self.param_groups for _ in group["params"])
+        betas = tuple(self.option(group, "beta") for group in self.param_groups for _ in group["params"])
         words = philox.first_words(len(betas), group[STEP], group[SEED])
         return [word < philox.threshold(beta) for word, beta in zip(words, betas, strict=True)]
 
-    def _perturbs_nothing(self) -> bool:
-        wanted = zip(self._kept(), super()._chosen(), self._params(), strict=True)
-        return not any(kept and chosen and p.requires_grad for kept, chosen, p in wanted)
+    def _masked_norm(self, ascent: Ascent) -> Tensor:
+        draw = self._draw(ascent)
+        masks = self.norm != "full" and draw is not None and draw.keep is not None
+        norm = ascent.norm(self.etas(ascent), draw if masks else None)
+        return norm / math.sqrt(self.option(self.param_groups[0], "beta")) if self.norm == "estimated" else norm
 
-    def _chosen(self) -> list[bool]:
-        chosen = super()._chosen()
-        if self.norm == "full":  # what is masked still counts in the norm
-            return chosen
-        return [kept and wanted for kept, wanted in zip(self._kept(), chosen, strict=True)]
-
-    def _enter_ascent(self) -> None:
-        super()._enter_ascent()
-        self._run.freeze(self._left_out())
-
-    def _ascends_locally(self) -> bool:
-        leaves_gaps = self._run.replicas.reduce_in_backward and bool(self._left_out())
-        return not self._perturbs_nothing() and (super()._ascends_locally() or leaves_gaps)
-
-    def _left_out(self) -> list[Tensor]:
-        """Parameters whose ascent gradient nobody needs."""
-        if self.norm == "full" or self._perturbs_nothing() or not self._run.replicas.may_skip_gradients:
-            return []
-        return [p for p, wanted in zip(self._params(), self._chosen(), strict=True) if not wanted and p.requires_grad]
-
-    def _perturb(self, ascended: Ascended) -> Tensor:
-        norm = self._norm(ascended)
-        kept = self._kept()
-        self._move(ascended.take([row for row, i in enumerate(ascended.indices) if kept[i]]), norm)
-        return norm
-
-    def _norm(self, ascended: Ascended) -> Tensor:
-        draw = self._draw(ascended)
-        if self.norm == "full" or draw is None or draw.keep is None:
-            norm = super()._norm(ascended)
-        else:
-            norm = self._norm_over_ranks(ascended, draw)
-        return norm / math.sqrt(self.knob(self.param_groups[0], "beta")) if self.norm == "estimated" else norm
-
-    def _radii(self, ascended: Ascended) -> list[float]:
-        betas = [self.knob(group, "beta") for group in ascended.groups]
-        return [rho / beta for rho, beta in zip(super()._radii(ascended), betas, strict=True)]
-
-    def _draw(self, ascended: Ascended) -> Draw | None:
-        betas = tuple(self.knob(group, "beta") for group in ascended.groups)
+    def _draw(self, ascent: Ascent) -> Draw | None:
+        """The random numbers of a mask that the kernels draw, and of rounding."""
+        betas = tuple(self.option(group, "beta") for group in ascent.groups)
         is_whole = self.mask == "tensor"
         if all(beta == 1 for beta in betas) or (is_whole and capture.recorder() is None):
-            return super()._draw(ascended)
-        return self._draw_with(ascended, rounding=bool(self.stochastic_rounding), keep=betas, whole=is_whole)
-
-    def _obstacle(self, scaler: Any) -> str | None:
-        return "strict=True reads the device" if self.strict else super()._obstacle(scaler)
-
-    def _is_typical(self) -> bool:
-        # a step that perturbs nothing has one pass; of many tensors that never happens, and to look takes a while
-        groups = [group for group in self.param_groups if self.knob(group, "perturb")]
-        chance = math.prod((1 - self.knob(g, "beta")) ** sum(p.requires_grad for p in g["params"]) for g in groups)
-        return self.mask == "element" or chance < 2**-60 or not self._perturbs_nothing()
-
-    def _outcomes(self) -> list[tuple[Any, str]]:
-        return [*super()._outcomes(), (self, "last_selected_fraction")]
-
-    def _skip_for(self) -> Tensor | None:
-        # without a direction there are no sharpness-sensitive rows either
-        norm = self.last_grad_norm
-        return self._run.replicas.any(None if norm is None else ~torch.isfinite(norm))
+            return ascent.rounding()
+        return ascent.draw(rounding=bool(self.stochastic_rounding), keep=betas, whole=is_whole)
 
     # sharpness-sensitive data selection
 
-    def _second_pass(self, loss_fn: Callable, batch: tuple, first: Tensor, backward: Callable[[Tensor], None]) -> None:
+    def select(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], first: Tensor) -> Tensor:
+        """Return the losses of B+, the k rows whose loss the perturbation raises most (Eq. 6)."""
         n = len(first)
         k = self._number_of_rows(n)
         self.last_selected_fraction = k / n
         if k == n and not self.strict:
-            super()._second_pass(loss_fn, batch, first, backward)
-        elif self.selection == "reuse":
+            return super().select(loss_fn, batch, first)
+        if self.selection == "reuse":
             losses = check_losses(loss_fn(*batch), n)
-            backward(losses.index_select(0, self._rows(losses.detach(), first, k)))
-        else:
-            with torch.no_grad():
-                after = check_losses(loss_fn(*batch), n, needs_grad=False)
-            rows = self._rows(after, first, k)
-            self._run.replay_draws()
-            backward(check_losses(loss_fn(*take_rows(batch, rows)), len(rows)))
+            return losses.index_select(0, self._rows(losses.detach(), first, k))
+        with torch.no_grad():
+            after = check_losses(loss_fn(*batch), n, needs_grad=False)
+        rows = self._rows(after, first, k)
+        self.replay_draws()
+        return check_losses(loss_fn(*take_rows(batch, rows)), len(rows))
 
     def _number_of_rows(self, n: int) -> int:
-        smallest = 2 if self._run.statistics.any_training() else 1
+        smallest = 2 if self.trains_batch_norm else 1
         return min(n, max(smallest, math.floor(self._gamma * n + 1e-6)))
 
     def _rows(self, after: Tensor, before: Tensor, k: int) -> Tensor:
-        kernels = ops.pick([after])
-        rows = kernels.select_largest_increase(after, before, k)
+        rows = ops.pick([after]).select_largest_increase(after, before, k)
         if not self.strict:
             return rows
         delta = (after - before)[rows]
@@ -222,3 +218,20 @@ class ESAM(SAM):
             )
         self.last_selected_fraction = len(above) / len(before)
         return above
+
+    # captures
+
+    def why_not_capturable(self, scaler: Any) -> str | None:
+        """Return why no step can be captured, if so."""
+        return "strict=True reads the device" if self.strict else super().why_not_capturable(scaler)
+
+    def is_warm(self) -> bool:
+        """Return whether the next step has two passes."""
+        # of many tensors a step that perturbs nothing never happens, and to look takes a while
+        groups = [group for group in self.param_groups if self.option(group, "perturb")]
+        chance = math.prod((1 - self.option(g, "beta")) ** sum(p.requires_grad for p in g["params"]) for g in groups)
+        return self.mask == "element" or chance < 2**-60 or self.has_second_pass()
+
+    def static_outputs(self) -> list[tuple[Any, str]]:
+        """Return what a step sets and every replay leaves as well."""
+        return [*super().static_outputs(), (self, "last_selected_fraction")]

@@ -11,24 +11,16 @@ With adaptive=True it is ASAM (Kwon et al. 2021, https://arxiv.org/abs/2102.1160
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import partial
-from types import MappingProxyType
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsam.distributed.ddp import PerturbSync
-from fastsam.distributed.dtensor import first_element, norm_over_ranks, shard_number
-from fastsam.kernels import ops
-from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import E0
-from fastsam.kernels.replay_tables import Refreshable
-from fastsam.two_pass import capture
-from fastsam.two_pass.optimizer import Ascended, TwoPassOptimizer
-from fastsam.two_pass.wrapper import FROM_BASE
+from fastsam.two_pass.ascent import Ascent
+from fastsam.two_pass.optimizer import TwoPassOptimizer
 
 OFFICIAL_ETA, OFFICIAL_E0 = 0.01, 1e-16
 
@@ -47,7 +39,8 @@ class SAM(TwoPassOptimizer):
             `T = |w| + 0.01` for tensors whose name contains "weight" and T = 1 for the others, which needs `model` or
             named parameters. ASAM wants a rho about ten times as large.
         model: the module that is trained, or its wrapper. With it the running statistics of batch norm are those of
-            the first pass alone; without it they are yours to handle. It is held, not registered.
+            the first pass alone, and after a step that fails those before it; without it they are yours to handle. It
+            is held, not registered.
         perturb_sync: which ranks of a DistributedDataParallel model share a perturbation: "global" perturbs all alike,
             along the gradient of the whole batch; "replica" perturbs each along its own, unreduced, which is mSAM
             with one shard per rank and saves a reduction; a number g makes groups of g neighbouring ranks. Pass DDP's
@@ -78,9 +71,6 @@ class SAM(TwoPassOptimizer):
             loss = opt.step(losses, x, y)
     """
 
-    _own_knobs: Mapping[str, Any] = MappingProxyType({})
-    """What a method that builds on this one adds to the knobs, set before its constructor calls ours."""
-
     def __init__(
         self,
         params: Iterable,
@@ -99,101 +89,73 @@ class SAM(TwoPassOptimizer):
         super().__init__(
             params,
             base_optimizer,
-            {"rho": rho, "adaptive": adaptive, "perturb": True, **self._own_knobs},
+            {"rho": rho, "adaptive": adaptive},
             model=model,
             perturb_sync=perturb_sync,
             same_rng=same_rng,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
             seed=seed,
-            base_kwargs=base_kwargs,
+            **base_kwargs,
         )
-        if self._is_official():
-            self._names()  # raises now rather than in the first step
 
-    @classmethod
-    def wrap(cls, base_optimizer: Optimizer, rho: float = 0.05, adaptive: Any = False, **keywords: Any) -> "SAM":
-        """Return SAM around an optimizer instance, which keeps its state; the keywords are those of the constructor."""
-        return cls(FROM_BASE, base_optimizer, rho, adaptive, **keywords)  # type: ignore[arg-type]
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise TypeError or ValueError for a bad rho or adaptive."""
+        super().check_options(options)
+        check_radius("rho", options.get("rho", 0.0))
+        if options.get("adaptive", False) not in (False, True, "official"):
+            raise ValueError(f"adaptive must be False, True or 'official', got {options['adaptive']!r}")
 
-    def _check_knobs(self, knobs: dict[str, Any]) -> None:
-        rho, adaptive = knobs.get("rho", 0.0), knobs.get("adaptive", False)
-        if isinstance(rho, bool) or not isinstance(rho, (int, float)):
-            raise TypeError(f"rho must be a number, got {rho!r} of type {type(rho).__name__}")
-        if not (rho >= 0 and math.isfinite(rho)):
-            raise ValueError(f"rho must be finite and >= 0, got {rho}")
-        if adaptive not in (False, True, "official"):
-            raise ValueError(f"adaptive must be False, True or 'official', got {adaptive!r}")
-        if not isinstance(knobs.get("perturb", True), bool):
-            raise TypeError(f"perturb must be True or False, got {knobs['perturb']!r}")
+    def check(self, call: str, rows: int | None = None) -> None:
+        """Raise ValueError where adaptive="official" has no names to go by."""
+        if call == "the constructor" and self._is_official():
+            self.parameter_names()
 
-    def _perturb(self, ascended: Ascended) -> Tensor:
-        norm = self._norm(ascended)
-        self._move(ascended, norm)
+    def perturb(self, ascent: Ascent, k: int) -> Tensor:
+        """Compute ||T g||_2, and move w by rho T^2 g / ||T g||_2 (Eq. 2; ASAM's Eq. 7)."""
+        etas = self.etas(ascent)
+        norm = ascent.norm(etas)
+        ascent.move(norm, self.radius, etas, e0=self.e0)
         return norm
 
-    def _norm(self, ascended: Ascended) -> Tensor:
-        return self._norm_over_ranks(ascended, None)
-
-    def _norm_over_ranks(self, ascended: Ascended, draw: Draw | None) -> Tensor:
-        adaptive = self._adaptive(ascended)
-
-        def norm_of(rows: list[int]) -> Tensor:
-            part, kernels = ascended.take(rows), ops.pick(ascended.weights)
-            etas = None if adaptive is None else [adaptive[i] for i in rows]
-            return kernels.norm(part.grads, part.weights, etas, draw and draw.take(rows))
-
-        return norm_over_ranks(norm_of, ascended.spreads)
+    def radius(self, group: dict[str, Any]) -> float:
+        """Return rho of a group's perturbation."""
+        return self.option(group, "rho")
 
     @property
-    def _refreshed(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self._knob_keys["rho"],)
+    def e0(self) -> float:
+        """What is added to the norm in the denominator."""
+        return OFFICIAL_E0 if self._is_official() else E0
 
-    def _move(self, ascended: Ascended, norm: Tensor) -> None:
-        backup = self._run.backup_of(ascended.weights)
-        adaptive, draw = self._adaptive(ascended), self._draw(ascended)
-        e0 = OFFICIAL_E0 if self._is_official() else E0
-        kernels = ops.pick(ascended.weights)
-        # a capture keeps the groups to look into, and no gradients, whose memory others may use
-        radii = Refreshable(self._radii(ascended), partial(self._radii, replace(ascended, weights=[], grads=[])))
-        kernels.perturb_(ascended.weights, ascended.grads, backup, norm, radii, adaptive, draw, e0)
+    @property
+    def refreshed(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Keys of the groups that a captured step follows."""
+        return (self._option_keys["rho"],)
 
-    def _radii(self, ascended: Ascended) -> list[float]:
-        """Rho of each tensor; negative where the objective is maximized."""
-        radii = [self.knob(group, "rho") for group in ascended.groups]
-        return [-r if group.get("maximize") else r for r, group in zip(radii, ascended.groups, strict=True)]
-
-    def _draw(self, ascended: Ascended) -> Draw | None:
-        rounds = self.stochastic_rounding and any(w.dtype.itemsize == 2 for w in ascended.weights)
-        return self._draw_with(ascended) if rounds else None
-
-    def _draw_with(self, ascended: Ascended, **options: Any) -> Draw:
-        """Random numbers by each element's place in its whole tensor; a shard that is not one stretch has its own."""
-        params = self._params()
-        starts = [first_element(params[i]) for i in ascended.indices]
-        indices = [
-            i if start is not None else i + len(params) * shard_number(spread)
-            for i, start, spread in zip(ascended.indices, starts, ascended.spreads, strict=True)
-        ]
-        firsts = tuple(start or 0 for start in starts)
-        return Draw(ascended.seed, ascended.step, tuple(indices), starts=firsts, advance=capture.advance(), **options)
-
-    def _is_official(self) -> bool:
-        return any(self.knob(group, "adaptive") == "official" for group in self.param_groups)
-
-    def _adaptive(self, ascended: Ascended) -> list[float | None] | None:
-        """For each tensor eta of ASAM's T = |w| + eta, or None for T = 1; None altogether without ASAM."""
-        kinds = [self.knob(group, "adaptive") for group in ascended.groups]
+    def etas(self, ascent: Ascent) -> list[float | None] | None:
+        """Return for each tensor eta of ASAM's T = |w| + eta, or None for T = 1; None altogether without ASAM."""
+        kinds = [self.option(group, "adaptive") for group in ascent.groups]
         if not any(kinds):
             return None
-        names = self._names() if self._is_official() else []
+        names = self.parameter_names() if self._is_official() else []
 
         def eta(kind: Any, index: int) -> float | None:
             if kind == "official":
                 return OFFICIAL_ETA if "weight" in names[index] else None
             return 0.0 if kind else None
 
-        return [eta(kind, index) for kind, index in zip(kinds, ascended.indices, strict=True)]
+        return [eta(kind, index) for kind, index in zip(kinds, ascent.indices, strict=True)]
+
+    def _is_official(self) -> bool:
+        return any(self.option(group, "adaptive") == "official" for group in self.param_groups)
+
+
+def check_radius(name: str, value: Any) -> None:
+    """Raise TypeError unless a hyperparameter is a number, ValueError unless it is finite and >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -27,7 +27,7 @@ from fastsam.cli.report import replacing
 from fastsam.cli.steps import BatchLosses, StepClock, Task, build, build_criterion, note_of
 from fastsam.graph.captured_step import CaptureError
 from fastsam.graph.graph_step import GraphStep, graph_step
-from fastsam.graph.plain_step import stepper_of
+from fastsam.graph.plain_step import as_stepper
 from fastsam.trajectory.samples import SampleToRankSampler
 
 SCORED_AT_ONCE = 256  # pictures; a forward of them keeps little, so it fits where training does
@@ -197,7 +197,7 @@ class Run:
     def _step(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Take a step and return the batch's mean loss, 0-dim on the device."""
         if not self.config.graph:
-            return stepper_of(self.optimizer).step(self.losses, *batch, scaler=self.scaler)
+            return as_stepper(self.optimizer).step(self.losses, *batch, scaler=self.scaler)
         if self._graph_step is None:
             try:
                 self._graph_step = graph_step(self.optimizer, self.losses, *batch, scaler=self.scaler)

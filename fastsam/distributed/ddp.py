@@ -35,7 +35,7 @@ from fastsam.kernels.tensor_list import buckets
 PerturbSync = Literal["global", "replica"] | int
 
 
-class Replicas:
+class ParallelModel:
     """The ranks that train one model, as copies (DDP) or in shards (FSDP2).
 
     Args:
@@ -128,7 +128,11 @@ class Replicas:
             self._reductions[ddp] = _Reduction(ddp)
         return self._reductions[ddp]
 
-    @torch.no_grad()
+    @property
+    def is_inside_no_sync(self) -> bool:
+        """Whether somebody has told DDP to leave gradients unreduced."""
+        return any(not ddp.require_backward_grad_sync for ddp in self._ddp)
+
     def average(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Return the means of local gradients over the ranks that share a perturbation.
 
@@ -136,13 +140,24 @@ class Replicas:
             params: parameters, the same on every rank.
             grads: their gradients, overwritten; None counts as zeros where others take part.
         """
-        if self._sharing == 1:
+        return self._mean(params, grads, self._group, self._sharing, "the ascent gradient")
+
+    def average_over_all(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Return the means of local gradients over all ranks; arguments as those of `average`."""
+        size = dist.get_world_size(self._world)
+        return self._mean(params, grads, self._world, size, "the combined gradient")
+
+    @torch.no_grad()
+    def _mean(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], group: Any, size: int, what: str
+    ) -> Sequence[Tensor | None]:
+        if size == 1:
             return grads
         means = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
         for rows in buckets((g.device, g.dtype) for g in means):
             parts = [means[i] for i in rows]
-            flat = torch.cat([part.reshape(-1) for part in parts]).div_(self._sharing)
-            all_reduce(flat, self._group, dist.ReduceOp.SUM, "the ascent gradient")
+            flat = torch.cat([part.reshape(-1) for part in parts]).div_(size)
+            all_reduce(flat, group, dist.ReduceOp.SUM, what)
             pieces = flat.split([part.numel() for part in parts])
             torch._foreach_copy_(parts, [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)])
         return means

@@ -50,19 +50,19 @@ def refuse_partial(params: Sequence[Any]) -> None:
             )
 
 
-class Spread(NamedTuple):
+class Placement(NamedTuple):
     """How a tensor lies on several ranks: split along these dimensions of the mesh, copied along the others."""
 
     mesh: Any
     dims: tuple[int, ...]
 
 
-def spread(tensor: Any) -> Spread | None:
-    """How a DTensor is spread; None for any other tensor."""
+def placement(tensor: Any) -> Placement | None:
+    """Return how a DTensor lies on the ranks; None for any other tensor."""
     if not is_dtensor(tensor):
         return None
     # the strided shards of two-dimensional meshes do not call themselves shards
-    return Spread(tensor.device_mesh, tuple(d for d, p in enumerate(tensor.placements) if not p.is_replicate()))
+    return Placement(tensor.device_mesh, tuple(d for d, p in enumerate(tensor.placements) if not p.is_replicate()))
 
 
 def first_element(tensor: Any) -> int | None:
@@ -87,48 +87,47 @@ def _first_row(shape: torch.Size, mesh: Any, placements: Any) -> int:
     return compute_local_shape_and_global_offset(shape, mesh, placements)[1][0]
 
 
-def shard_number(spread: Spread | None) -> int:
+def shard_number(placement: Placement | None) -> int:
     """Which of a tensor's shards this rank holds, counted along the mesh; 0 for a whole one."""
     number = 0
-    for d in spread.dims if spread else ():
-        number = number * spread.mesh.size(d) + spread.mesh.get_local_rank(d)  # type: ignore[union-attr]
+    for d in placement.dims if placement else ():
+        number = number * placement.mesh.size(d) + placement.mesh.get_local_rank(d)  # type: ignore[union-attr]
     return number
 
 
 @torch.no_grad()
-def norm_over_ranks(norm_of: Callable[[list[int]], Tensor], spreads: Sequence[Spread | None]) -> Tensor:
-    """Return the 2-norm over all entries of a list of tensors, each entry counted once however many ranks hold it.
+def sum_over_ranks(sum_of: Callable[[list[int]], Tensor], placements: Sequence[Placement | None]) -> Tensor:
+    """Return a sum over all entries of a list of tensors, each entry counted once however many ranks hold it.
 
     Args:
-        norm_of: returns the norm over this rank's own entries of the tensors at these positions, 0-dim float64.
-        spreads: how each tensor is spread.
+        sum_of: returns the sum over this rank's own entries of the tensors at these positions, 0-dim float64.
+        placements: how each tensor lies on the ranks; at least one is on several.
     """
-    if not any(spreads):
-        return norm_of(list(range(len(spreads))))
-    alike = {spreads[rows[0]]: norm_of(rows).square() for rows in buckets(spreads)}
-    total = alike.pop(None, torch.zeros((), dtype=torch.float64))
-    for mesh, dims in _split_dims(spreads).items():
+    alike = {placements[rows[0]]: sum_of(rows) for rows in buckets(placements)}
+    whole = alike.pop(None, None)
+    totals = [] if whole is None else [whole]
+    for mesh, dims in _split_dims(placements).items():
         copies = {s: prod(mesh.size(d) for d in dims if d not in s.dims) for s in alike if s and s.mesh == mesh}
-        squares = torch.stack([alike[s] / n for s, n in copies.items()]).sum()
+        total = torch.stack([alike[s] / n for s, n in copies.items()]).sum()
         for d in dims:
-            all_reduce(squares, mesh.get_group(d), dist.ReduceOp.SUM, "the gradient norm")
-        total = squares + total.to(squares.device)
-    return total.sqrt()
+            all_reduce(total, mesh.get_group(d), dist.ReduceOp.SUM, "the gradient norm")
+        totals.append(total)
+    return torch.stack([total.to(totals[0].device) for total in totals]).sum()
 
 
 @torch.no_grad()
 def any_over_ranks(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest value that `flag` has on a rank that holds entries of these tensors."""
-    for mesh, dims in _split_dims([spread(t) for t in tensors]).items():
+    for mesh, dims in _split_dims([placement(t) for t in tensors]).items():
         for d in dims:
             all_reduce(flag, mesh.get_group(d), dist.ReduceOp.MAX, "the flag of a non-finite gradient")
     return flag
 
 
-def _split_dims(spreads: Sequence[Spread | None]) -> dict[Any, list[int]]:
+def _split_dims(placements: Sequence[Placement | None]) -> dict[Any, list[int]]:
     """For each mesh the dimensions along which any tensor is split."""
     found: dict[Any, set[int]] = {}
-    for s in filter(None, spreads):
+    for s in filter(None, placements):
         found.setdefault(s.mesh, set()).update(s.dims)
     return {mesh: sorted(dims) for mesh, dims in found.items()}
 

@@ -1,4 +1,4 @@
-"""One captured step: what was recorded, what it takes for given, and how a replay makes up for what Python did."""
+"""One captured step: what was recorded, its guards, and how a replay makes up for what Python did."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from fastsam.graph.guards import Given, change
+from fastsam.graph.guards import Guards, change
 from fastsam.two_pass import capture
 from fastsam.two_pass.batch import replace_tensors, tensors_of
 from fastsam.two_pass.capture import Capture, Recorder
 from fastsam.two_pass.gradients import clear, flat, put, take
-from fastsam.two_pass.wrapper import STEP
+from fastsam.two_pass.wrapper import STEP, TAKEN
 
 
 class CaptureError(RuntimeError):
     """A step cannot be captured; nothing has happened."""
 
 
-class RecordedStep:
+class CapturedStep:
     """A step that is recorded on construction, without running, and then replayed.
 
     Args:
@@ -28,7 +28,7 @@ class RecordedStep:
         batch: of the layout that all replays have.
         recorder: records and replays.
         advance: int64, 0-dim on the device, for launches that draw random numbers: steps since the recording.
-        given: looks at what the step goes by.
+        guards: look at what the step goes by.
         scaler: of the step, or None.
 
     Raises:
@@ -42,19 +42,19 @@ class RecordedStep:
         batch: tuple[Any, ...],
         recorder: Recorder,
         advance: Tensor,
-        given: Given,
+        guards: Guards,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self._stepper, self._recorder = stepper, recorder
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._params, self._target = flat(stepper.param_groups), id(stepper._scaler_target)
         self._check_scaler()
-        self._look, self._given, self._numbers = given, given.now(), given.numbers()
+        self._guards, self._guarded, self._numbers = guards, guards.now(), guards.numbers()
         self._inputs = [t.clone() for t in tensors_of(batch, scalars=True)]
-        self._counter: int | None = stepper.param_groups[0].get(STEP)
+        self._counters = {key: stepper.param_groups[0][key] for key in (STEP, TAKEN) if key in stepper.param_groups[0]}
         self._capture, self._advance = Capture(), advance
         self.replays = 0
-        outcomes = self._read_outcomes()
+        outputs = self._read_outputs()
         clear(self._params)  # autograd is to make gradients in the graph's memory
         torch.clear_autocast_cache()
         draws = torch.get_rng_state()
@@ -63,7 +63,7 @@ class RecordedStep:
                 self._loss = step(*replace_tensors(batch, self._inputs, scalars=True))
         except BaseException as error:
             recorder.release()
-            self._forget(outcomes)
+            self._forget(outputs)
             if not isinstance(error, Exception):
                 raise
             raise CaptureError(
@@ -76,12 +76,12 @@ class RecordedStep:
         self._counts = self._count_back()
         self._capture.tables.fill()
         self._grads = take(self._params)
-        self._outcomes = self._read_outcomes()
+        self._outputs = self._read_outputs()
         self._scaled = self._take_scaler_state()
 
     def change(self) -> str | None:
         """Return what has changed since, of all that was recorded for good; None if nothing has."""
-        if found := change(self._look.now(), self._given):
+        if found := change(self._guards.now(), self._guarded):
             return found
         return None if self._capture.watched.holds() else "an epoch, mode or setting of a loss"
 
@@ -91,19 +91,20 @@ class RecordedStep:
         self._check_scaler()
         torch.clear_autocast_cache()  # an autocast around the steps would go on with casts of older weights
         torch._foreach_copy_(self._inputs, list(tensors_of(batch, scalars=True)))
-        if (numbers := self._look.numbers()) != self._numbers:
+        if (numbers := self._guards.numbers()) != self._numbers:
             self._capture.tables.refresh()
             self._numbers = numbers
         groups = self._stepper.param_groups
-        if self._counter is not None:
-            self._advance.fill_(groups[0][STEP] - self._counter)
-            for group in groups:
-                group[STEP] += self._counts
+        if self._counters:
+            self._advance.fill_(groups[0][STEP] - self._counters[STEP])
+        for group in groups:
+            for key, count in self._counts.items():
+                group[key] += count
         self._recorder.replay()
         self.replays += 1
         put(self._params, self._grads)
         torch.autograd.graph.increment_version(self._params)
-        _write_outcomes(self._outcomes)
+        _write_outputs(self._outputs)
         for call in self._capture.calls:
             call()
         if self._scaler is not None:
@@ -111,15 +112,13 @@ class RecordedStep:
         self._stepper._replayed()
         return self._loss.clone()  # the next replay writes over the loss itself
 
-    def _count_back(self) -> int:
+    def _count_back(self) -> dict[str, int]:
         """Set the groups' counters to what they were before the capture, and return by how much it moved them."""
-        if self._counter is None:
-            return 0
         groups = self._stepper.param_groups
-        advance = groups[0][STEP] - self._counter
+        advances = {key: groups[0][key] - before for key, before in self._counters.items()}
         for group in groups:
-            group[STEP] = self._counter
-        return advance
+            group.update(self._counters)
+        return advances
 
     def _scaler_states(self) -> Any:
         """What the GradScaler knows of the steps of optimizers, by their ids, and forgets in `update()`."""
@@ -134,10 +133,10 @@ class RecordedStep:
         if self._scaler is not None and self._scaler_states()[self._target]["stage"] is not OptState.READY:
             raise RuntimeError("a step has already been taken since the GradScaler's last update(); call update()")
 
-    def _read_outcomes(self) -> list[tuple[Any, str, Any]]:
-        return [(holder, name, getattr(holder, name)) for holder, name in self._stepper._outcomes()]
+    def _read_outputs(self) -> list[tuple[Any, str, Any]]:
+        return [(holder, name, getattr(holder, name)) for holder, name in self._stepper.static_outputs()]
 
-    def _forget(self, outcomes: list[tuple[Any, str, Any]]) -> None:
+    def _forget(self, outputs: list[tuple[Any, str, Any]]) -> None:
         """Leave no trace of a step that was recorded in part and never ran."""
         from fastsam.kernels import launch  # needs triton, which captures have
 
@@ -146,11 +145,11 @@ class RecordedStep:
         self._count_back()
         self._take_scaler_state()
         self._stepper._discard()
-        _write_outcomes(outcomes)
+        _write_outputs(outputs)
 
 
-def _write_outcomes(outcomes: list[tuple[Any, str, Any]]) -> None:
-    for holder, name, value in outcomes:
+def _write_outputs(outputs: list[tuple[Any, str, Any]]) -> None:
+    for holder, name, value in outputs:
         # what users may keep is a copy, since the next replay writes over the graph's own
         setattr(holder, name, value.clone() if name == "last_grad_norm" and value is not None else value)
 

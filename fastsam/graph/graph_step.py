@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.graph import recorder as recorders
-from fastsam.graph.captured_step import CaptureError, RecordedStep
-from fastsam.graph.guards import Given
-from fastsam.graph.plain_step import stepper_of
+from fastsam.graph.captured_step import CapturedStep, CaptureError
+from fastsam.graph.guards import Guards
+from fastsam.graph.plain_step import as_stepper
 from fastsam.two_pass import capture
 from fastsam.two_pass.batch import batch_size, replace_tensors, tensors_of
 from fastsam.two_pass.capture import Recorder, Watched
@@ -92,16 +92,16 @@ class GraphStep:
     ) -> None:
         _check_arguments(opt, loss_fn, example_batch, clip_grad_norm, warmup)
         self._recorder = recorder = recorders.recorder_for(flat(opt.param_groups), example_batch)
-        self._stepper: Any = stepper_of(opt, fused=recorder is not None)
-        if recorder is not None and (obstacle := _obstacle(opt) or self._stepper._obstacle(scaler)):
-            raise ValueError(f"the step cannot be captured: {obstacle}; take it without graph_step")
+        self._stepper: Any = as_stepper(opt, fused=recorder is not None)
+        if recorder is not None and (reason := _why_not_capturable(opt) or self._stepper.why_not_capturable(scaler)):
+            raise ValueError(f"the step cannot be captured: {reason}; take it without graph_step")
         self.opt, self._loss_fn, self._scaler, self._clip_grad_norm = opt, loss_fn, scaler, clip_grad_norm
         self._layout = _layout(example_batch)
         self._advance = torch.zeros((), dtype=torch.int64, device=flat(opt.param_groups)[0].device)
-        self._given = Given(self._stepper)
-        self._to_rehearse = warmup
-        self._rehearsed: tuple[dict[str, Any], Watched] | None = None
-        self._recorded: RecordedStep | None = None
+        self._guards = Guards(self._stepper)
+        self._warmup_left = warmup
+        self._warmed: tuple[dict[str, Any], Watched] | None = None
+        self._captured_step: CapturedStep | None = None
         self._wasted = 0
         self.replays = 0
         """How many of the steps were replays."""
@@ -112,13 +112,13 @@ class GraphStep:
     @property
     def captured(self) -> bool:
         """Whether there is a captured step."""
-        return self._recorded is not None
+        return self._captured_step is not None
 
     def reset(self) -> None:
         """Drop the captured step, and its memory; the next call runs as usual, and from then on all is as before."""
-        self._to_rehearse = max(self._to_rehearse, 1)
-        if self._recorder is not None and self._recorded is not None:
-            self._recorded = None
+        self._warmup_left = max(self._warmup_left, 1)
+        if self._recorder is not None and self._captured_step is not None:
+            self._captured_step = None
             self._recorder.release()
 
     def __call__(self, *batch: Any) -> Tensor:
@@ -129,44 +129,44 @@ class GraphStep:
             Exception: what the optimizer's `step` raises.
         """
         recorder = self._recorder
-        if recorder is None or _layout(batch) != self._layout or not self._stepper._is_typical():
+        if recorder is None or _layout(batch) != self._layout or not self._stepper.is_warm():
             return self._step(*batch)
-        if self._recorded is not None and (change := self._recorded.change()):
+        if self._captured_step is not None and (change := self._captured_step.change()):
             self._drop(change)
-        if self._recorded is None:
-            if not self._is_rehearsed():
-                return self._rehearse(recorder, batch)
-            if obstacle := _obstacle(self.opt):
-                raise CaptureError(f"the step cannot be captured: {obstacle}")
-            self._recorded = RecordedStep(
-                self._stepper, self._step, batch, recorder, self._advance, self._given, self._scaler
+        if self._captured_step is None:
+            if not self._is_warmed_up():
+                return self._warm_up(recorder, batch)
+            if reason := _why_not_capturable(self.opt):
+                raise CaptureError(f"the step cannot be captured: {reason}")
+            self._captured_step = CapturedStep(
+                self._stepper, self._step, batch, recorder, self._advance, self._guards, self._scaler
             )
-        loss = self._recorded.replay(batch)
+        loss = self._captured_step.replay(batch)
         self.replays += 1
         return loss
 
     def _step(self, *batch: Any) -> Tensor:
         return self._stepper.step(self._loss_fn, *batch, scaler=self._scaler, clip_grad_norm=self._clip_grad_norm)
 
-    def _is_rehearsed(self) -> bool:
+    def _is_warmed_up(self) -> bool:
         """Whether the next step would do what the last one did, so that all it needs is there."""
-        if self._to_rehearse > 0 or self._rehearsed is None or not self._stepper._is_settled():
+        if self._warmup_left > 0 or self._warmed is None:
             return False
-        given, watched = self._rehearsed
-        return given == self._given.now() and watched.holds()
+        guarded, watched = self._warmed
+        return guarded == self._guards.now() and watched.holds()
 
-    def _rehearse(self, recorder: Recorder, batch: tuple[Any, ...]) -> Tensor:
+    def _warm_up(self, recorder: Recorder, batch: tuple[Any, ...]) -> Tensor:
         copies = [t.clone() for t in tensors_of(batch, scalars=True)]  # aligned as those of a capture
-        with capture.rehearsing(recorder, self._advance) as watched:
+        with capture.warming_up(recorder, self._advance) as watched:
             loss = self._step(*replace_tensors(batch, copies, scalars=True))
-        self._to_rehearse -= 1
-        self._rehearsed = self._given.now(), watched
+        self._warmup_left -= 1
+        self._warmed = self._guards.now(), watched
         return loss
 
     def _drop(self, change: str) -> None:
         """Drop a captured step that no longer holds, and give up where that comes to nothing again and again."""
-        assert self._recorded is not None
-        self._wasted = self._wasted + 1 if self._recorded.replays < 2 else 0
+        assert self._captured_step is not None
+        self._wasted = self._wasted + 1 if self._captured_step.replays < 2 else 0
         self.reset()
         if self._wasted == _MOST_WASTED:
             self._recorder = None
@@ -195,7 +195,7 @@ def _check_arguments(opt: Any, loss_fn: Any, batch: tuple[Any, ...], clip_grad_n
         raise ValueError(f"warmup must be at least 1, got {warmup}: the first step makes what a capture needs")
 
 
-def _obstacle(opt: Optimizer) -> str | None:
+def _why_not_capturable(opt: Optimizer) -> str | None:
     """Return why no step of any optimizer could be captured here."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return "it is taken by several processes"

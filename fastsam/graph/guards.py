@@ -1,4 +1,4 @@
-"""What a captured step takes for given: everything outside the loss that Python went by, and is cheap to look at."""
+"""Guards of a captured step: everything outside the loss that Python went by, and is cheap to look at."""
 
 import operator
 from typing import Any
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from fastsam.two_pass.gradients import flat
 from fastsam.two_pass.restore_step import steps_in_a_kernel
-from fastsam.two_pass.wrapper import STEP
+from fastsam.two_pass.wrapper import STEP, TAKEN
 
 _REFRESHED = ("lr", "momentum", "dampening", "weight_decay", "betas", "eps")
 """Settings of SGD, Adam and AdamW that a replay reads from tables on the device."""
@@ -17,11 +17,11 @@ _address: Any = Tensor.data_ptr
 _requires_grad, _training = operator.attrgetter("requires_grad"), operator.attrgetter("training")
 
 
-class Given:
+class Guards:
     """Looks at whatever takes steps.
 
     Args:
-        stepper: a fastsam optimizer, or a `PlainStep`.
+        stepper: a fastsam optimizer, or a `PlainOptimizerStep`.
     """
 
     def __init__(self, stepper: Any) -> None:
@@ -31,23 +31,23 @@ class Given:
         model = getattr(stepper, "model", None)
         self._modules = [] if model is None else list(model.modules())
         # what these depend on is looked at too
-        self._refreshed = (*(_REFRESHED if steps_in_a_kernel(self._base) else ()), *stepper._refreshed)
+        self._refreshed = (*(_REFRESHED if steps_in_a_kernel(self._base) else ()), *stepper.refreshed)
 
     def now(self) -> dict[str, Any]:
         """Return what a capture made now would be good for, by words for it."""
-        followed, groups = {"params", STEP, *self._refreshed}, self._stepper.param_groups
+        followed, groups = {"params", STEP, TAKEN, *self._refreshed}, self._stepper.param_groups
         params = flat(groups)
         device = params[0].device.type
         states = [t for p in params for t in self._base.state.get(p, {}).values() if isinstance(t, Tensor)]
         hooks = [(*o._optimizer_step_pre_hooks, *o._optimizer_step_post_hooks) for o in self._optimizers]
         options = {k: v for k, v in vars(self._stepper).items() if isinstance(v, (bool, int, float, str))}
         # not what a step leaves there
-        given = {f"the optimizer's {k}": v for k, v in options.items() if not k.startswith(("_", "last_"))}
+        guarded = {f"the optimizer's {k}": v for k, v in options.items() if not k.startswith(("_", "last_"))}
         for i, group in enumerate(groups):
-            given |= {f"{key} of group {i}": value for key, value in group.items() if key not in followed}
-            given[f"the kind of lr of group {i}"] = _kind(group.get("lr"))
-            given[f"whether group {i} has momentum"] = bool(group.get("momentum"))
-        return given | {
+            guarded |= {f"{key} of group {i}": value for key, value in group.items() if key not in followed}
+            guarded[f"the kind of lr of group {i}"] = _kind(group.get("lr"))
+            guarded[f"whether group {i} has momentum"] = bool(group.get("momentum"))
+        return guarded | {
             "the parameters' memory": tuple(map(_address, params)),
             "requires_grad of the parameters": tuple(map(_requires_grad, params)),
             "the optimizer's state": tuple(map(_address, states)),

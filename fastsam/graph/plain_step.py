@@ -15,12 +15,12 @@ from fastsam.two_pass.restore_step import not_in_a_kernel, restore_and_step, ste
 from fastsam.two_pass.state import ScalerTarget
 
 
-def stepper_of(optimizer: Optimizer, fused: bool = False) -> Any:
+def as_stepper(optimizer: Optimizer, fused: bool = False) -> Any:
     """Return what takes the optimizer's steps as `step(loss_fn, *batch)`: a fastsam optimizer itself does."""
-    return optimizer if isinstance(optimizer, TwoPassOptimizer) else PlainStep(optimizer, fused)
+    return optimizer if isinstance(optimizer, TwoPassOptimizer) else PlainOptimizerStep(optimizer, fused)
 
 
-class PlainStep(Capturable):
+class PlainOptimizerStep(Capturable):
     """Takes steps of `optimizer` as `step(loss_fn, *batch)`.
 
     Args:
@@ -61,7 +61,8 @@ class PlainStep(Capturable):
             self._update(None, None)
         return loss.detach()
 
-    def _obstacle(self, scaler: Any) -> str | None:
+    def why_not_capturable(self, scaler: Any) -> str | None:
+        """Return why no step can be captured, if so."""
         return None if steps_in_a_kernel(self.optimizer) else not_in_a_kernel(self.optimizer)
 
     def _discard(self) -> None:

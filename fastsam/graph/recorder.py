@@ -55,12 +55,12 @@ class CudaGraph:
         self._draws = _Draws(torch.cuda.default_generators[self._device.index])
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def warm_up(self) -> Iterator[None]:
         """Run as usual, on the stream of the capture."""
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         try:
-            with torch.cuda.stream(self._stream), self._draws.rehearsal():
+            with torch.cuda.stream(self._stream), self._draws.warm_up():
                 yield
         finally:
             here.wait_stream(self._stream)  # for a restore too
@@ -120,7 +120,7 @@ class _Draws:
         return self._total == 0 and not any(self._marks)
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def warm_up(self) -> Iterator[None]:
         self._marks, self._rewinds, self._start = [], [], self._generator.get_offset()
         try:
             yield

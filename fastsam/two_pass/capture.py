@@ -15,7 +15,7 @@ from fastsam.kernels import replay_tables
 class Recorder(Protocol):
     """Something that records the device's work and repeats it; `cuda_graph.CudaGraph` is one."""
 
-    def rehearsal(self) -> Any:
+    def warm_up(self) -> Any:
         """Context of a step that runs where it will be captured."""
 
     def recording(self) -> Any:
@@ -78,7 +78,7 @@ def _on_stage(stage: _Stage) -> Iterator[None]:
 
 
 @contextmanager
-def rehearsing(recorder: Recorder, advance: Tensor) -> Iterator[Watched]:
+def warming_up(recorder: Recorder, advance: Tensor) -> Iterator[Watched]:
     """Context of a step that runs, with the very launches that will be captured, so that all are compiled.
 
     Args:
@@ -86,7 +86,7 @@ def rehearsing(recorder: Recorder, advance: Tensor) -> Iterator[Watched]:
         advance: int64, 0-dim on the device: what launches add to the step that addresses random numbers. 0 here.
     """
     watched = Watched()
-    with _on_stage(_Stage(recorder, advance.zero_(), watched)), recorder.rehearsal():
+    with _on_stage(_Stage(recorder, advance.zero_(), watched)), recorder.warm_up():
         yield watched
 
 
@@ -104,12 +104,12 @@ def current() -> Capture | None:
 
 
 def recorder() -> Recorder | None:
-    """Return what records, in a capture or in a rehearsal for one."""
+    """Return what records, in a capture or in a warm-up for one."""
     return _stage.recorder if _stage else None
 
 
 def advance() -> Tensor | None:
-    """Return where a launch finds by how much its step has moved on; None outside of captures and rehearsals."""
+    """Return where a launch finds by how much its step has moved on; None outside of captures and warm-ups."""
     return _stage.advance if _stage else None
 
 
@@ -122,23 +122,19 @@ def watch(read: Callable[[], Any]) -> None:
 class Capturable:
     """What `graph_step` asks of whatever takes the steps. These are the answers of one whose steps are all alike."""
 
-    _refreshed: tuple[str, ...] = ()
+    refreshed: tuple[str, ...] = ()
     """Keys of the groups' settings that replays follow by tables on the device, beside those of a fused base."""
 
-    def _obstacle(self, scaler: Any) -> str | None:
-        """Return why no step can be captured, if so."""
+    def why_not_capturable(self, scaler: Any) -> str | None:
+        """Return why no step can be captured, if so; `scaler` is the GradScaler or None."""
         return None
 
-    def _is_settled(self) -> bool:
-        """Whether steps are taken in the way they will be from now on."""
+    def is_warm(self) -> bool:
+        """Return whether the next step does what a captured one does; one that does not runs as usual."""
         return True
 
-    def _is_typical(self) -> bool:
-        """Whether the next step does what the others do."""
-        return True
-
-    def _outcomes(self) -> list[tuple[Any, str]]:
-        """Attributes, by holder and name, that a step sets to values which every replay leaves as well."""
+    def static_outputs(self) -> list[tuple[Any, str]]:
+        """Return attributes, by holder and name, that a step sets to tensors which every replay leaves as well."""
         return []
 
     def _discard(self) -> None:

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastsam.distributed.dtensor import local
@@ -27,6 +28,13 @@ def put(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
 def copies(params: Sequence[Tensor]) -> list[Tensor | None]:
     """Copies of the parameters' gradients."""
     return [None if p.grad is None else p.grad.clone() for p in params]
+
+
+@torch.no_grad()
+def sums(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The sums of two lists of gradients, added into the first one's; None where neither has one."""
+    pairs = zip(some, others, strict=True)
+    return [b if a is None else a if b is None else a.add_(b) for a, b in pairs]
 
 
 def clear(params: Sequence[Tensor]) -> None:

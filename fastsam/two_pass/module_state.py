@@ -1,4 +1,4 @@
-"""Running statistics that only the first pass of a step may move (SPEC: pass 1 updates, later passes do not)."""
+"""Running statistics that only the first pass of a step may move."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,17 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
 class RunningStatistics:
-    """Saves and puts back the running statistics of a model's batch-norm layers around a further pass.
+    """Keeps the running statistics of a model's batch-norm layers to one forward of a step.
 
-    Copying them back after the pass's backward, rather than switching the update off, works for momentum=None, counts
+    A step that ends well leaves them as its first pass did; a step that fails, as they were before it. Copying them
+    back after a further pass, rather than switching its update off, works for momentum=None, counts
     `num_batches_tracked` once, and leaves compiled models alone.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
         self.layers = [m for m in model.modules() if isinstance(m, _NormBase)] if model is not None else []
-        self._saved: tuple[list[Tensor], list[Tensor]] = [], []
+        self._before_step: _Copies | None = None
+        self._after_first: _Copies | None = None
 
     def any_training(self) -> bool:
         """Whether a layer normalises by the statistics of its batch, which takes two rows."""
@@ -37,19 +39,42 @@ class RunningStatistics:
             if buffer is not None
         ]
 
+    def begin(self) -> None:
+        """Copy the statistics that a step starts from; of a step with several pairs only the first call counts."""
+        if self._before_step is None and self.layers:
+            self._before_step = _Copies(self.moving())
+
     def save(self) -> None:
-        """Copy the statistics of every layer that would update them now."""
-        buffers = self.moving()
-        self._saved = buffers, [buffer.clone() for buffer in buffers]  # at once, for an interrupt finds all or nothing
+        """Copy the statistics that the first pass has left."""
+        if self.layers:
+            self._after_first = _Copies(self.moving())
 
     def put_back(self) -> None:
         """Undo what happened to the statistics since `save`. Idempotent."""
-        _copy_all(*self._saved)
-        self.forget()
+        if self._after_first is not None:
+            self._after_first.put_back()
+            self._after_first = None
 
-    def forget(self) -> None:
-        """Drop the copies."""
-        self._saved = [], []
+    def rewind(self) -> None:
+        """Undo what happened to the statistics since `begin`, or `save` where nothing began. Idempotent."""
+        self.put_back()
+        if self._before_step is not None:
+            self._before_step.put_back()
+        self.end()
+
+    def end(self) -> None:
+        """Let the statistics be what they are."""
+        self._before_step = self._after_first = None
+
+
+class _Copies:
+    """Buffers and what they held. It is made at once, so an interrupt finds all of it or nothing."""
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self._buffers, self._values = buffers, [buffer.clone() for buffer in buffers]
+
+    def put_back(self) -> None:
+        _copy_all(self._buffers, self._values)
 
 
 class MeanUpdate:

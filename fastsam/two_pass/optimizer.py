@@ -1,80 +1,92 @@
-"""What every two-pass method shares: three ways to take a step, and weights that always come back.
+"""The engine: one step of every two-pass method, and the hooks in which methods differ.
 
-w                             first pass  -> g      (batch-norm statistics and dropout draws are this pass's)
-w + eps(g)                    second pass -> d      (a method says what eps is: `_perturb`)
-w, bit for bit                base step with d
+    1  first forward and backward at w on the batch    -> g       check, passes, needs_gradient, has_first_pass
+    2  mean of g over the ranks that share a perturbation
+    3  w <- w + eps(g)                                            perturb
+    4  second forward and backward                     -> g_adv   has_second_pass, select
+    5  d = g_adv, or what the method makes of it and g            combine
+    6  restore w, bit for bit
+    7  unscale and clip d
+    8  base optimizer's step from w with d                        skip
+    9  counters, and the method's own state                       after_step
+
+Batch-norm statistics and random draws are the first pass's alone, and after an exception everything is as before.
 """
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
-from fastsam.distributed.dtensor import Spread, laid_out_as, local, spread
+from fastsam.distributed.dtensor import laid_out_as, local
+from fastsam.two_pass.ascent import Ascent, as_dense, as_real
 from fastsam.two_pass.batch import batch_size, check_losses
 from fastsam.two_pass.capture import Capturable
-from fastsam.two_pass.gradients import clear, refuse_fresh
+from fastsam.two_pass.gradients import clear, put, refuse_fresh, take
+from fastsam.two_pass.module_state import MeanUpdate
 from fastsam.two_pass.passes import PassOptimizer
 from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel, update
 from fastsam.two_pass.state import Stage
-from fastsam.two_pass.wrapper import SEED, STEP
+from fastsam.two_pass.wrapper import FROM_BASE, SEED, STEP, TAKEN
 
 
-@dataclass
-class Ascended:
-    """The tensors to perturb, those of groups with perturb=True that got an ascent gradient, in parallel lists.
+class Pair(NamedTuple):
+    """A part of the batch that is perturbed by itself: a first pass and a second one."""
 
-    `indices` count all tensors in group order; `step` and `seed` address random numbers. Of a DTensor the lists hold
-    this rank's entries, and `spreads` how they lie on the ranks.
-    """
-
-    weights: list[Tensor]
-    grads: list[Tensor]
-    groups: list[dict[str, Any]]
-    indices: tuple[int, ...]
-    spreads: list[Spread | None]
-    step: int
-    seed: int
-
-    def take(self, rows: list[int]) -> "Ascended":
-        """Return the tensors at these positions of the lists alone."""
-        return Ascended(
-            [self.weights[i] for i in rows],
-            [self.grads[i] for i in rows],
-            [self.groups[i] for i in rows],
-            tuple(self.indices[i] for i in rows),
-            [self.spreads[i] for i in rows],
-            self.step,
-            self.seed,
-        )
+    batch: tuple[Any, ...]
+    """Arguments of the loss function."""
+    weight: float = 1.0
+    """What the mean loss of the part counts in the step's gradient."""
+    share: float = 1.0
+    """What its batch-norm statistics count, the part's share of the rows."""
 
 
 class TwoPassOptimizer(PassOptimizer, Capturable):
-    """A base optimizer whose gradient is taken at perturbed weights. Methods derive from it; see `SAM`."""
+    """A base optimizer whose gradient is taken at perturbed weights. Derive from it to write a method.
+
+    A method overrides `perturb`, and of the other hooks those in which it differs; `SAM` is the shortest. The hooks
+    stand below in the order of a step. They run with gradients switched off, but for `select`.
+
+    Args:
+        params: tensors, named tensors or groups, as for any torch optimizer.
+        base_optimizer: class of the optimizer that takes the step, or "apex.FusedSGD" and the like.
+        options: the method's hyperparameters with their values, which become keys of every param group, where users
+            set them group by group and `option` reads them. `perturb` is added: False leaves a group's tensors out.
+        model: the module that is trained, or its wrapper.
+        perturb_sync: which ranks share a perturbation: "global", "replica" or a number; see `SAM`.
+        same_rng: draw the same random numbers in both passes.
+        stochastic_rounding: round the perturbation of 16-bit weights stochastically: "auto", True or False.
+        check_finite: skip steps whose final gradient is not finite.
+        seed: of the method's random numbers.
+        **base_kwargs: the base optimizer's own arguments.
+
+    Raises:
+        TypeError, ValueError: see `SAM`.
+    """
 
     # tells GradScaler.step to hand its scale and its found_inf to our step
     _step_supports_amp_scaling = True
+    state_holds_scale = False
+    """Whether what `combine` keeps is proportional to the gradient, so that a loss scale has to be taken out of it."""
 
     def __init__(
         self,
         params: Iterable,
         base_optimizer: type[Optimizer] | str,
-        knobs: dict[str, Any],
+        options: dict[str, Any],
         *,
-        model: nn.Module | None,
-        perturb_sync: PerturbSync,
-        same_rng: bool,
-        stochastic_rounding: Any,
-        check_finite: bool,
-        seed: int,
-        base_kwargs: dict[str, Any],
+        model: nn.Module | None = None,
+        perturb_sync: PerturbSync = "global",
+        same_rng: bool = True,
+        stochastic_rounding: Any = "auto",
+        check_finite: bool = True,
+        seed: int = 0,
+        **base_kwargs: Any,
     ) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -83,12 +95,13 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
             raise ValueError(f"stochastic_rounding must be 'auto', True or False, got {stochastic_rounding!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer, got {seed!r}")
-        super().__init__(params, base_optimizer, knobs, seed, base_kwargs)
+        super().__init__(params, base_optimizer, {**options, "perturb": True}, seed, base_kwargs)
         self.model = model
         self.perturb_sync = perturb_sync
         self.same_rng = same_rng
         self.stochastic_rounding = bool(stochastic_rounding)
         self.check_finite = check_finite
+        self.check("the constructor")  # before a step, which would come too late
         self._start()
         if model is not None and not {id(p) for p in self._params()} & {id(p) for p in model.parameters()}:
             warnings.warn(
@@ -97,23 +110,160 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
                 stacklevel=3,
             )
 
-    # what a method adds
+    @classmethod
+    def wrap(cls, base_optimizer: Optimizer, *args: Any, **keywords: Any) -> Any:
+        """Return the method around an optimizer instance, which keeps its state.
+
+        Args:
+            base_optimizer: the instance.
+            args, keywords: those of the constructor that follow base_optimizer, without any of the base's own.
+        """
+        return cls(FROM_BASE, base_optimizer, *args, **keywords)  # type: ignore[arg-type]
+
+    # the hooks of a method, in the order of a step
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise TypeError or ValueError for a bad hyperparameter, of those that are there, before anything is changed.
+
+        Args:
+            options: hyperparameters by name: the constructor's, those of one group, or of a checkpoint's group.
+        """
+        if not isinstance(options.get("perturb", True), bool):
+            raise TypeError(f"perturb must be True or False, got {options['perturb']!r}")
+
+    def check(self, call: str, rows: int | None = None) -> None:
+        """Raise RuntimeError or ValueError where the method cannot take its step in this form.
+
+        Args:
+            call: "the constructor", "step(loss_fn, *batch)", "step(closure)", "ascent()" or "first_step()".
+            rows: of the batch, for `step(loss_fn, *batch)`.
+        """
+
+    def passes(self, batch: tuple[Any, ...]) -> list[Pair]:
+        """Return the parts of the batch that are perturbed one after the other, each by itself. Default: one part."""
+        return [Pair(batch)]
+
+    def needs_gradient(self) -> list[bool]:
+        """Return for each parameter in group order whether the ascent needs its gradient.
+
+        The others are left out of the first backward where that is possible.
+        """
+        return [True] * len(self._params())
+
+    def has_first_pass(self) -> bool:
+        """Whether the perturbation depends on a gradient; if not, `perturb` gets an ascent whose grads are None."""
+        return True
+
+    def has_second_pass(self) -> bool:
+        """Whether the step has a second pass. Must not change between a step's first pass and its end."""
+        return True
 
     @abstractmethod
-    def _perturb(self, ascended: Ascended) -> Tensor:
-        """Perturb the weights in place and return the gradient norm."""
+    def perturb(self, ascent: Ascent, k: int) -> Tensor | None:
+        """Perturb the weights in place, by `ascent.move` or after `ascent.backup_of(weights)` has copied them.
 
-    def _chosen(self) -> list[bool]:
-        """For each parameter in group order whether it is to be perturbed."""
-        return [self.knob(group, "perturb") for group in self.param_groups for _ in group["params"]]
+        Args:
+            ascent: the tensors to perturb, and their gradients.
+            k: how many ascents of this pair came before.
 
-    def _skip_for(self) -> Tensor | None:
-        """A 0-dim bool tensor that is true if the step is to be skipped for the method's own reasons."""
+        Returns:
+            The gradient norm, 0-dim, for `last_grad_norm`; None if there is none.
+        """
+
+    def select(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], first: Tensor) -> Tensor:
+        """Return the losses at the perturbed weights whose mean the second pass goes back from. Default: of all rows.
+
+        Args:
+            loss_fn: the user's.
+            batch: its arguments, of n rows.
+            first: the first pass's losses, shape [n], detached.
+        """
+        return check_losses(loss_fn(*batch), len(first))
+
+    def combine(self, ascent: Ascent, d: list[Tensor]) -> None:
+        """Change the gradient of a second pass, in place, into what the base optimizer shall step with.
+
+        Of several pairs before one step each is combined by itself; unscaling and clipping come later. In a step
+        without a second pass `d` is the only pass's gradient. State that is made here waits for `after_step`.
+
+        Args:
+            ascent: weights and first gradients; zeros where a tensor has none.
+            d: gradients of the second pass, one for each weight; zeros where a tensor has none.
+        """
+
+    def skip(self) -> Tensor | None:
+        """Return a 0-dim bool tensor that is true if the step is to be skipped; None for never."""
         return None
 
-    def _perturbs_nothing(self) -> bool:
-        """Whether it is known before the second pass that it would repeat the first."""
-        return False
+    def after_step(self, skipped: Tensor | None) -> None:
+        """Renew the method's own state when the base optimizer's step is over.
+
+        Args:
+            skipped: 0-dim tensor on the device, not 0 if the step was skipped; None if nobody has looked.
+        """
+
+    # what hooks use, beside `option`
+
+    def perturbed(self) -> list[bool]:
+        """Return for each parameter in group order whether its group is perturbed."""
+        return [self.option(group, "perturb") for group in self.param_groups for _ in group["params"]]
+
+    def any_rank(self, flag: Tensor | None) -> Tensor | None:
+        """Return whether the flag, 0-dim, is set on any rank, where ranks perturb by themselves; else the flag."""
+        return self._run.replicas.any(flag)
+
+    def replay_draws(self) -> None:
+        """Let one more forward of the second pass draw the first pass's random numbers."""
+        self._run.replay_draws()
+
+    @property
+    def trains_batch_norm(self) -> bool:
+        """Whether a layer of `model` normalises by the statistics of its batch, which takes two rows."""
+        return self._run.statistics.any_training()
+
+    @property
+    def pending(self) -> dict[Any, Any]:
+        """What `combine` has found and `after_step` will keep; forgotten if the step fails."""
+        return self._run.pending
+
+    def unscaled(self, tensor: Tensor) -> Tensor:
+        """Return a gradient without the loss scale that backward was run with."""
+        scale = self._run.grad_scale
+        return tensor if scale is None else tensor / torch.as_tensor(scale, device=tensor.device).to(tensor.dtype)
+
+    def states_of(self, params: list[Tensor], name: str) -> list[Tensor]:
+        """Return this rank's entries of the method's own tensor of this name for each parameter; zeros before any."""
+        kept = [self._state_of(p, name) for p in params]
+        return [as_real(local(torch.zeros_like(p) if s is None else s)) for p, s in zip(params, kept, strict=True)]
+
+    def set_state(self, param: Tensor, name: str, value: Tensor, keep: Tensor) -> None:
+        """Keep a tensor of the method's own for a parameter, in `state[param]`, so that checkpoints carry it.
+
+        Many optimizers make their state in the first step, if there is none. So before the base has any for the
+        parameter the tensor waits beside it, and a checkpoint made then does not hold it.
+
+        Args:
+            param: of the optimizer.
+            name: the key is "fastsam_<name>".
+            value: this rank's entries.
+            keep: 0-dim bool tensor; where it is false, all stays as it was.
+        """
+        kept = self._state_of(param, name)
+        if kept is None:
+            kept = torch.zeros_like(param)
+        entries = as_real(local(kept))
+        entries.copy_(torch.where(keep.to(entries.device), value.to(entries.dtype), entries))
+        if self.state.get(param) or self._run.base_stepped:
+            self.state[param][f"fastsam_{name}"] = kept
+            self._run.waiting_state.pop((id(param), name), None)
+        else:
+            self._run.waiting_state[id(param), name] = kept
+
+    def _state_of(self, param: Tensor, name: str) -> Tensor | None:
+        waiting = self._run.waiting_state.get((id(param), name))
+        return self.state.get(param, {}).get(f"fastsam_{name}") if waiting is None else waiting
+
+    # one step
 
     def step(
         self,
@@ -143,7 +293,7 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
             TypeError: the loss function returned something else than n losses, or the batch holds no tensor.
             ValueError: leading sizes of the batch differ, or clip_grad_norm is not positive.
             RuntimeError: a wrong order of calls, a closure under a GradScaler, or fresh gradients before a closure.
-            Weights are what they were before the step, whatever is raised.
+            Weights and statistics are what they were before the step, whatever is raised.
         """
         run = self._run
         try:
@@ -153,13 +303,14 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
             raise
         try:
             if closure is None:
-                self._update(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
+                self._finish_step(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
                 return None
             if not batch and run.pairs:  # a framework's closure on top of finished pairs
                 with torch.enable_grad():
                     loss = closure()
             elif not batch:
-                loss = self._two_passes(closure, closure)
+                self._start_afresh()
+                loss = self._pair(closure, closure)
             else:
                 loss = self._passes_on_batch(closure, batch, scaler)
                 if scaler is not None or clip_grad_norm is not None:
@@ -169,7 +320,7 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
         except BaseException:
             run.abort()
             if closure is not None:
-                clear(self._params())  # half of a gradient is no gradient
+                clear(self._params())  # what a pass leaves when it fails is no gradient
             self._forget_scaler()
             raise
 
@@ -181,8 +332,8 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
             run.require("step()", Stage.IDLE)
         if closure is not None and not callable(closure):
             raise TypeError(f"step() takes a loss function or closure first, got {type(closure).__name__}")
-        if closure is not None and not batch:
-            self._check_form("step(closure)")
+        if closure is not None and not batch and not run.pairs:
+            self.check("step(closure)")
         if not batch and (scaler is not None or clip_grad_norm is not None):
             raise TypeError("scaler= and clip_grad_norm= go with step(loss_fn, *batch) alone")
         if clip_grad_norm is not None and not clip_grad_norm > 0:
@@ -192,25 +343,30 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
                 "scaler.step(opt, closure) cannot unscale the second pass's gradients; use opt.step(loss_fn, *batch, "
                 "scaler=scaler), or opt.ascent() and opt.descent() and then scaler.step(opt)"
             )
+        if (
+            self.state_holds_scale
+            and "found_inf" in self.__dict__
+            and run.grad_scale is None
+            and self.has_second_pass()
+        ):
+            raise RuntimeError(
+                f"{type(self).__name__} keeps a gradient, which must not hold the loss scale: pass it as "
+                "opt.ascent(grad_scale=scaler.get_scale()), or use opt.step(loss_fn, *batch, scaler=scaler)"
+            )
         if batch:
-            batch_size(batch)
+            self.check("step(loss_fn, *batch)", batch_size(batch))
         elif closure is not None and not run.pairs:
             refuse_fresh(run.consumed, self.param_groups)
-        elif closure is None and not run.pairs and not run.in_second_step:
+        elif closure is None and not run.pairs and not run.in_second_step and self.has_second_pass():
             self._warn_about_base_step()
-
-    def _two_passes(self, first_pass: Callable[[], Any], second_pass: Callable[[], Any]) -> Any:
-        """Run both passes from a clean p.grad; the weights stay perturbed for the update to restore."""
-        self._start_afresh()
-        return self._pair(first_pass, second_pass)
 
     def _start_afresh(self) -> None:
         """Drop whatever earlier passes left in p.grad."""
-        self._run.pairs, self._run.failed = 0, False
+        self._run.forget_pairs()
         clear(self._params())
 
     def _pair(self, first_pass: Callable[[], Any], second_pass: Callable[[], Any], sync: bool = True) -> Any:
-        """Run both passes, of which the second adds to p.grad, and return what the first returned.
+        """Run both passes, of which the second adds to p.grad, and return what the first one run returned.
 
         Args:
             first_pass: runs forward and backward.
@@ -218,58 +374,89 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
             sync: reduce p.grad between DDP's ranks in the second pass; without, that of a later pair does it for both.
         """
         run = self._run
+        if not self.has_second_pass():
+            return self._single(first_pass, sync)
+        first = self._ascend(first_pass) if self.has_first_pass() else None
+        if not self.has_first_pass():
+            run.skip_ascent(self.param_groups)
+        run.enter_descent(self._perturb_params, self._syncs(sync))
+        with torch.enable_grad():
+            second = second_pass()
+        self._combine()
+        run.add_aside()
+        run.leave_descent()
+        return first if self.has_first_pass() else second
+
+    def _ascend(self, first_pass: Callable[[], Any]) -> Any:
+        run = self._run
         self._enter_ascent()
         with torch.enable_grad():
             first = first_pass()
         run.leave_ascent()
         if isinstance(first, Tensor) and first.requires_grad and all(g is None for g in run.ascent_grads):
             raise RuntimeError("the closure returned a loss, but no parameter has a gradient; call backward() in it")
-        if self._perturbs_nothing():
-            run.use_ascent_gradient()
-            run.last_grad_norm = None
-            self._count_step()
-            return first
-        run.enter_descent(self._perturb_params, sync)
-        with torch.enable_grad():
-            second_pass()
-        run.leave_descent()
         return first
 
-    def _passes_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any) -> Tensor:
-        """Run all passes of a step and return the first one's mean loss. Methods override it."""
-        self._start_afresh()
-        return self._pair_on_batch(loss_fn, batch, scaler).mean()
+    def _single(self, only_pass: Callable[[], Any], sync: bool) -> Any:
+        """Run the only pass of a step without a second one."""
+        self._run.enter_single(self.param_groups, self._syncs(sync))
+        with torch.enable_grad():
+            result = only_pass()
+        self._leave_single()
+        return result
 
-    def _pair_on_batch(
-        self, loss_fn: Callable, batch: tuple, scaler: Any, weight: float = 1.0, sync: bool = True
-    ) -> Tensor:
-        """Run both passes on a batch, the mean loss of the second times `weight`; return the first one's losses."""
-        n = batch_size(batch)
+    def _passes_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any) -> Tensor:
+        """Run all passes of a step and return the first ones' mean loss."""
+        run, pairs = self._run, self.passes(batch)
+        run.grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=run.skipped.device))
+        self._start_afresh()
+        averages = len(pairs) > 1 and self.averages_statistics()
+        statistics = MeanUpdate(run.statistics.moving() if averages else [])
+        losses: list[Tensor] = []
+        norms: list[Tensor | None] = []
+        for i, pair in enumerate(pairs):
+            run.restore()  # from the pair before
+            is_last = i == len(pairs) - 1  # whose backward reduces the sum of all pairs between DDP's ranks
+            losses.append(self._pair_on_batch(loss_fn, pair, scaler, is_last))
+            norms.append(run.last_grad_norm)
+            statistics.add(pair.share)
+        statistics.finish()
+        run.last_grad_norm = self.norm_of_pairs(norms)
+        return losses[0].mean() if len(losses) == 1 else torch.cat(losses).mean()
+
+    def averages_statistics(self) -> bool:
+        """Whether batch norm's statistics move once in a step of several pairs, by the mean of the pairs'."""
+        return True
+
+    def norm_of_pairs(self, norms: list[Tensor | None]) -> Tensor | None:
+        """Return `last_grad_norm` of a step of these pairs. Default: the last one's."""
+        return norms[-1]
+
+    def _pair_on_batch(self, loss_fn: Callable, pair: Pair, scaler: Any, sync: bool) -> Tensor:
+        """Run both passes on a part of the batch; return the losses of the first, or of the only one."""
+        n = batch_size(pair.batch)
+        only_first = not self.has_second_pass()
         kept: list[Tensor] = []
 
-        def backward(losses: Tensor, weight: float = 1.0) -> None:
+        def backward(losses: Tensor, weight: float) -> None:
             loss = losses.mean() if weight == 1 else losses.mean() * weight
             (loss if scaler is None else scaler.scale(loss)).backward()
 
         def first_pass() -> None:
-            losses = check_losses(loss_fn(*batch), n)
-            backward(losses)
+            losses = check_losses(loss_fn(*pair.batch), n)
+            backward(losses, pair.weight if only_first else 1.0)
             kept.append(losses.detach())
 
-        second_backward = partial(backward, weight=weight)
-        self._pair(first_pass, lambda: self._second_pass(loss_fn, batch, kept[0], second_backward), sync)
+        def second_pass() -> None:
+            if kept:
+                losses = self.select(loss_fn, pair.batch, kept[0])
+            else:
+                losses = check_losses(loss_fn(*pair.batch), n)
+                kept.append(losses.detach())
+            backward(losses, pair.weight)
+
+        self._pair(first_pass, second_pass, sync)
         return kept[0]
-
-    def _second_pass(self, loss_fn: Callable, batch: tuple, first: Tensor, backward: Callable[[Tensor], None]) -> None:
-        """Run the second pass: by default on the whole batch. Methods override it.
-
-        Args:
-            loss_fn: the user's loss function.
-            batch: its arguments.
-            first: the first pass's losses, shape [n], detached.
-            backward: takes per-sample losses and runs backward from their mean.
-        """
-        backward(check_losses(loss_fn(*batch), len(first)))
 
     def _unscale_and_update(self, loss: Tensor, scaler: Any, clip_grad_norm: float | None) -> Tensor:
         if scaler is not None and clip_grad_norm is not None:
@@ -282,57 +469,128 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
             self._update(None, None)
         return loss
 
+    # the parts of a pass
+
+    def _enter_ascent(self) -> None:
+        self._run.enter_ascent(self.param_groups, self.same_rng, self._ascends_locally())
+        self._run.freeze(self._left_out())
+
+    def _left_out(self) -> list[Tensor]:
+        """Parameters whose ascent gradient nobody needs, and nobody computes."""
+        if not self._run.replicas.may_skip_gradients:
+            return []
+        wanted = zip(self._params(), self.needs_gradient(), strict=True)
+        return [p for p, is_needed in wanted if not is_needed and p.requires_grad]
+
+    def _ascends_locally(self) -> bool:
+        """Whether DDP, which waits for every gradient, is to leave the ascent's as they are on each rank."""
+        return self._run.replicas.is_local or (self._run.replicas.reduce_in_backward and bool(self._left_out()))
+
+    def _combines(self) -> bool:
+        return type(self).combine is not TwoPassOptimizer.combine
+
+    def _syncs(self, sync: bool) -> bool:
+        if not self._combines():
+            return sync
+        # each rank combines gradients of its own where it perturbs by its own
+        return not self._run.replicas.is_local
+
     @torch.no_grad()
     def _perturb_params(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        """Perturb the weights in place along the ascent gradient."""
         run = self._run
-        groups = [group for group in self.param_groups for _ in group["params"]]
         found = self._ascent_gradients(params, grads)
-        chosen = list(found)
-        if not chosen:
-            run.last_grad_norm = None
-            self._count_step()
-            return
-        run.last_grad_norm = self._perturb(
-            Ascended(
-                [_as_real(local(params[i])) for i in chosen],
-                [_as_real(local(laid_out_as(params[i], g))) for i, g in found.items()],
-                [groups[i] for i in chosen],
-                tuple(chosen),
-                [spread(params[i]) for i in chosen],
-                step=self.param_groups[0][STEP],
-                seed=self.param_groups[0][SEED],
-            )
-        )
+        run.last_grad_norm = None
+        if found:
+            ascent = self._ascent(params, found)
+            run.last_grad_norm = self.perturb(ascent, 0)
+            run.ascent = ascent if self._combines() else None
         self._count_step()
 
-    def _ascent_gradients(self, params: list[Tensor], grads: list[Tensor | None]) -> dict[int, Tensor]:
-        """The gradients to perturb along, dense, by position in group order; averaged over ranks if nobody has yet."""
+    def _ascent_gradients(self, params: list[Tensor], grads: list[Tensor | None]) -> dict[int, Tensor | None]:
+        """The gradients to perturb along, by position in group order; averaged over ranks if nobody has yet."""
+        if not self.has_first_pass():
+            return {i: None for i, wanted in enumerate(self.perturbed()) if wanted and params[i].requires_grad}
         may_have_one = [g is not None or p.requires_grad for p, g in zip(params, grads, strict=True)]
-        rows = [i for i, wanted in enumerate(self._chosen()) if wanted and may_have_one[i]]
-        found: Sequence[Tensor | None] = [None if (g := grads[i]) is None else _as_dense(g) for i in rows]
+        wanted = zip(self.perturbed(), self.needs_gradient(), may_have_one, strict=True)
+        positions = [i for i, (perturbed, needed, may) in enumerate(wanted) if perturbed and needed and may]
+        found: Any = [None if (g := grads[i]) is None else as_dense(g) for i in positions]
         if self._run.ascent_is_local:
-            found = self._run.replicas.average([params[i] for i in rows], found)
-        return {i: g for i, g in zip(rows, found, strict=True) if g is not None}
+            found = self._run.replicas.average([params[i] for i in positions], found)
+        return {i: g for i, g in zip(positions, found, strict=True) if g is not None}
 
-    def _count_step(self) -> None:
-        """Move on to the next step's random numbers."""
-        next_step = self.param_groups[0][STEP] + 1
-        for group in self.param_groups:
-            group[STEP] = next_step
+    def _ascent(self, params: list[Tensor], grads: dict[int, Any]) -> Ascent:
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        return Ascent.of(
+            {i: (params[i], g, groups[i]) for i, g in grads.items()},
+            step=groups[0][STEP],
+            seed=groups[0][SEED],
+            n_params=len(params),
+            backup_of=self._run.backup_of,
+            rounds=self.stochastic_rounding,
+        )
 
-    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    @torch.no_grad()
+    def _combine(self) -> None:
+        """Let the method make its own of what a pass has left in p.grad."""
+        if not self._combines():
+            return
+        run, params = self._run, self._params()
+        known = {} if run.ascent is None else dict(zip(run.ascent.indices, run.ascent.grads, strict=True))
+        perturbed = self.perturbed()
+        # a tensor without a gradient in one of the passes has zeros there
+        positions = [i for i, p in enumerate(params) if perturbed[i] and (i in known or p.grad is not None)]
+        for i in positions:
+            p = params[i]
+            p.grad = torch.zeros_like(p) if p.grad is None else laid_out_as(p, as_dense(p.grad))
+        ascent = self._ascent(params, {i: params[i].grad for i in positions})
+        d, ascent.grads = (
+            ascent.grads,
+            [known[i] if i in known else torch.zeros_like(g) for i, g in zip(positions, ascent.grads, strict=True)],
+        )
+        if positions:
+            self.combine(ascent, d)
+        if run.replicas.is_local:
+            trained = [p for p in params if p.requires_grad]
+            put(trained, run.replicas.average_over_all(trained, take(trained)))
+
+    # the end of a step
+
+    def _finish_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Take the step that pairs, or a plain backward, have left in p.grad."""
+        run = self._run
+        is_counted = bool(run.pairs) or run.in_second_step
+        if not is_counted and not self.has_second_pass():
+            run.params = self._params()
+            self._combine()
+            is_counted = True
+        self._update(grad_scale, found_inf, is_counted)
+
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None, is_counted: bool = True) -> None:
         """Restore the weights and take the base optimizer's step, unless the final gradient is not finite."""
         run = self._run
-        found_inf = update(self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite, self._skip_for())
+        found_inf, run.base_stepped = update(
+            self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite, self.skip()
+        )
         run.replicas.reshard()
         run.found_inf = found_inf
         if found_inf is not None:
             run.skipped += (found_inf != 0).to(run.skipped.device)
+        with torch.no_grad():
+            self.after_step(found_inf)
+        if is_counted:
+            taken = self.param_groups[0][TAKEN] + 1
+            for group in self.param_groups:
+                group[TAKEN] = taken
         run.consumed.set(self.param_groups)
         run.finish()
 
-    def _names(self) -> list[str]:
-        """Names of all parameters in group order, from the groups or else from the model."""
+    def parameter_names(self) -> list[str]:
+        """Return the names of all parameters in group order, from the groups or else from the model.
+
+        Raises:
+            ValueError: there are none.
+        """
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         if not names and self.model is not None:
             name_of = {id(p): name for name, p in self.model.named_parameters()}
@@ -354,7 +612,8 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
 
     # what graph_step asks
 
-    def _obstacle(self, scaler: Any) -> str | None:
+    def why_not_capturable(self, scaler: Any) -> str | None:
+        """Return why no step can be captured, if so; `scaler` is the GradScaler or None. Methods extend it."""
         run, base = self._run, self.base_optimizer
         if run.replicas.are_several:
             return "it is taken by several processes"
@@ -363,7 +622,8 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
         reads = self.check_finite or scaler is not None or not all(g.get("capturable") for g in base.param_groups)
         return not_in_a_kernel(base) if reads and not is_fusable(base) else None
 
-    def _outcomes(self) -> list[tuple[Any, str]]:
+    def static_outputs(self) -> list[tuple[Any, str]]:
+        """Return attributes, by holder and name, that a step sets to tensors which every replay leaves as well."""
         # the backup may be another after a step without a graph, but a captured one has its address
         return [(self._run, "last_grad_norm"), (self._run, "found_inf"), (self._run, "backup")]
 
@@ -378,11 +638,3 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
         for holder in (self, self._scaler_target):
             holder.__dict__.pop("grad_scale", None)
             holder.__dict__.pop("found_inf", None)
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _as_dense(tensor: Tensor) -> Tensor:
-    return tensor.to_dense() if tensor.is_sparse else tensor  # sums the entries of an uncoalesced one

@@ -1,4 +1,4 @@
-"""Ways 2 and 3 of taking a step, and what may be called when.
+"""The ways of taking a step pass by pass, contexts and two calls, and what may be called when.
 
 with opt.ascent():  ...backward()      or    backward(); opt.first_step(zero_grad=True)
 with opt.descent(): ...backward()            backward(); opt.second_step(zero_grad=True)
@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastsam.distributed.ddp import PerturbSync, Replicas
-from fastsam.two_pass.gradients import flat, take
-from fastsam.two_pass.state import Pass, Run, ScalerTarget, Stage
-from fastsam.two_pass.wrapper import WrappedOptimizer
+from fastsam.distributed.ddp import ParallelModel, PerturbSync
+from fastsam.two_pass.gradients import copies, flat, take
+from fastsam.two_pass.state import Pass, ScalerTarget, Stage, StepState
+from fastsam.two_pass.wrapper import STEP, WrappedOptimizer
 
 _UNDER_WAY = (Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
 
@@ -35,8 +35,8 @@ class PassOptimizer(WrappedOptimizer):
         self._start()
 
     def _start(self) -> None:
-        replicas = Replicas(self.model, self._params(), self.perturb_sync)
-        self._run = Run(self.param_groups, self.model, replicas)
+        replicas = ParallelModel(self.model, self._params(), self.perturb_sync)
+        self._run = StepState(self.param_groups, self.model, replicas, self._combines())
         self._scaler_target = ScalerTarget(self)
 
     # what users read
@@ -57,58 +57,127 @@ class PassOptimizer(WrappedOptimizer):
     def _params(self) -> list[Tensor]:
         return flat(self.param_groups)
 
+    # what the engine does in a pass
+
+    @abstractmethod
+    def has_second_pass(self) -> bool:
+        """Whether the next step has a second pass."""
+
+    @abstractmethod
+    def check(self, call: str, rows: int | None = None) -> None:
+        """Raise if the method cannot take its step in this form."""
+
+    @abstractmethod
+    def _combines(self) -> bool:
+        """Whether the method makes its own of a second pass's gradient."""
+
+    @abstractmethod
+    def _enter_ascent(self) -> None:
+        """Begin the first pass."""
+
     @abstractmethod
     def _perturb_params(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         """Perturb the weights in place along the ascent gradient."""
 
-    # way 2: contexts
+    @abstractmethod
+    def _combine(self) -> None:
+        """Let the method make its own of what a pass has left in p.grad."""
 
-    def ascent(self) -> Pass:
+    @property
+    def needs_second_pass(self) -> bool:
+        """Whether the next step has a second pass; loops with contexts or two calls may leave it out where not."""
+        return self.has_second_pass()
+
+    # contexts
+
+    def ascent(self, grad_scale: Tensor | float | None = None) -> Pass:
         """Context for the first pass: its backward passes leave the ascent gradient, and p.grad as it was.
 
-        Run the forward inside as well: DDP decides there whether the backward reduces.
+        Run the forward inside as well: DDP decides there whether the backward reduces. In a step without a second pass
+        (`needs_second_pass`) it is the only one: its backward adds to p.grad as any backward does, and `step()` may
+        follow at once.
+
+        Args:
+            grad_scale: what the loss is multiplied by before its backward, a GradScaler's scale; for methods whose
+                state must not hold it (LookSAM). Default: 1.
 
         Raises:
             RuntimeError: inside another pass, or the last ascent has not been used by a descent.
         """
-        self._check_form("ascent()")
+        self.check("ascent()")
+        self._refuse_no_sync("ascent()")
         check = partial(self._run.require, "ascent()", Stage.IDLE)
-        return Pass(self._run, check, self._enter_ascent, self._run.leave_ascent)
+        if self.has_second_pass():
+            return Pass(self._run, check, partial(self._begin_ascent, grad_scale), self._run.leave_ascent)
+        return Pass(self._run, check, partial(self._begin_single, grad_scale), self._leave_single)
 
-    def _enter_ascent(self) -> None:
-        self._run.enter_ascent(self.param_groups, self.same_rng, self._ascends_locally())
+    def _begin_ascent(self, grad_scale: Tensor | float | None) -> None:
+        self._run.grad_scale = grad_scale
+        self._enter_ascent()
 
-    def _ascends_locally(self) -> bool:
-        """Whether DDP is to leave the ascent's gradients as they are on each rank."""
-        return self._run.replicas.is_local
+    def _begin_single(self, grad_scale: Tensor | float | None) -> None:
+        self._run.grad_scale = grad_scale
+        self._run.enter_single(self.param_groups, self._syncs(True))
 
-    def _check_form(self, call: str) -> None:
-        """Raise RuntimeError if the method cannot take its step in this form. Methods override it."""
+    def _leave_single(self) -> None:
+        self._run.last_grad_norm = None
+        self._combine()
+        self._count_step()
+        self._run.leave_single()
+
+    def _count_step(self) -> None:
+        """Move on to the next perturbation's random numbers."""
+        next_step = self.param_groups[0][STEP] + 1
+        for group in self.param_groups:
+            group[STEP] = next_step
 
     def descent(self, sync: bool = True) -> Pass:
         """Context for the second pass, at perturbed weights: its backward passes add to p.grad.
 
         Weights are restored when it is left, whatever happens in it. After one pair or several, call `step()` or
         `scaler.step(opt)`. Several backwards in one pair make one large batch; with several pairs, each with its own
-        perturbation, weighting the shards' losses is yours.
+        perturbation, weighting the shards' losses is yours. In a step without a second pass it is not needed; where it
+        is run all the same, its gradient, at weights that nothing perturbs, takes the place of the first one's.
 
         Args:
             sync: reduce gradients between DDP's ranks. Where several pairs come before one step, pass False to all but
-                the last descent, which then reduces their sum, once. FSDP2 reduces in any case.
+                the last descent, which then reduces their sum, once. FSDP2 reduces in any case, and so do methods that
+                combine both gradients, pair by pair.
 
         Raises:
             RuntimeError: no ascent came before, or inside another pass.
         """
+        self._refuse_no_sync("descent()")
+        if self._run.stage is Stage.IDLE and self._run.before_single is not None:
+            check = partial(self._run.require, "descent()", Stage.IDLE)
+            return Pass(self._run, check, self._enter_needless_descent, self._leave_descent)
         check = partial(self._run.require, "descent()", Stage.ASCENDED)
-        enter = partial(self._run.enter_descent, self._perturb_params, sync)
+        enter = partial(self._run.enter_descent, self._perturb_params, self._syncs(sync))
         return Pass(self._run, check, enter, self._leave_descent)
 
+    def _refuse_no_sync(self, call: str) -> None:
+        if self._combines() and self._run.replicas.is_inside_no_sync:
+            raise RuntimeError(
+                f"{call} inside no_sync(): {type(self).__name__} combines the gradients of every pair, so each pair "
+                "has to be reduced between the ranks; leave no_sync() out"
+            )
+
+    @abstractmethod
+    def _syncs(self, sync: bool) -> bool:
+        """Whether a second pass reduces between DDP's ranks, where the user or the step asks for `sync`."""
+
+    def _enter_needless_descent(self) -> None:
+        self._run.undo_single()
+        self._run.enter_descent(_perturb_nothing, self._syncs(True))
+
     def _leave_descent(self) -> None:
+        self._combine()
+        self._run.add_aside()
         self._run.leave_descent()
         self._run.restore()
         self._run.finish_pair()
 
-    # way 3: two calls
+    # two calls
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights along the gradient in p.grad, as davda54/sam does; `second_step` comes next.
@@ -122,7 +191,7 @@ class PassOptimizer(WrappedOptimizer):
             RuntimeError: a pass is under way, or no backward has run since the last step.
         """
         run = self._run
-        self._check_form("first_step()")
+        self.check("first_step()")
         run.require("first_step()", Stage.IDLE)
         if run.consumed.covers(self.param_groups):
             raise RuntimeError("first_step() needs fresh gradients; call backward() first")
@@ -133,8 +202,10 @@ class PassOptimizer(WrappedOptimizer):
             )
         try:
             run.params, run.ascent_is_local = self._params(), False
-            run.ascent_grads = take(run.params)
-            run.enter_descent(self._perturb_params)
+            # zero_grad() may write zeros into them
+            run.ascent_grads = copies(run.params) if self._combines() else take(run.params)
+            perturb = self._perturb_params if self.has_second_pass() else self._perturb_none
+            run.enter_descent(perturb, keeps_gradients=True)
             run.stage = Stage.FIRST
             if zero_grad:
                 self.zero_grad()
@@ -154,6 +225,7 @@ class PassOptimizer(WrappedOptimizer):
         run = self._run
         run.require("second_step()", Stage.FIRST)
         try:
+            self._combine()
             run.leave_descent()
             run.in_second_step = True
             self.step()
@@ -182,7 +254,8 @@ class PassOptimizer(WrappedOptimizer):
         super().zero_grad(set_to_none)
         run.consumed.set(self.param_groups, zeroed=not set_to_none)
         if run.stage is Stage.IDLE:
-            run.failed, run.pairs, run.at_end = False, 0, []
+            run.forget_pairs()
+            run.at_end = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict; a plain base optimizer of the same class loads it.
@@ -200,17 +273,25 @@ class PassOptimizer(WrappedOptimizer):
 
         Raises:
             RuntimeError: a pass is under way.
-            ValueError: a bad knob, or other numbers of groups or parameters than here.
+            ValueError: a bad hyperparameter, or other numbers of groups or parameters than here.
         """
         self._run.refuse("load_state_dict()", *_UNDER_WAY)
         super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; knobs that it does not name take the constructor's values.
+        """Add a group to the base optimizer; hyperparameters that it does not name take the constructor's values.
 
         Raises:
             RuntimeError: a pass is under way.
-            ValueError: a bad knob, or a parameter that is there already.
+            ValueError: a bad hyperparameter, or a parameter that is there already.
         """
         self._run.refuse("add_param_group()", *_UNDER_WAY)
         super().add_param_group(param_group)
+
+    def _perturb_none(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        self._run.last_grad_norm = None
+        self._count_step()
+
+
+def _perturb_nothing(params: list[Tensor], grads: list[Tensor | None]) -> None:
+    """Stand in for the perturbation of a step that has been counted and perturbs nothing."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fastsam.distributed.dtensor import any_over_ranks, laid_out_as, local, spread
+from fastsam.distributed.dtensor import any_over_ranks, laid_out_as, local, placement
 from fastsam.kernels import ops
 from fastsam.kernels.reference import AdamOptions, SGDOptions
 from fastsam.kernels.replay_tables import Refreshable
@@ -22,7 +22,7 @@ def update(
     found_inf: Tensor | None,
     check_finite: bool,
     skip: Tensor | None = None,
-) -> Tensor | None:
+) -> tuple[Tensor | None, bool]:
     """Restore the weights, then take the base's step with the gradients in p.grad, unless these are not finite.
 
     Args:
@@ -34,7 +34,8 @@ def update(
         skip: 0-dim bool tensor, true where the step is to be skipped anyway.
 
     Returns:
-        0-dim tensor that is not 0 if the step was skipped; None if nobody has looked.
+        A 0-dim tensor that is not 0 if the step was skipped, None if nobody has looked; and whether the base's step was
+        run, be it one that skips on the device.
     """
     grads = _final_gradients(base)
     if found_inf is None and check_finite and grads:
@@ -45,23 +46,25 @@ def update(
         found_inf = also if found_inf is None else found_inf + also.to(found_inf.device)
     if is_fusable(base):
         restore_and_step(base, backup, grad_scale, found_inf)
-        return found_inf
+        return found_inf, True
     ops.pick(backup.weights).restore_(backup)
     base._opt_called = True  # type: ignore[attr-defined]
-    skips_on_device = getattr(base, "_step_supports_amp_scaling", False) and not any(map(spread, grads))
+    skips_on_device = getattr(base, "_step_supports_amp_scaling", False) and not any(map(placement, grads))
     if found_inf is not None and base.state and skips_on_device:
         vars(base).update(grad_scale=grad_scale, found_inf=found_inf)
         try:
             run_own_step(base)
         finally:
             vars(base).pop("grad_scale"), vars(base).pop("found_inf")
-        return found_inf
+        return found_inf, True
     if grad_scale is not None:
         for g in grads:
             _entries(g).mul_(grad_scale.double().reciprocal().to(g.device, torch.float32))
-    if found_inf is None or not bool(found_inf):  # a base that cannot skip on the device
+    # a base that cannot skip on the device
+    is_taken = found_inf is None or not bool(found_inf)
+    if is_taken:
         run_own_step(base)
-    return found_inf
+    return found_inf, is_taken
 
 
 def _final_gradients(base: Optimizer) -> list[Tensor]:

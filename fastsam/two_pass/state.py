@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsam.distributed.ddp import Replicas
+from fastsam.distributed.ddp import ParallelModel
 from fastsam.kernels import ops
 from fastsam.kernels.tensor_list import Backup
-from fastsam.two_pass.gradients import ConsumedMark, clear, copies, flat, put, take
+from fastsam.two_pass.ascent import Ascent
+from fastsam.two_pass.gradients import ConsumedMark, clear, copies, flat, put, sums, take
 from fastsam.two_pass.module_state import RunningStatistics
 from fastsam.two_pass.rng import RandomState
 
@@ -28,39 +29,55 @@ class Stage(enum.Enum):
     FIRST = "after first_step(), before second_step()"
 
 
-_runs: "weakref.WeakSet[Run]" = weakref.WeakSet()
+_steps: "weakref.WeakSet[StepState]" = weakref.WeakSet()
 
 
-def under_way() -> "Run | None":
-    """Return the run of the optimizer that is in the middle of a step, for losses that treat its passes differently."""
-    return next((run for run in _runs if run.stage is not Stage.IDLE), None)
+def under_way() -> "StepState | None":
+    """Return the state of the optimizer that is in the middle of a step, for losses that tell its passes apart."""
+    return next((step for step in _steps if step.stage is not Stage.IDLE), None)
 
 
 def found_inf_of(optimizer: Any) -> Tensor | None:
     """Return a 0-dim tensor that is not 0 if the step that is just over was skipped; None if nobody has looked."""
     run = getattr(optimizer, "_run", None)
-    return run.found_inf if isinstance(run, Run) else getattr(optimizer, "found_inf", None)  # as GradScaler says it
+    return run.found_inf if isinstance(run, StepState) else getattr(optimizer, "found_inf", None)  # GradScaler's word
 
 
-class Run:
+class StepState:
     """The state of a step that is under way, and the way into and out of its passes.
 
     One object, because frameworks make proxies of an optimizer that share its attributes but not later assignments.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        model: the module whose statistics are kept to one forward, or None.
+        replicas: the ranks that train the model.
+        owns_descent: whether a second pass leaves its gradient alone in p.grad until `add_aside`, as a method that
+            combines it with the first pass's needs it.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], model: nn.Module | None, replicas: Replicas) -> None:
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], model: nn.Module | None, replicas: ParallelModel, owns_descent: bool
+    ) -> None:
         self.stage = Stage.IDLE
         self.failed = False
         self.pairs = 0
         self.in_second_step = False
         self.warned_about_base_step = False
+        self.owns_descent = owns_descent
         self.params: list[Tensor] = []
         self.aside: list[Tensor | None] | None = None
+        # p.grad before the last ascent() of a step without a second pass, for a descent() that follows all the same
+        self.before_single: list[Tensor | None] | None = None
         self.ascent_grads: list[Tensor | None] = []
+        self.ascent: Ascent | None = None
+        self.grad_scale: Tensor | None = None
         self.frozen: list[Tensor] = []
         self.backup = Backup([])
         self.replicas = replicas
         self.ascent_is_local = False
+        self.is_first_forward = False
+        self.base_stepped = False
         self.unreduced = ExitStack()
         self.statistics = RunningStatistics(model)
         self.first_draws: RandomState | None = None
@@ -71,14 +88,23 @@ class Run:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.found_inf: Tensor | None = None
         self.at_end: list[Callable[[], None]] = []
-        _runs.add(self)
+        self.pending: dict[Any, Any] = {}
+        self.waiting_state: dict[tuple[int, str], Tensor] = {}
+        """State of the method for parameters that the base optimizer has none for yet, by id and name."""
+        _steps.add(self)
 
     def finish(self) -> None:
         """The step has been taken: do what waited for it."""
-        self.pairs, self.stage = 0, Stage.IDLE
+        self.forget_pairs()
+        self.stage, self.grad_scale = Stage.IDLE, None
         at_end, self.at_end = self.at_end, []
         for call in at_end:
             call()
+
+    def forget_pairs(self) -> None:
+        """Begin another step: no pair has been taken, and none has failed."""
+        self.pairs, self.failed, self.before_single, self.pending = 0, False, None, {}
+        self.statistics.end()
 
     def refuse(self, call: str, *stages: Stage) -> None:
         """Raise RuntimeError if the step is in one of these stages."""
@@ -93,25 +119,63 @@ class Run:
             way_out = _WAYS_IN[stage] if self.stage is Stage.IDLE else _WAYS_OUT[self.stage]
             raise RuntimeError(f"{call} cannot be called {self.stage.value}; {way_out}")
 
+    # the first pass
+
     def enter_ascent(self, groups: Sequence[dict[str, Any]], same_rng: bool, is_local: bool = False) -> None:
         """Set p.grad aside, so that the backward that follows leaves the ascent gradient alone in it.
 
         Args:
             groups: the optimizer's parameter groups.
             same_rng: keep the state of the random number generators for the second pass.
-            is_local: keep this rank's gradient unreduced; `Replicas.average` is left to do.
+            is_local: keep this rank's gradient unreduced; `ParallelModel.average` is left to do.
         """
-        self.params = flat(groups)
-        overwrites = self.replicas.overwrites_gradients(unreduced=is_local)
-        if not self.pairs and self.consumed.covers(groups) and (overwrites or not self.consumed.zeroed):
-            clear(self.params)  # leftovers of the last step
+        self._start_pass(groups, unreduced=is_local)
         self.first_draws = RandomState({p.device for p in self.params}) if same_rng else None
-        self.aside = copies(self.params) if overwrites else take(self.params)
+        self._set_aside(unreduced=is_local)
         self.stage = Stage.ASCENT
-        clear(self.params)
         self.ascent_is_local = is_local
         if is_local:
             self.unreduced.enter_context(self.replicas.no_sync())
+
+    def enter_single(self, groups: Sequence[dict[str, Any]], sync: bool = True) -> None:
+        """Begin the only pass of a step without a second one: its backward adds to p.grad, as a plain step's does.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            sync: reduce the gradient between DDP's ranks; without, a later pass does it for both.
+        """
+        self._start_pass(groups, unreduced=not sync)
+        # of gradients that are None, as they are but in accumulation, this copies nothing
+        self.before_single = copies(self.params)
+        if self.owns_descent:
+            self._set_aside(unreduced=not sync)
+        self.stage, self.ascent_is_local = Stage.ASCENT, False
+        if not sync:
+            self.unreduced.enter_context(self.replicas.no_sync())
+
+    def _start_pass(self, groups: Sequence[dict[str, Any]], unreduced: bool) -> None:
+        self.params = flat(groups)
+        self.statistics.begin()
+        overwrites = self.replicas.overwrites_gradients(unreduced)
+        if not self.pairs and self.consumed.covers(groups) and (overwrites or not self.consumed.zeroed):
+            clear(self.params)  # leftovers of the last step
+
+    def _set_aside(self, unreduced: bool) -> None:
+        overwrites = self.replicas.overwrites_gradients(unreduced)
+        self.aside = copies(self.params) if overwrites else take(self.params)
+        clear(self.params)
+
+    def add_aside(self) -> None:
+        """Add what was set aside to what a pass has left in p.grad. Idempotent."""
+        if self.aside is not None:
+            put(self.params, sums(self.aside, take(self.params)))
+            self.aside = None
+
+    def skip_ascent(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Go on to the second pass of a step without a first one, whose traces are then the step's."""
+        self._start_pass(groups, unreduced=False)
+        self.ascent_grads, self.ascent_is_local = [None] * len(self.params), False
+        self.is_first_forward, self.stage = True, Stage.ASCENDED
 
     def freeze(self, params: Sequence[Tensor]) -> None:
         """Switch off requires_grad until the ascent is left, so that no work goes into these gradients."""
@@ -129,48 +193,72 @@ class Run:
         """Keep the ascent gradient and put p.grad back."""
         self.unreduced.close()
         self.unfreeze()
-        self.ascent_grads = take(self.params)
+        # the second pass of a method that combines may not write over the first one's gradient
+        overwritten = self.owns_descent and self.replicas.overwrites_gradients(unreduced=self.ascent_is_local)
+        self.ascent_grads = copies(self.params) if overwritten else take(self.params)
         put(self.params, self.aside or [])
         self.aside = None
         self.stage = Stage.ASCENDED
 
-    def enter_descent(self, perturb: Callable[[list[Tensor], list[Tensor | None]], None], sync: bool = True) -> None:
+    def leave_single(self) -> None:
+        """Count the only pass of a step without a second one as a pair."""
+        self.unreduced.close()
+        self.unfreeze()
+        self.add_aside()
+        self.finish_pair()
+
+    # the second pass
+
+    def enter_descent(
+        self,
+        perturb: Callable[[list[Tensor], list[Tensor | None]], None],
+        sync: bool = True,
+        keeps_gradients: bool = False,
+    ) -> None:
         """Perturb the weights and rewind the random draws, for a second pass whose traces are wiped afterwards.
 
         Args:
             perturb: perturbs weights along gradients.
             sync: reduce the pass's gradients between DDP's ranks; without, a later pass does it for both.
+            keeps_gradients: leave p.grad as it is, for a caller that clears it.
         """
-        self.statistics.save()
-        self.stage = Stage.DESCENT
+        if not self.is_first_forward:
+            self.statistics.save()
+        self.is_first_forward, self.stage = False, Stage.DESCENT
         perturb(self.params, self.ascent_grads)
         torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the other weights
         self.ascent_grads = []
         self.replicas.reshard()
+        if self.owns_descent and not keeps_gradients:
+            self._set_aside(unreduced=not sync)
         if not sync:
             self.unreduced.enter_context(self.replicas.no_sync())
         if self.first_draws is not None:
             self.later_draws = RandomState({p.device for p in self.params})
             self.first_draws.set()
 
+    def undo_single(self) -> None:
+        """Put p.grad back to what it was before the only pass of a step, for a descent that follows all the same."""
+        put(self.params, self.before_single or [])
+        self.before_single = None
+        self.pairs -= 1
+
     def replay_draws(self) -> None:
         """Rewind the random draws once more, for another forward in the second pass."""
         if self.first_draws is not None:
             self.first_draws.set()
 
-    def use_ascent_gradient(self) -> None:
-        """Let the ascent gradient be the step's: nothing was perturbed, so a second pass would only repeat it."""
-        put(self.params, self.ascent_grads)
-        self.leave_descent()
-
     def leave_descent(self) -> None:
         """Wipe the second pass's traces; the weights stay perturbed until they are restored."""
         self.unreduced.close()
         self.statistics.put_back()
+        self._end_passes()
+
+    def _end_passes(self) -> None:
         torch.clear_autocast_cache()
         if self.later_draws is not None:
             self.later_draws.set()
-        self.later_draws = self.first_draws = None
+        self.later_draws = self.first_draws = self.ascent = None
         self.ascent_grads = []
 
     def clear_aside(self, set_to_none: bool) -> None:
@@ -187,6 +275,10 @@ class Run:
             self.backup = Backup(weights)
         return self.backup
 
+    def drop_backup(self) -> None:
+        """Forget the copies of weights that are to stay as they are."""
+        self.backup = Backup([])
+
     def restore(self) -> None:
         """Bring the weights back, bit for bit. Idempotent."""
         if self.backup.valid:
@@ -196,10 +288,9 @@ class Run:
     def discard(self) -> None:
         """Forget a step of which nothing has run, and so nothing is to be put back."""
         self.backup.discard()
-        self.statistics.forget()
         self.later_draws = self.first_draws = None
         self.aside = None
-        self.pairs, self.failed = 0, False
+        self.forget_pairs()
         self.abort()
 
     def finish_pair(self) -> None:
@@ -208,13 +299,18 @@ class Run:
         self.stage = Stage.IDLE
 
     def abort(self) -> None:
-        """Put everything back as it was before the pass, whatever has happened in it. Idempotent."""
+        """Put everything back as it was before the pass, and statistics as before the step. Idempotent."""
         self.restore()
         self.unfreeze()
-        self.leave_descent()
+        self.unreduced.close()
+        self.statistics.rewind()
+        self._end_passes()
         if self.aside is not None:
             put(self.params, self.aside)
             self.aside = None
+        elif self.stage is Stage.ASCENT and self.before_single is not None:
+            put(self.params, self.before_single)
+        self.before_single, self.pending = None, {}
         self.at_end = []
         self.stage = Stage.IDLE
 
@@ -269,7 +365,7 @@ class Pass(ExitStack):
     """
 
     def __init__(
-        self, run: Run, check: Callable[[], None], enter: Callable[[], None], leave: Callable[[], None]
+        self, run: StepState, check: Callable[[], None], enter: Callable[[], None], leave: Callable[[], None]
     ) -> None:
         super().__init__()
         self._run, self._check, self._begin, self._end = run, check, enter, leave

@@ -7,13 +7,14 @@ A loss function calls the model itself. So while it runs, the model's parameters
 `torch.func.functional_call` does; the weights and p.grad are never touched, and nothing has to be restored.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fastsam.two_pass.batch import check_losses, replace_tensors, tensors_of
+from fastsam.two_pass.gradients import put
 
 WAY_OUT = "use execution='sequential'"
 
@@ -117,6 +118,29 @@ class BatchedShards:
             for p, g in zip(self.params, gradients, strict=True)
         ]
 
+    def copies_of_weights(self) -> list[Tensor]:
+        """Return m copies of each weight, of shape [m, *p.shape]."""
+        return [p.detach().expand(self.m, *p.shape).clone() for p in self.params]
+
+    def each(
+        self, params: Sequence[Tensor], weights: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
+        """Yield for each shard its own weights in place of those parameters that have copies, and their gradients.
+
+        Args:
+            params: all parameters of the optimizer.
+            weights: what `copies_of_weights` returned.
+            gradients: what `first_pass` returned, in the same order.
+        """
+        copies, grads = (dict(zip(self.params, stacked, strict=True)) for stacked in (weights, gradients))
+        for i in range(self.m):
+            own = [copies[p][i] if p in copies else p for p in params]
+            yield own, [grads[p][i] if p in grads else None for p in params]
+
+    def put_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Make these the gradients of the parameters."""
+        put(self.params, gradients)
+
     def _losses(self, weights: list[Tensor], buffers: dict[str, Tensor], tensors: list[Tensor]) -> Tensor:
         """Per-sample losses of one shard, with these tensors in the model."""
         swapped = dict(zip(self.names, weights, strict=True)) | buffers
@@ -133,3 +157,16 @@ class BatchedShards:
     def _buffers(self) -> dict[str, Tensor]:
         """A copy of the model's buffers for each shard."""
         return {name: b.expand(self.m, *b.shape).clone() for name, b in self.calling.named_buffers()}
+
+
+def check_batchable(model: nn.Module | None, bn_update: str) -> None:
+    """Raise ValueError where shards of this model cannot run side by side."""
+    if model is None:
+        raise ValueError(f"execution='batched' swaps the model's tensors; pass model=, or {WAY_OUT}")
+    if bn_update != "mean":
+        raise ValueError(f"execution='batched' cannot update batch norm one shard after the other; {WAY_OUT}")
+    if hasattr(model, "no_sync") or hasattr(model, "_orig_mod") or hasattr(model, "set_requires_gradient_sync"):
+        raise ValueError(
+            f"execution='batched' cannot swap the tensors below a {type(model).__name__}; pass a model that is neither "
+            f"distributed nor compiled, or {WAY_OUT}"
+        )

@@ -1,7 +1,7 @@
 """An optimizer around a base optimizer: two names for one optimizer.
 
-`param_groups`, `state` and `defaults` are the base's own. Knobs of the method and its counters live in the base's
-param groups, so that every checkpoint format that carries an optimizer carries them too.
+`param_groups`, `state` and `defaults` are the base's own. The hyperparameters of the method, called options here, and
+its counters lie in the base's param groups, so that every checkpoint format that carries an optimizer carries them too.
 """
 
 import inspect
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-STEP, SEED = "fastsam_step", "fastsam_seed"
+STEP, TAKEN, SEED = "fastsam_step", "fastsam_taken", "fastsam_seed"
+"""Keys of the counters in every group: perturbations, which address random draws; steps taken or skipped; the seed."""
 _WRAPS = "_fastsam_wraps"
 FROM_BASE: Any = object()
 """Stands for `params` where the base optimizer exists already."""
@@ -38,26 +39,26 @@ class WrappedOptimizer(Optimizer):
         self,
         params: Iterable,
         base_optimizer: type[Optimizer] | Optimizer | str,
-        knobs: dict[str, Any],
+        options: dict[str, Any],
         seed: int,
         base_kwargs: dict[str, Any],
     ) -> None:
-        self._check_knobs(knobs)
+        self.check_options(options)
         if params is FROM_BASE:
             base = _accept_instance(base_optimizer, base_kwargs)
         else:
             base = _build_base(params, base_optimizer, base_kwargs, type(self).__name__)
         _refuse_unsupported(base)
         # a name the base already uses (Adadelta's rho, RMSprop's alpha) gives way to sam_<name>
-        self._knob_keys = {name: f"sam_{name}" if name in base.defaults else name for name in knobs}
-        defaults = {self._knob_keys[name]: value for name, value in knobs.items()} | {STEP: 0, SEED: seed}
+        self._option_keys = {name: f"sam_{name}" if name in base.defaults else name for name in options}
+        defaults = {self._option_keys[name]: value for name, value in options.items()} | {STEP: 0, TAKEN: 0, SEED: seed}
         for group in base.param_groups:
             self._check_group({**defaults, **group})
         self.base_optimizer = base
         base.defaults.update(defaults)
         for group in base.param_groups:
             self._fill(group, defaults)
-        self._knob_defaults = defaults
+        self._option_defaults = defaults
         self._attach()
 
     def _attach(self) -> None:
@@ -81,7 +82,7 @@ class WrappedOptimizer(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's groups, with the method's knobs in them."""
+        """The base optimizer's groups, with the method's options in them."""
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -99,24 +100,24 @@ class WrappedOptimizer(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults, with the method's knobs in them."""
+        """The base optimizer's defaults, with the method's options in them."""
         return self.base_optimizer.defaults
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base_optimizer.defaults = defaults
 
-    # knobs
+    # options
 
-    def knob(self, group: dict[str, Any], name: str) -> Any:
-        """Return a knob of the method in one group, under whatever key it lives there."""
-        return group[self._knob_keys[name]]
+    def option(self, group: dict[str, Any], name: str) -> Any:
+        """Return an option of the method in one group, under whatever key it is kept there."""
+        return group[self._option_keys[name]]
 
-    def _check_knobs(self, knobs: dict[str, Any]) -> None:
-        """Raise ValueError or TypeError for a bad knob. Methods extend it."""
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError for a bad option. Methods extend it."""
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_knobs({name: group[key] for name, key in self._knob_keys.items() if key in group})
+        self.check_options({name: group[key] for name, key in self._option_keys.items() if key in group})
         params = group["params"]
         if len({id(p) for p in params}) < len(params):
             raise ValueError(
@@ -125,17 +126,17 @@ class WrappedOptimizer(Optimizer):
             )
 
     @staticmethod
-    def _fill(group: dict[str, Any], knobs: dict[str, Any]) -> None:
-        for key, value in knobs.items():
+    def _fill(group: dict[str, Any], options: dict[str, Any]) -> None:
+        for key, value in options.items():
             group.setdefault(key, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer, with the knobs and counters it lacks."""
+        """Add a group to the base optimizer, with the options and counters it lacks."""
         params = param_group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-        counters = {key: self.param_groups[0][key] for key in (STEP, SEED)}  # shared by all groups
-        group = {**self._knob_defaults, **counters, **param_group, "params": params}
+        counters = {key: self.param_groups[0][key] for key in (STEP, TAKEN, SEED)}  # shared by all groups
+        group = {**self._option_defaults, **counters, **param_group, "params": params}
         self._check_group({**group, "params": tensors})
         self.base_optimizer.add_param_group(group)
 
@@ -163,8 +164,8 @@ class WrappedOptimizer(Optimizer):
         """Keep from the base what it would choke on or cast: davda54's weight copies, and the method's own tensors."""
         groups = [dict(group) for group in state_dict["param_groups"]]
         for own, loaded in zip(base.param_groups, groups, strict=False):  # the base refuses unequal numbers itself
-            self._fill(loaded, {key: own.get(key, default) for key, default in self._knob_defaults.items()})
-            self._check_knobs({name: loaded[key] for name, key in self._knob_keys.items() if key in loaded})
+            self._fill(loaded, {key: own.get(key, default) for key, default in self._option_defaults.items()})
+            self.check_options({name: loaded[key] for name, key in self._option_keys.items() if key in loaded})
         positions = {index: i for i, index in enumerate(index for group in groups for index in group["params"])}
         state, self._loading = {}, {}
         for index, entries in state_dict["state"].items():

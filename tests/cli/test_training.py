@@ -13,7 +13,7 @@ from fastsam.cli.errors import InputError
 from fastsam.cli.steps import BatchLosses, Criterion, build
 from fastsam.cli.training import Run, Watcher, train
 from fastsam.graph import recorder as recorders
-from fastsam.graph.plain_step import stepper_of
+from fastsam.graph.plain_step import as_stepper
 from fastsam.methods import METHODS
 
 
@@ -332,7 +332,7 @@ def test_hits_are_counted_in_first_forward_passes_alone(method):
     y = model(x).argmax(dim=1)
     y[4] = 1 - y[4]
     knobs = options_for(method, {"rho": 100.0} if method != "sgd" else {"lr": 100.0})
-    stepper_of(build(method, model, knobs)).step(losses, x, y, None)
+    as_stepper(build(method, model, knobs)).step(losses, x, y, None)
     assert losses.hits.item() == 8
 
 

@@ -49,7 +49,7 @@ def test_resume_goes_on_bit_for_bit(backend, base, dtype):
 
     resumed = mlp(dtype, seed=9)
     resumed.load_state_dict(weights)
-    opt = build(base, resumed, rho=0.7, lr=9.0)  # the checkpoint's knobs count; bf16 draws go on where they were
+    opt = build(base, resumed, rho=0.7, lr=9.0)  # the checkpoint's options count; bf16 draws go on where they were
     opt.load_state_dict(saved)
     train(opt, resumed, data[4:])
     assert_same(resumed, snapshot(whole))
@@ -74,7 +74,7 @@ def test_a_plain_bases_checkpoint_loads(backend, base, load_on_base):
     groups = [{"params": list(model.parameters()), "rho": 0.3}]
     opt = SAM(groups, cls, rho=0.1, **kwargs)
     (opt.base_optimizer if load_on_base else opt).load_state_dict(saved)
-    assert opt.param_groups[0]["rho"] == 0.3, "a group keeps its own knob"
+    assert opt.param_groups[0]["rho"] == 0.3, "a group keeps its own option"
     assert opt.param_groups is opt.base_optimizer.param_groups
     data = batches(3, seed=1)
     train(opt, model, data)
@@ -118,7 +118,7 @@ def test_a_davda54_checkpoint_loads(backend, cls):
     train(opt, ours, batches(2))
 
 
-def test_a_bad_knob_in_a_checkpoint_is_refused_before_anything_changes(backend):
+def test_a_bad_option_in_a_checkpoint_is_refused_before_anything_changes(backend):
     model = mlp()
     opt = build("sgd", model)
     train(opt, model, batches(2))
@@ -148,7 +148,7 @@ def test_tensors_of_a_method_come_back_uncast(backend):
     plain.load_state_dict(build("adamw", mlp()).state_dict())
 
 
-def test_knobs_that_the_base_uses_too_get_a_prefix(backend):
+def test_options_that_the_base_uses_too_get_a_prefix(backend):
     model = mlp()
     opt = SAM(model.parameters(), torch.optim.Adadelta, rho=0.2, lr=1.0)
     group = opt.param_groups[0]

@@ -15,7 +15,7 @@ from torch import nn
 from fastsam import ESAM, MESA, MSAM, SAF, SAM, graph_step
 from fastsam.graph import guards
 from fastsam.graph import recorder as recorders
-from fastsam.graph.plain_step import PlainStep
+from fastsam.graph.plain_step import PlainOptimizerStep
 from fastsam.graph.recorder import _Draws
 
 if kernels is None:
@@ -71,7 +71,7 @@ class Problem:
         return found
 
     def eager(self):
-        stepper = self.opt if hasattr(self.opt, "base_optimizer") else PlainStep(self.opt, fused=True)
+        stepper = self.opt if hasattr(self.opt, "base_optimizer") else PlainOptimizerStep(self.opt, fused=True)
         return lambda *batch: stepper.step(self.losses, *batch, scaler=self.scaler, **self.options)
 
     def graphed(self, **options):
@@ -285,7 +285,7 @@ def without_dropout(opt_of):
     return build
 
 
-def changed_between_rehearsal_and_capture(problem, take, change):
+def changed_between_warm_up_and_capture(problem, take, change):
     take(*data()[0])
     change(problem)
     return [take(*data()[i]) for i in range(BATCHES)]
@@ -300,19 +300,19 @@ BETWEEN = {
 
 
 @pytest.mark.parametrize("name", BETWEEN)
-def test_what_changes_between_rehearsal_and_capture_is_rehearsed_first(recorder, name):
+def test_what_changes_between_warm_up_and_capture_is_warmed_up_first(recorder, name):
     def opt_of(model):
         return SAM(model[:2].parameters(), torch.optim.SGD, model=model, **SGD)
 
     expected, problem = both(without_dropout(opt_of))
     step = problem.graphed(warmup=1)
-    losses = changed_between_rehearsal_and_capture(expected, expected.eager(), BETWEEN[name])
-    found = changed_between_rehearsal_and_capture(problem, step, BETWEEN[name])
+    losses = changed_between_warm_up_and_capture(expected, expected.eager(), BETWEEN[name])
+    found = changed_between_warm_up_and_capture(problem, step, BETWEEN[name])
     assert step.replays == BATCHES - 1
     assert_trained_alike(expected, problem, losses, found)
 
 
-def test_epochs_that_begin_between_rehearsal_and_capture(recorder):
+def test_epochs_that_begin_between_warm_up_and_capture(recorder):
     expected, problem = both(PROBLEMS["saf"])
     for take, p in ((expected.eager(), expected), (problem.graphed(warmup=1), problem)):
         torch.manual_seed(6)
@@ -473,7 +473,7 @@ def test_a_change_is_noticed_and_captured_anew(recorder, name):
             if i == 5:
                 change(p)
                 if p is problem:
-                    recorded = step._recorded
+                    recorded = step._captured_step
                     assert what.removeprefix("lr of group 1") in (recorded.change() or "")
             take(*data()[i % BATCHES])
     assert step.replays == 2 + 3
@@ -611,7 +611,7 @@ def test_a_plain_optimizer_steps_as_torch_does(recorder):
 
     expected, problem = both(build)
     torch.manual_seed(6)
-    losses = expected.train(lambda *b: PlainStep(expected.opt).step(expected.losses, *b), 20)
+    losses = expected.train(lambda *b: PlainOptimizerStep(expected.opt).step(expected.losses, *b), 20)
     step = problem.graphed()
     torch.manual_seed(6)
     found = problem.train(step, 20)
@@ -686,7 +686,7 @@ def test_on_the_cpu_steps_are_eager(choose, name):
     choose("torch")
     expected, problem = both(PROBLEMS[name])
     torch.manual_seed(6)
-    eager = expected.eager() if name == "sam" else lambda *b: PlainStep(expected.opt).step(expected.losses, *b)
+    eager = expected.eager() if name == "sam" else lambda *b: PlainOptimizerStep(expected.opt).step(expected.losses, *b)
     losses = expected.train(eager, 10)
     step = problem.graphed()
     torch.manual_seed(6)
@@ -791,7 +791,7 @@ def test_a_graph_draws_the_numbers_of_the_eager_step(dropout):
 
     generator = Generator(State(7, 40))
     draws = _Draws(generator)
-    with draws.rehearsal():
+    with draws.warm_up():
         marks = []  # an eager step puts the generator where it was by itself
 
         def mark():
@@ -823,7 +823,7 @@ def test_a_graph_draws_the_numbers_of_the_eager_step(dropout):
 def test_a_capture_that_draws_in_another_order_fails_and_hands_the_generator_back():
     generator = Generator(State(7, 40))
     draws = _Draws(generator)
-    with draws.rehearsal():
+    with draws.warm_up():
         mark = draws.mark()
         generator.draw(4)
         draws.rewind(mark)

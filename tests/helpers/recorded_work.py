@@ -75,7 +75,7 @@ class RecordedWork:
         self.work, self.memory, self.recordings, self.is_recording = [], [], 0, False
 
     @contextmanager
-    def rehearsal(self):
+    def warm_up(self):
         yield
 
     @contextmanager

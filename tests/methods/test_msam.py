@@ -647,7 +647,7 @@ def test_resume_goes_on_bit_for_bit(backend):
     for x, y in data[:2]:
         opt.step(losses_of(half), x, y)
     resumed.load_state_dict(half.state_dict())
-    again = msam(resumed, shard_size=2)  # the checkpoint's knobs count
+    again = msam(resumed, shard_size=2)  # the checkpoint's options count
     again.load_state_dict(copy.deepcopy(opt.state_dict()))
     for x, y in data[2:]:
         again.step(losses_of(resumed), x, y)
@@ -720,7 +720,7 @@ def test_bad_arguments(error, needle, keywords):
         MSAM(mlp().parameters(), SGD, **{"lr": 0.1, **keywords})
 
 
-def test_a_bad_knob_of_a_group_or_a_checkpoint_is_refused():
+def test_a_bad_option_of_a_group_or_a_checkpoint_is_refused():
     opt = msam(mlp())
     with pytest.raises(ValueError, match="got both num_shards=3 and shard_size=2"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(1))], "shard_size": 2})
