@@ -161,7 +161,7 @@ class Ascent:
     ) -> None:
         """Save the weights and add eps = rho m T^2 g / (norm + e0) to them; downhill where a group maximizes.
 
-        A norm that is zero, inf or NaN gives eps = 0.
+        A norm that is zero, inf or NaN gives eps = 0. A perturbation is made by one call of `move` or `add`.
 
         Args:
             norm: 0-dim tensor, as `norm` returns it.
@@ -174,6 +174,23 @@ class Ascent:
         draw = self.rounding() if draw is None else draw
         backup = self.backup_of(self.weights)
         ops.pick(self.weights).perturb_(self.weights, self.grads, backup, norm, radii, etas, draw, e0)
+
+    @torch.no_grad()
+    def add(self, eps: Sequence[Tensor]) -> Tensor:
+        """Save the weights and add a perturbation of the method's own making to them, nothing where it is not finite.
+
+        Args:
+            eps: this rank's entries for each weight, of its shape.
+
+        Returns:
+            ||eps||_2 over all tensors and ranks, 0-dim float64.
+        """
+        length = replace(self, grads=list(eps)).norm()
+        one = torch.where(torch.isfinite(length), 1.0, torch.nan)  # a norm along which nothing is perturbed
+        backup = self.backup_of(self.weights)
+        radii = [1.0] * len(self.weights)
+        ops.pick(self.weights).perturb_(self.weights, list(eps), backup, one, radii, None, self.rounding(), 0.0)
+        return length
 
     def rounding(self) -> Draw | None:
         """Return the random numbers that 16-bit weights round with; None where nothing is rounded stochastically."""

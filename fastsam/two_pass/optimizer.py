@@ -160,7 +160,7 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
 
     @abstractmethod
     def perturb(self, ascent: Ascent, k: int) -> Tensor | None:
-        """Perturb the weights in place, by `ascent.move` or after `ascent.backup_of(weights)` has copied them.
+        """Perturb the weights in place by one call of `ascent.move` or `ascent.add`, which save them first.
 
         Args:
             ascent: the tensors to perturb, and their gradients.

@@ -929,7 +929,7 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize(
     ("needle", "keywords"),
     [
-        ("execution must be one of 'sequential', 'batched', 'auto', got 'fast'", {"execution": "fast"}),
+        ("execution must be one of 'sequential', 'batched', got 'fast'", {"execution": "fast"}),
         ("swaps the model's tensors; pass model=, or use execution='sequential'", {"model": None}),
         ("cannot update batch norm one shard after the other", {"bn_update": "sequential"}),
         ("below a Wrapper; pass a model that is neither distributed nor compiled", {"model": Wrapper("no_sync")}),
@@ -988,107 +988,3 @@ def test_batched_refuses_cumulative_statistics_and_foreign_parameters(backend):
     opt = MSAM([*mlp().parameters(), *(m := mlp()).parameters()], SGD, num_shards=2, model=m, execution="batched")
     with pytest.raises(ValueError, match=r"a parameter of shape \[8, 6\] is not in model="):
         opt.step(losses_of(m), X[:12], Y[:12])
-
-
-# execution="auto"
-
-
-def auto(monkeypatch, seconds, model=None, **keywords):
-    """An optimizer whose clock says that the executions take so long, sequential first."""
-    model = mlp() if model is None else model
-    opt = msam(model, execution="auto", **keywords)
-    ran, clock = [], [0.0]
-
-    def timed(name, seconds):
-        run = getattr(opt, name)
-
-        def call(*args):
-            ran.append(name)
-            clock[0] += seconds
-            return run(*args)
-
-        monkeypatch.setattr(opt, name, call)
-
-    timed("_sequential_passes", seconds[0])
-    timed("_batched_passes", seconds[1])
-    monkeypatch.setattr(opt, "_now", lambda: clock[0])
-    return model, opt, ran
-
-
-@pytest.mark.parametrize(("seconds", "chosen"), [((2.0, 1.0), "batched"), ((1.0, 2.0), "sequential")])
-def test_auto_settles_on_the_faster_after_both_have_run(monkeypatch, seconds, chosen):
-    model, opt, ran = auto(monkeypatch, seconds)
-    other = mlp()
-    expected = msam(other)
-    for step, (x, y) in enumerate(batches(10)):
-        assert (opt.execution_chosen is None) == (step < 6)
-        opt.step(losses_of(model), x, y)
-        expected.step(losses_of(other), x, y)
-    assert ran == ["_sequential_passes", "_batched_passes"] * 3 + [f"_{chosen}_passes"] * 4
-    assert opt.execution_chosen == f"{chosen}: batched took {1e3 * seconds[1]:.0f} ms a step, sequential " \
-        f"{1e3 * seconds[0]:.0f} ms".replace("1000", "1e+03").replace("2000", "2e+03")  # fmt: skip
-    assert largest_difference(model, other) < 1e-12
-
-
-def test_auto_lets_a_smaller_last_batch_pass(monkeypatch):
-    model, opt, ran = auto(monkeypatch, (2.0, 1.0), num_shards=None, shard_size=4)
-    x, y = batches(1)[0]
-    for rows in (12, 12, 10, 12, 10):
-        opt.step(losses_of(model), x[:rows], y[:rows])
-    assert ran == [f"_{way}_passes" for way in ("sequential", "batched", "sequential", "sequential", "sequential")]
-    assert opt.execution_chosen is None
-
-
-def test_auto_is_sequential_where_batching_is_refused(monkeypatch):
-    model, opt, ran = auto(monkeypatch, (2.0, 1.0), bn_update="sequential")
-    before = snapshot(model)
-    for x, y in batches(3):
-        opt.step(losses_of(model), x, y)
-    assert ran == ["_sequential_passes"] * 3
-    assert opt.execution_chosen == "sequential: execution='batched' cannot update batch norm one shard after the other"
-    assert any(not torch.equal(t, before[name]) for name, t in model.state_dict().items())
-
-
-def test_auto_leaves_no_trace_of_a_loss_that_cannot_be_batched(monkeypatch):
-    model, opt, ran = auto(monkeypatch, (2.0, 1.0))
-    other = mlp()
-    expected = msam(other)
-
-    def losses_with_item(net):
-        def losses(x, y):
-            z = net(x)
-            return F.cross_entropy(z, y, reduction="none") + 0 * z.detach().sum().item()
-
-        return losses
-
-    for x, y in batches(4):
-        opt.step(losses_with_item(model), x, y)
-        expected.step(losses_with_item(other), x, y)
-    assert ran == ["_sequential_passes", "_batched_passes", *["_sequential_passes"] * 3]
-    assert opt.execution_chosen == "sequential: torch.func.vmap cannot run the loss function"
-    assert_same(model, snapshot(other))
-
-
-def test_a_checkpoint_keeps_what_auto_chose(monkeypatch):
-    model, opt, _ = auto(monkeypatch, (2.0, 1.0))
-    for x, y in batches(6):
-        opt.step(losses_of(model), x, y)
-    again = msam(mlp(), execution="auto")
-    assert again.execution_chosen is None
-    again.load_state_dict(copy.deepcopy(opt.state_dict()))
-    assert again.execution_chosen == "batched: chosen before the checkpoint"
-
-
-def test_a_choice_from_a_checkpoint_gives_way_to_a_model_that_refuses_it():
-    model = Wrapper("no_sync")
-    opt = MSAM(model.inner.parameters(), SGD, num_shards=3, execution="auto", model=model, lr=0.1)
-    for group in opt.param_groups:
-        group["batched"] = True
-    x, y = batches(1)[0]
-    opt.step(losses_of(model.inner), x, y)
-    assert opt.execution_chosen.startswith("sequential: execution='batched' cannot swap the tensors below a Wrapper")
-
-
-def test_an_execution_that_was_asked_for_says_so():
-    assert msam(mlp()).execution_chosen == "sequential: as asked"
-    assert msam(mlp(), execution="batched").execution_chosen == "batched: as asked"
