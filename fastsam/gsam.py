@@ -120,12 +120,13 @@ class GSAM(SAM):
         along = ascent.dot(g, g_adv) / square
         # without a direction there is no orthogonal part, and what is not finite is left to the check of d
         defined = torch.isfinite(along) & (square > 0) & torch.isfinite(ascent.dot(g, g))
-        alphas = [self.option(group, "alpha") for group in ascent.groups]
+        zero = torch.zeros_like(along)
+        alphas = [zero + self.option(group, "alpha") for group in ascent.groups]
         ascent.blend(
             g_adv,
             [torch.where(defined, 1 + alpha * along, 1.0) for alpha in alphas],
             g,
-            [torch.where(defined, -alpha, 0.0) for alpha in alphas],
+            [torch.where(defined, -alpha, zero) for alpha in alphas],
         )
 
     @property

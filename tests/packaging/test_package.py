@@ -63,7 +63,7 @@ def test_import_loads_no_optional_package(tmp_path):
 def test_public_names():
     import fastsam
 
-    optimizers, losses = {"SAM", "ESAM", "MSAM"}, {"SAF", "MESA"}
+    optimizers, losses = {"SAM", "ESAM", "MSAM", "GSAM", "LookSAM", "TwoPassOptimizer"}, {"SAF", "MESA"}
     others = {"GraphStep", "IndexedDataset", "SampleToRankSampler", "graph_step", "set_backend"}
     assert set(fastsam.__all__) == optimizers | losses | others
     assert all(hasattr(fastsam, name) and getattr(fastsam, name).__doc__ for name in fastsam.__all__)
