@@ -14,6 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastsam.esam import ESAM
+from fastsam.gsam import GSAM
+from fastsam.looksam import LookSAM
 from fastsam.mesa import MESA
 from fastsam.msam import MSAM
 from fastsam.saf import SAF
@@ -223,6 +225,31 @@ METHODS: dict[str, Method] = {
             "by shard size": Variant({"num_shards": None, "shard_size": 4}, _CUTS),
             "uniform": Variant({"weighting": "uniform"}, _CUTS),
         },
+        tuned="rho",
+        grid=_RHO_GRID,
+        base="sgd",
+    ),
+    "gsam": Method(
+        summary="Surrogate Gap SAM around SGD: also lowers the gap between the loss and the perturbed one, by --alpha",
+        paper="Zhuang et al. 2022, https://arxiv.org/abs/2203.08065",
+        kind="optimizer",
+        cls=GSAM,
+        options={"rho": 0.05, "alpha": 0.4},
+        variants={
+            "default": Variant({}),
+            "radius by rate": Variant({"rho_min": 0.02, "lr_max": 0.1}),
+        },
+        tuned="rho",
+        grid=_RHO_GRID,
+        base="sgd",
+    ),
+    "looksam": Method(
+        summary="LookSAM around SGD: SAM in every --k-th step, its direction kept for the others",
+        paper="Liu et al. 2022, https://arxiv.org/abs/2203.02714",
+        kind="optimizer",
+        cls=LookSAM,
+        options={"rho": 0.1, "k": 5, "alpha": 0.7},
+        variants={"default": Variant({}), "by tensor": Variant({"scope": "tensor"})},
         tuned="rho",
         grid=_RHO_GRID,
         base="sgd",

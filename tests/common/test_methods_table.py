@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim import SGD
 
-from fastsam.graph.plain_step import stepper_of
+from fastsam.graph.plain_step import as_stepper
 from fastsam.methods import LOSS_ARGUMENTS, METHODS, WAYS
 
 VARIANTS = [(name, variant) for name, row in METHODS.items() for variant in row.variants]
@@ -69,7 +69,7 @@ class Problem:
 
     def step(self, way):
         if way == "loss_fn":
-            stepper_of(self.opt).step(self.losses, self.x, self.y)
+            as_stepper(self.opt).step(self.losses, self.x, self.y)
         elif way == "closure":
             self.opt.step(self.backward)
         elif way == "contexts":
