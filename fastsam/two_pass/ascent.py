@@ -148,8 +148,11 @@ class Ascent:
         """
         for d_n, b_n, g_n, a_n in zip(d, b, g, a, strict=True):
             wide = torch.promote_types(d_n.dtype, torch.float32)
-            terms = [(d_n.to(wide), b_n.to(d_n.device, wide)), (g_n.to(wide), a_n.to(d_n.device, wide))]
-            d_n.copy_(sum(torch.where(factor == 0, 0.0, tensor * factor) for tensor, factor in terms))
+            d_term, g_term = (
+                torch.where(factor == 0, 0.0, tensor.to(wide) * factor.to(tensor.device, wide))
+                for tensor, factor in ((d_n, b_n.to(d_n.device)), (g_n, a_n.to(d_n.device)))
+            )
+            d_n.copy_(d_term + g_term)
 
     def move(
         self,

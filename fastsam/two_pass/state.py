@@ -71,7 +71,7 @@ class StepState:
         self.before_single: list[Tensor | None] | None = None
         self.ascent_grads: list[Tensor | None] = []
         self.ascent: Ascent | None = None
-        self.grad_scale: Tensor | None = None
+        self.grad_scale: Tensor | float | None = None
         self.frozen: list[Tensor] = []
         self.backup = Backup([])
         self.replicas = replicas
