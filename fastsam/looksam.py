@@ -107,8 +107,8 @@ class LookSAM(SAM):
     def _find(self, ascent: Ascent, g_adv: list[Tensor]) -> None:
         g = ascent.grads
         squares, products = self._dots(ascent, g, g), self._dots(ascent, g, g_adv)
-        finite = torch.isfinite(torch.stack([*squares, *products])).all()
-        self.pending["finite"] = finite & self.pending.get("finite", finite)
+        spoils = ~torch.isfinite(torch.stack([*squares, *products])).all()
+        self.pending["spoils"] = spoils | self.pending.get("spoils", spoils)
         # 0 where there is no plain gradient to be orthogonal to
         exists = [square > 0 for square in squares]
         g_v = [d.clone() for d in g_adv]
@@ -137,11 +137,17 @@ class LookSAM(SAM):
         return [ascent.take([i]).dot([some[i]], [others[i]]) for i in range(n)]
 
     def after_step(self, skipped: Tensor | None) -> None:
-        """Keep the g_v that a SAM step has found, unless the step was skipped or its gradients were not finite."""
-        if "finite" not in self.pending:
+        """Keep the g_v that a SAM step has found, unless the step was skipped or its gradients were not finite.
+
+        Where ranks perturb by themselves it is the mean of theirs, so that a checkpoint of one rank serves all.
+        """
+        if not self.has_second_pass():
             return
-        keep = self.pending.pop("finite")
-        if skipped is not None:
-            keep = keep & (skipped == 0).to(keep.device)
-        for p, g_v in self.pending.items():
+        spoils = self.pending.pop("spoils", None)
+        found = self.mean_over_ranks(self.pending)
+        spoils = self.any_rank(spoils)
+        if spoils is None:  # a step without passes
+            return
+        keep = ~spoils if skipped is None else ~spoils & (skipped == 0).to(spoils.device)
+        for p, g_v in found.items():
             self.set_state(p, "g_v", g_v, keep)

@@ -212,6 +212,18 @@ class TwoPassOptimizer(PassOptimizer, Capturable):
         """Return whether the flag, 0-dim, is set on any rank, where ranks perturb by themselves; else the flag."""
         return self._run.replicas.any(flag)
 
+    def mean_over_ranks(self, found: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Return what this rank has found for parameters, or the ranks' means where ranks perturb by themselves.
+
+        Args:
+            found: tensors by parameter; zeros where another rank has one and this has none.
+        """
+        if not self._run.replicas.is_local:
+            return found
+        params = [p for p, wanted in zip(self._params(), self.perturbed(), strict=True) if wanted and p.requires_grad]
+        means = self._run.replicas.average_over_all(params, [found.get(p) for p in params])
+        return {p: mean for p, mean in zip(params, means, strict=True) if mean is not None}
+
     def replay_draws(self) -> None:
         """Let one more forward of the second pass draw the first pass's random numbers."""
         self._run.replay_draws()
