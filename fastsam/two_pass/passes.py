@@ -277,6 +277,7 @@ class PassOptimizer(WrappedOptimizer):
         """
         self._run.refuse("load_state_dict()", *_UNDER_WAY)
         super().load_state_dict(state_dict)
+        self._run.waiting_state.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; hyperparameters that it does not name take the constructor's values.

@@ -1,0 +1,209 @@
+"""The hooks in which methods differ, in the order of a step, and what hooks use."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsam.distributed.dtensor import local
+from fastsam.two_pass.ascent import Ascent, as_real
+from fastsam.two_pass.batch import check_losses
+from fastsam.two_pass.passes import PassOptimizer
+
+
+class Pair(NamedTuple):
+    """A part of the batch that is perturbed by itself: a first pass and a second one."""
+
+    batch: tuple[Any, ...]
+    """Arguments of the loss function."""
+    weight: float = 1.0
+    """What the mean loss of the part counts in the step's gradient."""
+    share: float = 1.0
+    """What its batch-norm statistics count, the part's share of the rows."""
+
+
+class MethodHooks(PassOptimizer):
+    """What a method overrides, with what holds where it does not, and what its hooks may call.
+
+    Hooks run with gradients switched off, but for `select`.
+    """
+
+    state_holds_scale = False
+    """Whether what `combine` keeps is proportional to the gradient, so that a loss scale has to be taken out of it."""
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise TypeError or ValueError for a bad hyperparameter, of those that are there, before anything is changed.
+
+        Args:
+            options: hyperparameters by name: the constructor's, those of one group, or of a checkpoint's group.
+        """
+        if not isinstance(options.get("perturb", True), bool):
+            raise TypeError(f"perturb must be True or False, got {options['perturb']!r}")
+
+    def check(self, call: str, rows: int | None = None) -> None:
+        """Raise RuntimeError or ValueError where the method cannot take its step in this form.
+
+        Args:
+            call: "the constructor", "step(loss_fn, *batch)", "step(closure)", "ascent()" or "first_step()".
+            rows: of the batch, for `step(loss_fn, *batch)`.
+        """
+
+    def passes(self, batch: tuple[Any, ...]) -> list[Pair]:
+        """Return the parts of the batch that are perturbed one after the other, each by itself. Default: one part."""
+        return [Pair(batch)]
+
+    def averages_statistics(self) -> bool:
+        """Whether batch norm's statistics move once in a step of several pairs, by the mean of the pairs'."""
+        return True
+
+    def norm_of_pairs(self, norms: list[Tensor | None]) -> Tensor | None:
+        """Return `last_grad_norm` of a step of these pairs. Default: the last one's."""
+        return norms[-1]
+
+    def needs_gradient(self) -> list[bool]:
+        """Return for each parameter in group order whether the ascent needs its gradient.
+
+        The others are left out of the first backward where that is possible.
+        """
+        return [True] * len(self._params())
+
+    def has_first_pass(self) -> bool:
+        """Whether the perturbation depends on a gradient; if not, `perturb` gets an ascent whose grads are None."""
+        return True
+
+    def has_second_pass(self) -> bool:
+        """Whether the step has a second pass. Must not change between a step's first pass and its end."""
+        return True
+
+    @abstractmethod
+    def perturb(self, ascent: Ascent, k: int) -> Tensor | None:
+        """Perturb the weights in place by one call of `ascent.move` or `ascent.add`, which save them first.
+
+        Args:
+            ascent: the tensors to perturb, and their gradients.
+            k: how many ascents of this pair came before.
+
+        Returns:
+            The gradient norm, 0-dim, for `last_grad_norm`; None if there is none.
+        """
+
+    def select(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], first: Tensor) -> Tensor:
+        """Return the losses at the perturbed weights whose mean the second pass goes back from. Default: of all rows.
+
+        Args:
+            loss_fn: the user's.
+            batch: its arguments, of n rows.
+            first: the first pass's losses, shape [n], detached.
+        """
+        return check_losses(loss_fn(*batch), len(first))
+
+    def combine(self, ascent: Ascent, d: list[Tensor]) -> None:
+        """Change the gradient of a second pass, in place, into what the base optimizer shall step with.
+
+        Of several pairs before one step each is combined by itself; unscaling and clipping come later. In a step
+        without a second pass `d` is the only pass's gradient. State that is made here waits for `after_step`.
+
+        Args:
+            ascent: weights and first gradients; zeros where a tensor has none.
+            d: gradients of the second pass, one for each weight; zeros where a tensor has none.
+        """
+
+    def skip(self) -> Tensor | None:
+        """Return a 0-dim bool tensor that is true if the step is to be skipped; None for never."""
+        return None
+
+    def after_step(self, skipped: Tensor | None) -> None:
+        """Renew the method's own state when the base optimizer's step is over.
+
+        Args:
+            skipped: 0-dim tensor on the device, not 0 if the step was skipped; None if nobody has looked.
+        """
+
+    # what hooks use, beside `option`
+
+    def perturbed(self) -> list[bool]:
+        """Return for each parameter in group order whether its group is perturbed."""
+        return [self.option(group, "perturb") for group in self.param_groups for _ in group["params"]]
+
+    def any_rank(self, flag: Tensor | None) -> Tensor | None:
+        """Return whether the flag, 0-dim, is set on any rank, where ranks perturb by themselves; else the flag."""
+        return self._run.replicas.any(flag)
+
+    def mean_over_ranks(self, found: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Return what this rank has found for parameters, or the ranks' means where ranks perturb by themselves.
+
+        Args:
+            found: tensors by parameter; zeros where another rank has one and this has none.
+        """
+        if not self._run.replicas.is_local:
+            return found
+        params = [p for p, wanted in zip(self._params(), self.perturbed(), strict=True) if wanted and p.requires_grad]
+        means = self._run.replicas.average_over_all(params, [found.get(p) for p in params])
+        return {p: mean for p, mean in zip(params, means, strict=True) if mean is not None}
+
+    def parameter_names(self) -> list[str]:
+        """Return the names of all parameters in group order, from the groups or else from the model.
+
+        Raises:
+            ValueError: there are none.
+        """
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if not names and self.model is not None:
+            name_of = {id(p): name for name, p in self.model.named_parameters()}
+            names = [name_of.get(id(p), "") for p in self._params()]
+        if not names or not all(names):
+            raise ValueError("this option needs parameter names: pass model=, or model.named_parameters() as params")
+        return names
+
+    def replay_draws(self) -> None:
+        """Let one more forward of the second pass draw the first pass's random numbers."""
+        self._run.replay_draws()
+
+    @property
+    def trains_batch_norm(self) -> bool:
+        """Whether a layer of `model` normalises by the statistics of its batch, which takes two rows."""
+        return self._run.statistics.any_training()
+
+    @property
+    def pending(self) -> dict[Any, Any]:
+        """What `combine` has found and `after_step` will keep; forgotten if the step fails."""
+        return self._run.pending
+
+    def unscaled(self, tensor: Tensor) -> Tensor:
+        """Return a gradient without the loss scale that backward was run with."""
+        scale = self._run.grad_scale
+        return tensor if scale is None else tensor / torch.as_tensor(scale, device=tensor.device).to(tensor.dtype)
+
+    def states_of(self, params: list[Tensor], name: str) -> list[Tensor]:
+        """Return this rank's entries of the method's own tensor of this name for each parameter; zeros before any."""
+        kept = [self._state_of(p, name) for p in params]
+        return [as_real(local(torch.zeros_like(p) if s is None else s)) for p, s in zip(params, kept, strict=True)]
+
+    def set_state(self, param: Tensor, name: str, value: Tensor, keep: Tensor) -> None:
+        """Keep a tensor of the method's own for a parameter, in `state[param]`, so that checkpoints carry it.
+
+        Many optimizers make their state in the first step, if there is none. So before the base has any for the
+        parameter the tensor waits beside it, and a checkpoint made then does not hold it.
+
+        Args:
+            param: of the optimizer.
+            name: the key is "fastsam_<name>".
+            value: this rank's entries.
+            keep: 0-dim bool tensor; where it is false, all stays as it was.
+        """
+        kept = self._state_of(param, name)
+        if kept is None:
+            kept = torch.zeros_like(param)
+        entries = as_real(local(kept))
+        entries.copy_(torch.where(keep.to(entries.device), value.to(entries.dtype), entries))
+        if self.state.get(param) or self._run.base_stepped:
+            self.state[param][f"fastsam_{name}"] = kept
+            self._run.waiting_state.pop((id(param), name), None)
+        else:
+            self._run.waiting_state[id(param), name] = kept
+
+    def _state_of(self, param: Tensor, name: str) -> Tensor | None:
+        waiting = self._run.waiting_state.get((id(param), name))
+        return self.state.get(param, {}).get(f"fastsam_{name}") if waiting is None else waiting
