@@ -133,7 +133,7 @@ class SAM(TwoPassOptimizer):
         return (self._option_keys["rho"],)
 
     def etas(self, ascent: Ascent) -> list[float | None] | None:
-        """Return for each tensor eta of ASAM's T = |w| + eta, or None for T = 1; None altogether without ASAM."""
+        """Return for each tensor eta of ASAM's `T = |w| + eta`, or None for T = 1; None altogether without ASAM."""
         kinds = [self.option(group, "adaptive") for group in ascent.groups]
         if not any(kinds):
             return None

@@ -97,10 +97,10 @@ class Ascent:
 
     @torch.no_grad()
     def norm(self, etas: Sequence[float | None] | None = None, draw: Draw | None = None) -> Tensor:
-        """Return ||m T g||_2 over all tensors and ranks, each entry counted once however many ranks hold it.
+        """Return `||m T g||_2` over all tensors and ranks, each entry counted once however many ranks hold it.
 
         Args:
-            etas: for each tensor eta of ASAM's T = |w| + eta, or None for T = 1; None altogether means T = 1.
+            etas: for each tensor eta of ASAM's `T = |w| + eta`, or None for T = 1; None altogether means T = 1.
             draw: random numbers of ESAM's mask m, if it has `keep`; None means m = 1.
 
         Returns:

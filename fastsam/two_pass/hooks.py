@@ -46,7 +46,7 @@ class MethodHooks(PassOptimizer):
         """Raise RuntimeError or ValueError where the method cannot take its step in this form.
 
         Args:
-            call: "the constructor", "step(loss_fn, *batch)", "step(closure)", "ascent()" or "first_step()".
+            call: "the constructor", `"step(loss_fn, *batch)"`, "step(closure)", "ascent()" or "first_step()".
             rows: of the batch, for `step(loss_fn, *batch)`.
         """
 
