@@ -18,4 +18,3 @@ default_role = "py:obj"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "inherited-members": "Optimizer,Module,Dataset,Sampler"}
