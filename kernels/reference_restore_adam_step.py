@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsam.kernels.reference_restore_step import DenseLists, alike, restore_from, to_device_of
+from fastsam.kernels.reference_restore_step import DenseLists, alike, restore_from, skip_flag, to_device_of
 
 
 class AdamOptions(NamedTuple):
@@ -55,7 +55,7 @@ def restore_adam_step_(
         o, counters = options[rows[0]], [steps[i] for i in rows]
         largest = [x for i in rows if (x := max_exp_avg_sqs[i]) is not None]
         lists = DenseLists(*([source[i] for i in rows] for source in (weights, grads, exp_avgs, exp_avg_sqs)), largest)
-        inf = to_device_of(weights[rows[0]], found_inf)
+        inf = skip_flag(weights[rows[0]], found_inf)
         torch._foreach_add_(counters, 1)
         step = torch._fused_adamw_ if o.decoupled else torch._fused_adam_
         step(  # type: ignore[call-overload]

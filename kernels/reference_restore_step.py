@@ -66,7 +66,7 @@ def restore_sgd_step_(
             *lists.tensors,
             weight_decay=o.weight_decay, momentum=o.momentum, lr=o.lr, dampening=o.dampening,
             nesterov=o.nesterov, maximize=o.maximize, is_first_step=False,
-            grad_scale=to_device_of(weights[rows[0]], grad_scale), found_inf=to_device_of(weights[rows[0]], found_inf),
+            grad_scale=to_device_of(weights[rows[0]], grad_scale), found_inf=skip_flag(weights[rows[0]], found_inf),
         )  # fmt: skip
         lists.write_back()
 
@@ -81,6 +81,11 @@ def restore_from(weights: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def to_device_of(like: Tensor, scalar: Tensor | None) -> Tensor | None:
     """Return the scalar on the device of `like`; None stays None."""
     return None if scalar is None else scalar.to(like.device, non_blocking=True)
+
+
+def skip_flag(like: Tensor, found_inf: Tensor | None) -> Tensor | None:
+    """Return 1 or 0 on the device of `like`, as torch's fused steps want it: on the CPU they skip at 1 alone."""
+    return None if found_inf is None else (found_inf != 0).to(like.device, torch.float32, non_blocking=True)
 
 
 def alike(options: Sequence[tuple], *lists: Sequence[Tensor | None]) -> list[list[int]]:

@@ -43,7 +43,7 @@ def update(
         found_inf = any_over_ranks(ops.pick(entries).found_nonfinite(entries), grads)
     if skip is not None and grads:
         also = skip.to(grads[0].device, torch.float32)
-        found_inf = also if found_inf is None else found_inf + also.to(found_inf.device)
+        found_inf = also if found_inf is None else torch.maximum(found_inf, also.to(found_inf.device))
     if is_fusable(base):
         restore_and_step(base, backup, grad_scale, found_inf)
         return found_inf, True
@@ -51,7 +51,8 @@ def update(
     base._opt_called = True  # type: ignore[attr-defined]
     skips_on_device = getattr(base, "_step_supports_amp_scaling", False) and not any(map(placement, grads))
     if found_inf is not None and base.state and skips_on_device:
-        vars(base).update(grad_scale=grad_scale, found_inf=found_inf)
+        # torch's fused kernels on the CPU skip at 1 alone
+        vars(base).update(grad_scale=grad_scale, found_inf=(found_inf != 0).to(torch.float32))
         try:
             run_own_step(base)
         finally:
