@@ -1,6 +1,6 @@
 """Ranks: which of them share a perturbation, when gradients are reduced, and what one rank holds of a weight.
 
-Under DistributedDataParallel (DDP), with W ranks of which groups of g share a perturbation (SPEC R-10):
+Under DistributedDataParallel (DDP), with W ranks of which groups of g share a perturbation (docs/algorithms.md#r-10):
 
     g_r    = grad of rank r's mean loss at w
     eps    = the method's perturbation for the mean of g_r over r's group      (g = W: "global", g = 1: "replica")

@@ -1,4 +1,4 @@
-"""SAM computes what SPEC's equations say: trajectories, worked numbers and invariants."""
+"""SAM computes what the equations of docs/algorithms.md say: trajectories, worked numbers and invariants."""
 
 import math
 
@@ -105,7 +105,7 @@ def test_davda54_two_step_loop_needs_only_another_import(backend, cls, adaptive)
 
 
 class Quadratic(nn.Module):
-    """L(w) = w'Aw/2 - b'w of SPEC 4.2, split over two tensors so that norms must be global."""
+    """L(w) = w'Aw/2 - b'w of docs/algorithms.md#the-quadratic, in two tensors so that norms must be global."""
 
     def __init__(self):
         super().__init__()

@@ -4,7 +4,7 @@ import torch
 
 
 def sam_step(model, loss, base, rho=0.05, adaptive=False):
-    """One step of SPEC's section 0 in plain torch, one tensor at a time; `loss()` is the mean loss on the batch."""
+    """One step of docs/algorithms.md#one-step in plain torch, one tensor at a time; `loss()` is the mean loss on the batch."""
     params = [p for p in model.parameters() if p.requires_grad]
     g = torch.autograd.grad(loss(), params)
     statistics = [b.clone() for b in model.buffers()]
@@ -27,7 +27,7 @@ def sam_step(model, loss, base, rho=0.05, adaptive=False):
 
 
 def sam_step_on_ranks(model, losses, base, rho=0.05, sharing=1, adaptive=False):
-    """One step over ranks in plain torch and one process (SPEC R-10).
+    """One step over ranks in plain torch and one process (docs/algorithms.md#r-10).
 
     Groups of `sharing` neighbouring ranks share the perturbation of their mean gradient; gradients at the perturbed
     weights are averaged over all. `losses` holds for each rank a list of functions that return a mean loss, one for

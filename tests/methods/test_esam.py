@@ -96,7 +96,7 @@ def test_all_ways_give_the_same_numbers_without_selection(backend, way, mask):
 
 
 class Quadratic(nn.Module):
-    """L(w) = w'Aw/2 - b'w of SPEC 4.2."""
+    """L(w) = w'Aw/2 - b'w of docs/algorithms.md#the-quadratic."""
 
     def __init__(self):
         super().__init__()
@@ -274,7 +274,7 @@ def test_resume_continues_the_masks(backend, mask, dtype):
 
 
 class Logistic(nn.Module):
-    """Logistic regression of SPEC 4.2."""
+    """docs/algorithms.md#logistic-regression."""
 
     def __init__(self):
         super().__init__()

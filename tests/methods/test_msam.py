@@ -35,7 +35,7 @@ def shares_of(sizes, weighting="sample"):
 
 
 def oracle_gradient(model, x, y, sizes, rho=0.1, weighting="sample"):
-    """SPEC 1.2 in plain torch: d over shards of these sizes; batch norm's running statistics are left as they were."""
+    """docs/algorithms.md#msam in plain torch: d over shards of these sizes; batch norm's running statistics are left as they were."""
     params = list(model.parameters())
     start = [b.clone() for b in model.buffers()]
     d = [torch.zeros_like(p) for p in params]
@@ -175,7 +175,7 @@ def test_convolutions_in_single_precision(backend):
 
 
 class Quadratics(nn.Module):
-    """Row i's loss is w'A_i w/2 - b_i'w: the two shards of SPEC 4.2."""
+    """Row i's loss is w'A_i w/2 - b_i'w: docs/algorithms.md#two-shards."""
 
     def __init__(self):
         super().__init__()
