@@ -4,7 +4,7 @@ import torch
 
 
 def sam_step(model, loss, base, rho=0.05, adaptive=False):
-    """One step of docs/algorithms.md#one-step in plain torch, one tensor at a time; `loss()` is the mean loss on the batch."""
+    """One step of docs/algorithms.md#one-step in plain torch, tensor by tensor; `loss()` is the batch's mean loss."""
     params = [p for p in model.parameters() if p.requires_grad]
     g = torch.autograd.grad(loss(), params)
     statistics = [b.clone() for b in model.buffers()]

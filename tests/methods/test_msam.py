@@ -35,7 +35,7 @@ def shares_of(sizes, weighting="sample"):
 
 
 def oracle_gradient(model, x, y, sizes, rho=0.1, weighting="sample"):
-    """docs/algorithms.md#msam in plain torch: d over shards of these sizes; batch norm's running statistics are left as they were."""
+    """docs/algorithms.md#msam in plain torch: d over shards of these sizes; running statistics stay as they were."""
     params = list(model.parameters())
     start = [b.clone() for b in model.buffers()]
     d = [torch.zeros_like(p) for p in params]
