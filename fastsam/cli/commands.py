@@ -1,14 +1,12 @@
-"""The commands `fastsam train` and `fastsam compare`, which offer what the tables of methods, data and models hold."""
+"""The commands `fastsam train` and `fastsam compare`."""
 
-import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from click.core import ParameterSource
 from rich import box
 from rich.console import Console
@@ -16,164 +14,21 @@ from rich.table import Table
 
 from fastsam import __version__
 from fastsam.cli import compare, processes, training
-from fastsam.cli.config import (
-    AMP,
-    CHECKPOINT,
-    Config,
-    flag,
-    flat,
-    options_for,
-    options_of,
-    read_checkpoint,
-    read_config,
-    refuse_differences,
-)
-from fastsam.cli.data import DATA_SETS, SCORED_ON, resolve, spelling
+from fastsam.cli.config import Config, flag, flat, options_for, options_of, read_config, refuse_differences
+from fastsam.cli.data import SCORED_ON
 from fastsam.cli.errors import InputError
-from fastsam.cli.models import MODELS
+from fastsam.cli.files import CHECKPOINT, make_directory, read_checkpoint
+from fastsam.cli.options import OPTIONS, CommandWithTables, Entry, Number, Several, shared_options, shown
 from fastsam.cli.progress import Display
-from fastsam.cli.report import SCORED, caption, cells, headers, make_directory, write_comparison, write_run
+from fastsam.cli.report import caption, cells, headers, write_comparison, write_run
+from fastsam.cli.results import Watcher
 from fastsam.methods import METHODS
 
-OPTIONS = list(dict.fromkeys(option for name in METHODS for option in options_of(name)))
-CHOICES = {option: words for method in METHODS.values() for option, words in method.choices.items()}
-DATA_HELP = "See below. CIFAR's pictures are cropped and flipped at random and stay bytes on the device."
-AMP_HELP = "Mixed precision; fp16, with a GradScaler, is for GPUs: convolutions in it crawl on a CPU."
-THREADS_HELP = "Of the CPU. The digits gain little from a second one, and crawl where it has to wait for others."
-CHANNELS_LAST_HELP = "Weights and pictures with the channels innermost, as a GPU's convolutions in 16 bits like them."
-COMPILE_HELP = (
-    "torch.compile the model: the first steps, and those after --resume, take up to minutes. Not for --mask tensor, "
-    "which would recompile in each step. A GPU may pick other kernels the next time, and the run then not repeat."
-)
-GRAPH_HELP = "Take whole steps as CUDA graphs, bit for bit the same. On a CPU it changes nothing."
 SCORED_ON_HELP = "held_out: train without a tenth of the training set and score on it, to choose settings fairly."
 
 
-class Entry(click.ParamType):
-    """A key of a table."""
-
-    def __init__(self, kind: str, table: Mapping[str, Any]) -> None:
-        self.name, self.table = kind, table
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the key, or fail with a list of those there are."""
-        if value not in self.table:
-            self.fail(f"unknown {self.name} {value!r}; known are {', '.join(self.table)}", param, ctx)
-        return value
-
-
-class Data(click.ParamType):
-    """A data set that is there, by its name and what follows the colon."""
-
-    name = "data set"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the data set in full, or fail before anything is read."""
-        try:
-            return resolve(value)
-        except InputError as error:
-            self.fail(str(error), param, ctx)
-
-
-class Number(click.FloatRange):
-    """A number that is neither nan nor infinite."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the number, or fail."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number", param, ctx)
-        return number
-
-
-class Several(click.ParamType):
-    """A list with commas between its items, each of which occurs once."""
-
-    def __init__(self, item: click.ParamType) -> None:
-        self.item, self.name = item, f"{item.name},..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        """Return the items, or fail at the first bad one."""
-        items = [self.item.convert(text.strip(), param, ctx) for text in str(value).split(",")]
-        if repeated := [item for item in items if items.count(item) > 1]:
-            self.fail(f"{repeated[0]} is there twice", param, ctx)
-        return items
-
-
-class Device(click.Choice):
-    """Where to train; "auto" stands for a GPU if there is one."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return "cpu" or "cuda", or fail if it is not there."""
-        name, there = super().convert(value, param, ctx), torch.cuda.is_available()
-        if name == "cuda" and not there:
-            self.fail("this machine has no CUDA device that torch can use; take cpu or auto", param, ctx)
-        return ("cuda" if there else "cpu") if name == "auto" else name
-
-
-class CommandWithTables(click.Command):
-    """A command whose help ends with the tables."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section for each table, as it is now."""
-        data_sets = {spelling(name): entry for name, entry in DATA_SETS.items()}
-        for title, table in {"Methods": METHODS, "Data sets": data_sets, "Models": MODELS}.items():
-            with formatter.section(title):
-                formatter.write_dl([(name, entry.summary) for name, entry in table.items()])  # type: ignore[attr-defined]
-
-
-def shared_options(command: Callable) -> Callable:
-    """Add the options that both commands have."""
-    positive, share = click.IntRange(min=1), Number(0, 1)
-    of_methods = [
-        click.option(
-            flag(option),
-            type=_type(option),
-            metavar={click.Choice: None, click.IntRange: "N"}.get(type(_type(option)), "X"),
-            help=f"Default: {_defaults(option)}.",
-        )
-        for option in OPTIONS
-    ]
-    options = [
-        _option("--data", type=Data(), metavar="NAME[:...]", default="digits", help=DATA_HELP),
-        _option("--model", type=Entry("model", MODELS), metavar="NAME", default="cnn"),
-        _option("--epochs", type=positive, metavar="N", default=30, help="The rate falls to 0 as a cosine, by steps."),
-        _option("--batch-size", type=positive, metavar="N", default=64),
-        *of_methods,
-        _option("--label-smoothing", type=share, metavar="X", default=0.0),
-        _option("--amp", type=click.Choice(list(AMP)), default="off", help=AMP_HELP),
-        click.option("--channels-last", is_flag=True, help=CHANNELS_LAST_HELP),
-        click.option("--compile", is_flag=True, help=COMPILE_HELP),
-        click.option("--graph", is_flag=True, help=GRAPH_HELP),
-        _option("--device", type=Device(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
-        _option("--threads", type=positive, metavar="N", default=1, help=THREADS_HELP),
-        click.option("--resume", is_flag=True, help="Go on where --out was interrupted, with its settings."),
-        click.option("--overwrite", is_flag=True, help="Start afresh in an --out that holds earlier results."),
-    ]
-    for add in reversed(options):
-        command = add(command)
-    return command
-
-
-def _option(name: str, **keywords: Any) -> Callable:
-    return click.option(name, show_default=True, **keywords)
-
-
-def _type(option: str) -> click.ParamType:
-    if option in CHOICES:
-        return click.Choice(CHOICES[option])
-    whole = any(isinstance(options_of(name).get(option), int) for name in METHODS)
-    return click.IntRange(min=0) if whole else Number(min=0)
-
-
-def _defaults(option: str) -> str:
-    return ", ".join(f"{name} {options_of(name)[option]}" for name in METHODS if option in options_of(name))
-
-
 def _out(default: str) -> Callable:
-    return _option("--out", type=click.Path(path_type=Path), metavar="DIR", default=default, help="Made if need be.")
+    return shown("--out", type=click.Path(path_type=Path), metavar="DIR", default=default, help="Made if need be.")
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -186,12 +41,12 @@ def fastsam(ctx: click.Context) -> None:
 
 
 @fastsam.command(cls=CommandWithTables)
-@_option("--method", type=Entry("method", METHODS), metavar="NAME", default="sam")
+@shown("--method", type=Entry("method", METHODS), metavar="NAME", default="sam")
 @shared_options
-@_option("--label-noise", type=Number(0, 1), metavar="X", default=0.0, help="Share of training labels redrawn.")
-@_option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", default=0)
-@_option("--split-seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Of the test split. Default: --seed.")
-@_option("--scored-on", type=click.Choice(SCORED_ON), default="test", help=SCORED_ON_HELP)
+@shown("--label-noise", type=Number(0, 1), metavar="X", default=0.0, help="Share of training labels redrawn.")
+@shown("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", default=0)
+@shown("--split-seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Of the test split. Default: --seed.")
+@shown("--scored-on", type=click.Choice(list(SCORED_ON)), default="test", help=SCORED_ON_HELP)
 @_out("runs/train")
 @click.pass_context
 def train(ctx: click.Context, out: Path, resume: bool, overwrite: bool, **options: Any) -> None:
@@ -212,21 +67,22 @@ def train(ctx: click.Context, out: Path, resume: bool, overwrite: bool, **option
             )
     make_directory(out)
     with _interruptible("train", out, path), processes.together(config.device):
-        processes.wait()  # all have seen what was in the directory
-        with Display(console, runs=1) if processes.is_first() else nullcontext(training.Watcher()) as watcher:
+        # all have seen what was in the directory
+        processes.wait()
+        with Display(console, runs=1) if processes.is_first() else nullcontext(Watcher()) as watcher:
             result = training.train(config, out, resume=resume, watcher=watcher)
         if not processes.is_first():
             return
         write_run(out, result)
-    scored = SCORED[config.scored_on]
+    scored = SCORED_ON[config.scored_on]
     console.print(f"{scored} accuracy: {result.last:.1f} % after the last epoch, {result.best:.1f} % after the best")
     console.print(f"wrote history.csv, result.json, curve.png and {CHECKPOINT} to {out}", soft_wrap=True)
 
 
 @fastsam.command("compare", cls=CommandWithTables, short_help="Train several methods side by side.")
-@_option("--methods", type=Several(Entry("method", METHODS)), metavar="NAME,...", default="sgd,sam")
-@_option("--label-noise", type=Several(Number(0, 1)), metavar="X,...", default="0,0.4", help="Labels redrawn.")
-@_option("--seeds", type=click.IntRange(1, 1000), metavar="N", default=3, help="Runs of each method.")
+@shown("--methods", type=Several(Entry("method", METHODS)), metavar="NAME,...", default="sgd,sam")
+@shown("--label-noise", type=Several(Number(0, 1)), metavar="X,...", default="0,0.4", help="Labels redrawn.")
+@shown("--seeds", type=click.IntRange(1, 1000), metavar="N", default=3, help="Runs of each method.")
 @shared_options
 @_out("runs/compare")
 @click.pass_context
@@ -253,21 +109,22 @@ def compare_command(ctx: click.Context, out: Path, resume: bool, overwrite: bool
     console.print(f"wrote results.json, results.csv, comparison.png and table.md to {out}", soft_wrap=True)
 
 
-def _config(**options: Any) -> Config:
-    knobs = options_for(options["method"], {option: options.pop(option) for option in OPTIONS})
-    if options["split_seed"] is None:
-        options["split_seed"] = options["seed"]
-    return Config(knobs=knobs, ranks=processes.count(), **options)
+def _config(**given: Any) -> Config:
+    options = options_for(given["method"], {option: given.pop(option) for option in OPTIONS})
+    if given["split_seed"] is None:
+        given["split_seed"] = given["seed"]
+    return Config(options=options, ranks=processes.count(), **given)
 
 
-def _plan(**options: Any) -> compare.Plan:
-    knobs = {option: value for option in OPTIONS if (value := options.pop(option)) is not None}
-    for option in knobs:
-        if not any(option in options_of(name) for name in options["methods"]):
-            raise InputError(f"none of the methods ({', '.join(options['methods'])}) has {flag(option)}")
-    plan = compare.Plan(knobs=knobs, **options)
+def _plan(**given: Any) -> compare.Plan:
+    options = {option: value for option in OPTIONS if (value := given.pop(option)) is not None}
+    for option in options:
+        if not any(option in options_of(name) for name in given["methods"]):
+            raise InputError(f"none of the methods ({', '.join(given['methods'])}) has {flag(option)}")
+    plan = compare.Plan(options=options, **given)
     for method in plan.methods:
-        plan.config(method, noise=0.0, seed=0)  # refuses now what the last method would refuse after hours
+        # refuses now what the last method would refuse after hours
+        plan.config(method, noise=0.0, seed=0)
     return plan
 
 

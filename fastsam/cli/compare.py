@@ -1,6 +1,6 @@
-"""A comparison: for each level of label noise choose the knobs on held-out data, then train every method and seed.
+"""A comparison: at each level of label noise choose the tuned options on held-out data, then train methods and seeds.
 
-All runs share one split, so the held-out part that a knob is chosen on never meets the test set; the seed decides
+All runs share one split, so the held-out part that an option is chosen on never meets the test set; the seed decides
 weights, label noise and order. The final runs train on the whole training set, held-out part included, and methods
 take turns within each seed, so that step times are measured side by side.
 """
@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastsam.cli.config import CHECKPOINT, Config, options_for, options_of
+from fastsam.cli.config import Config, options_for, options_of, with_options
 from fastsam.cli.errors import InputError
-from fastsam.cli.report import make_directory, write_json
-from fastsam.cli.training import Result, Watcher, train
+from fastsam.cli.files import CHECKPOINT, make_directory, write_json
+from fastsam.cli.results import Result, Watcher
+from fastsam.cli.training import train
 from fastsam.methods import METHODS
 
 PLAN = "compare.json"
@@ -22,12 +23,12 @@ PLAN = "compare.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides a comparison's numbers; `knobs` are those given for every method that has them."""
+    """Everything that decides a comparison's numbers; `options` are those given for every method that has them."""
 
     methods: list[str]
     label_noise: list[float]
     seeds: int
-    knobs: dict[str, Any]
+    options: dict[str, Any]
     data: str
     model: str
     epochs: int
@@ -43,24 +44,24 @@ class Plan:
     def config(self, method: str, noise: float, seed: int) -> Config:
         """Return the config of one run with the method's default for what is tuned."""
         shared = {f.name: getattr(self, f.name) for f in fields(Config) if f.name in asdict(self)} | {
-            "knobs": options_for(method, {k: v for k, v in self.knobs.items() if k in options_of(method)}),
+            "options": options_for(method, {k: v for k, v in self.options.items() if k in options_of(method)}),
             "label_noise": noise,
         }
         return Config(method=method, seed=seed, split_seed=0, scored_on="test", **shared)
 
     def tunes(self, method: str) -> bool:
-        """Whether a knob of this method is to be chosen: one is tuned, and no value was given for it."""
-        return METHODS[method].tuned is not None and METHODS[method].tuned not in self.knobs
+        """Whether an option of this method is to be chosen: one is tuned, and no value was given for it."""
+        return METHODS[method].tuned is not None and METHODS[method].tuned not in self.options
 
     def runs(self) -> int:
-        """Return the number of runs, those that choose knobs included."""
+        """Return the number of runs, those that choose options included."""
         choosing = sum(len(METHODS[m].grid) for m in self.methods if self.tunes(m))
         return len(self.label_noise) * (choosing + self.seeds * len(self.methods))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The value chosen for a tuned knob, and the held-out accuracy in percent of each value tried."""
+    """The value chosen for a tuned option, and the held-out accuracy in percent of each value tried."""
 
     label_noise: float
     method: str
@@ -112,7 +113,7 @@ class Comparison:
             label_noise=noise,
             method=method,
             tuned=entry.tuned,
-            value=results[0].config.knobs[entry.tuned] if entry.tuned else None,
+            value=results[0].config.options[entry.tuned] if entry.tuned else None,
             mean_last=statistics.mean(last),
             std_last=statistics.stdev(last) if len(last) > 1 else 0.0,
             mean_best=statistics.mean(r.best for r in results),
@@ -149,7 +150,7 @@ def run(plan: Plan, out: Path, watcher: Watcher) -> Comparison:
         for seed in range(plan.seeds):
             for method in plan.methods:
                 config = plan.config(method, noise, seed)
-                config = replace(config, knobs=config.knobs | chosen.get(method, {}))
+                config = replace(config, options=config.options | chosen.get(method, {}))
                 results.append(_train(config, out, watcher))
     return Comparison(plan, choices, results)
 
@@ -160,9 +161,10 @@ def _choose(plan: Plan, noise: float, method: str, out: Path, watcher: Watcher) 
     accuracy = {}
     for value in METHODS[method].grid:
         config = plan.config(method, noise, seed=0)
-        config = replace(config, scored_on="held_out", knobs=config.knobs | {tuned: value})
+        config = replace(config, scored_on="held_out", options=config.options | {tuned: value})
         accuracy[value] = _train(config, out, watcher).last
-    best = max(accuracy, key=accuracy.__getitem__)  # the first of equals
+    # the first of equals
+    best = max(accuracy, key=accuracy.__getitem__)
     return Choice(noise, method, tuned, best, {f"{value:g}": a for value, a in accuracy.items()})
 
 
@@ -174,9 +176,9 @@ def _train(config: Config, out: Path, watcher: Watcher) -> Result:
 
 def _name(config: Config) -> str:
     tuned = METHODS[config.method].tuned
-    knob = f"-{tuned}{config.knobs[tuned]:g}" if tuned else ""
+    chosen = f"-{tuned}{config.options[tuned]:g}" if tuned else ""
     held_out = "-held-out" if config.scored_on == "held_out" else ""
-    return f"noise{config.label_noise:g}-{config.method}{knob}-seed{config.seed}{held_out}"
+    return f"noise{config.label_noise:g}-{config.method}{chosen}-seed{config.seed}{held_out}"
 
 
 def prepare(plan: Plan, out: Path, *, overwrite: bool) -> None:
@@ -206,7 +208,7 @@ def prepare(plan: Plan, out: Path, *, overwrite: bool) -> None:
 def read_plan(out: Path) -> Plan:
     """Return the plan of the comparison in `out`, or raise InputError if there is none that can be read."""
     try:
-        return Plan(**json.loads((out / PLAN).read_text(encoding="utf-8")))
+        return Plan(**with_options(json.loads((out / PLAN).read_text(encoding="utf-8"))))
     except FileNotFoundError as error:
         raise InputError(f"nothing to resume: {out / PLAN} does not exist") from error
     except (OSError, ValueError, TypeError) as error:
@@ -214,5 +216,5 @@ def read_plan(out: Path) -> Plan:
 
 
 def flat(plan: Plan) -> dict[str, Any]:
-    """Return the plan's fields with the knobs among them."""
-    return {key: value for key, value in asdict(plan).items() if key != "knobs"} | plan.knobs
+    """Return the plan's fields with the methods' options among them."""
+    return {key: value for key, value in asdict(plan).items() if key != "options"} | plan.options

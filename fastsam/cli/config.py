@@ -1,6 +1,5 @@
 """What decides a training run's numbers, and what of it a checkpoint says."""
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from fastsam.cli.errors import InputError
 from fastsam.methods import METHODS
 
-CHECKPOINT = "checkpoint.pt"
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -19,14 +17,15 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Config:
     """Everything that decides a run's numbers. Names are keys of METHODS, DATA_SETS, MODELS and AMP.
 
-    `data` is what `fastsam.data.resolve` returns; `batch_size` is that of all `ranks` together.
+    `options` are all of the method, those of its base among them; `data` is what `fastsam.cli.data.resolve` returns;
+    `batch_size` is that of all `ranks` together.
 
     Raises:
         InputError: the method cannot be compiled, or the ranks' parts of a batch would not be equal.
     """
 
     method: str
-    knobs: dict[str, Any]
+    options: dict[str, Any]
     data: str = "digits"
     model: str = "cnn"
     epochs: int = 30
@@ -49,7 +48,7 @@ class Config:
             raise InputError(f"batch size {self.batch_size} cannot be cut into equal parts for {self.ranks} processes")
         if self.graph and self.ranks > 1:
             raise InputError("--graph captures steps of one process; leave it out, or start without torchrun")
-        if self.compile and self.knobs.get("mask") == "tensor" and self.knobs["beta"] < 1:
+        if self.compile and self.options.get("mask") == "tensor" and self.options["beta"] < 1:
             raise InputError(
                 f"{self.method} with --mask tensor cannot be compiled: it leaves other gradients out in each step, and "
                 "the model would be compiled anew for each; take --mask element, or leave --compile out"
@@ -81,35 +80,21 @@ def flag(option: str) -> str:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Return the config's fields with the knobs among them."""
-    return {key: value for key, value in asdict(config).items() if key != "knobs"} | config.knobs
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the checkpoint at `path`, its tensors on the CPU.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"nothing to resume: {path} does not exist") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is broken, or no checkpoint") from error
-    parts = {"config", "history", "model", "optimizer", "of each process"}
-    if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
-        raise InputError(f"{path} is not a checkpoint of fastsam train")
-    return checkpoint
+    """Return the config's fields with the method's options among them."""
+    return {key: value for key, value in asdict(config).items() if key != "options"} | config.options
 
 
 def read_config(checkpoint: dict[str, Any], path: Path) -> Config:
     """Return a checkpoint's config, or raise InputError if another version of fastsam wrote it."""
-    if set(checkpoint["config"]) != {field.name for field in fields(Config)}:
+    saved = with_options(checkpoint["config"])
+    if set(saved) != {field.name for field in fields(Config)}:
         raise InputError(f"{path} was written by another version of fastsam; resume it with that one")
-    return Config(**checkpoint["config"])
+    return Config(**saved)
+
+
+def with_options(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config or a plan as it was saved, with its options under the name that they have had since."""
+    return {"options" if key == "knobs" else key: value for key, value in saved.items()}
 
 
 def refuse_differences(path: Path, started_with: dict[str, Any], asked_for: dict[str, Any]) -> None:

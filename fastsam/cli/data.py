@@ -28,7 +28,8 @@ from fastsam.cli.errors import InputError
 PADDING = 4
 TEST_SHARE = 0.3
 HELD_OUT_SHARE = 0.1
-SCORED_ON = ("test", "held_out")
+SCORED_ON = {"test": "test", "held_out": "held-out"}
+"""What a run's accuracy is measured on, and what the reports call it."""
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
@@ -79,10 +80,12 @@ def fake(shape: str, split_seed: int) -> Pictures:
     random = generator(split_seed, "fake pictures")
     try:
         x = torch.randint(256, (n + n // 5, *size), dtype=torch.uint8, generator=random)
-    except (RuntimeError, TypeError) as error:  # too many bytes, too large a number
+    except (RuntimeError, TypeError) as error:
+        # too many bytes, or too large a number
         raise InputError(f"fake:{shape} does not fit into memory; ask for less") from error
     y = torch.randint(10, (len(x),), generator=random)
-    mean, std = (0.5,) * size[0], (3**-0.5 / 2,) * size[0]  # of a uniform distribution from 0 to 1
+    # of a uniform distribution from 0 to 1
+    mean, std = (0.5,) * size[0], (3**-0.5 / 2,) * size[0]
     return Pictures(x[:n], y[:n], x[n:], y[n:], 10, mean, std)
 
 
@@ -205,11 +208,13 @@ def crop_and_flip(x: Tensor, moves: Tensor) -> Tensor:
         moves: what `draw_moves` drew, shape [n, 3], on the same device.
     """
     n, channels, height, width = x.shape
-    top, left, flip = moves[:, :, None].unbind(1)  # [n, 1] each
+    # [n, 1] each
+    top, left, flip = moves[:, :, None].unbind(1)
     rows = top + torch.arange(height, device=x.device)
     across = torch.arange(width, device=x.device)
     columns = left + torch.where(flip == 1, across.flip(0), across)
-    pixels = rows[:, :, None] * (width + 2 * PADDING) + columns[:, None]  # [n, height, width]
+    # [n, height, width]
+    pixels = rows[:, :, None] * (width + 2 * PADDING) + columns[:, None]
     padded = F.pad(x, (PADDING,) * 4).flatten(2)
     return padded.gather(2, pixels.flatten(1)[:, None].expand(n, channels, -1)).view(x.shape)
 

@@ -8,8 +8,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fastsam.cli.config import Config
-from fastsam.cli.report import SCORED
-from fastsam.cli.training import Epoch, Watcher
+from fastsam.cli.data import SCORED_ON
+from fastsam.cli.results import Epoch, Watcher
 from fastsam.methods import METHODS
 
 
@@ -29,7 +29,8 @@ class Display(Watcher):
         self.numbers, self.note = "", ""
         self.epochs = self.this_epoch = self.steps = self.done = 0
         self.began = self.next_look = 0.0
-        self.pause = 0.25 if console.is_terminal else 60.0  # seconds from one look at the loss to the next
+        # seconds from one look at the loss to the next
+        self.pause = 0.25 if console.is_terminal else 60.0
 
     def __enter__(self) -> "Display":
         self.bar.start()
@@ -89,7 +90,7 @@ class Display(Watcher):
 
     def _finished(self, config: Config, epoch: Epoch) -> None:
         if self.runs > 1:
-            scored = SCORED[config.scored_on]
+            scored = SCORED_ON[config.scored_on]
             self.console.print(f"{self.run}/{self.runs}  {_label(config)}: {scored} accuracy {epoch.accuracy:.1f} %")
         if not math.isfinite(epoch.train_loss):
             self.console.print(f"{_label(config)}: the loss is no longer finite; try a smaller --lr")
@@ -97,10 +98,10 @@ class Display(Watcher):
 
 def _label(config: Config) -> str:
     tuned = METHODS[config.method].tuned
-    knob = f" {tuned} {config.knobs[tuned]:g}" if tuned else ""
-    return f"{config.method}{knob}, noise {config.label_noise:.0%}, seed {config.seed}"
+    chosen = f" {tuned} {config.options[tuned]:g}" if tuned else ""
+    return f"{config.method}{chosen}, noise {config.label_noise:.0%}, seed {config.seed}"
 
 
 def _numbers(config: Config, epoch: Epoch) -> str:
-    accuracies = f"train {epoch.train_accuracy:.1f} %  {SCORED[config.scored_on]} {epoch.accuracy:.1f} %"
+    accuracies = f"train {epoch.train_accuracy:.1f} %  {SCORED_ON[config.scored_on]} {epoch.accuracy:.1f} %"
     return f"{accuracies}  {epoch.samples_per_second:,.0f} samples/s"

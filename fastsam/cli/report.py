@@ -1,35 +1,25 @@
-"""The files that runs and comparisons leave behind, and the table on the terminal. Whole files or none, ever."""
+"""The files that runs and comparisons leave behind, and the table on the terminal."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-import math
-import os
-import platform
 import statistics
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fastsam.cli.data import short
-from fastsam.cli.errors import InputError
+from fastsam.cli.compare import Comparison, Row
+from fastsam.cli.config import Config
+from fastsam.cli.data import SCORED_ON, short
+from fastsam.cli.files import environment, replacing, write_json, write_text
+from fastsam.cli.results import Result
 from fastsam.methods import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from fastsam.cli.compare import Comparison, Row
-    from fastsam.cli.config import Config
-    from fastsam.cli.training import Result
 
 RUN_COLUMNS = (
     "label_noise",
@@ -42,80 +32,12 @@ RUN_COLUMNS = (
     "step_ms",
     "seconds",
 )
-SCORED = {"test": "test", "held_out": "held-out"}
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that takes the place of `path` at the end, or is removed if anything goes wrong.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    temporary = path.with_name(path.name + ".part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory with its parents, or raise InputError if that fails or nothing can be written into it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror or error}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON; numbers that are not finite become null, since JSON has no word for them."""
-    write_text(path, json.dumps(_finite(value), indent=2) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     return text.getvalue()
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Return what the numbers depend on: versions, device, threads, and the date in UTC."""
-    from fastsam import __version__
-
-    return {
-        "fastsam": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 # one run
@@ -139,7 +61,8 @@ def _save(path: Path, figure: Figure) -> None:
 
 
 def _figure(width: float, height: float, rows: int) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    # not pyplot: no window system, no global state
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False)
@@ -152,9 +75,9 @@ def _figure(width: float, height: float, rows: int) -> tuple[Figure, Any]:
 
 def _title(config: Config) -> str:
     tuned = METHODS[config.method].tuned
-    knob = f", {tuned} {config.knobs[tuned]:g}" if tuned else ""
+    chosen = f", {tuned} {config.options[tuned]:g}" if tuned else ""
     noise = f", {config.label_noise:.0%} label noise" if config.label_noise else ""
-    return f"{config.method}{knob}: {short(config.data)}, {config.model}{noise}, seed {config.seed}"
+    return f"{config.method}{chosen}: {short(config.data)}, {config.model}{noise}, seed {config.seed}"
 
 
 def _curve(result: Result) -> Figure:
@@ -163,7 +86,7 @@ def _curve(result: Result) -> Figure:
     epochs = [e.epoch for e in result.history]
     dots = "." if len(epochs) < 40 else None
     labels = "noisy training labels" if result.config.label_noise else "training set"
-    scored = f"{SCORED[result.config.scored_on]} {'set' if result.config.scored_on == 'test' else 'part'}"
+    scored = f"{SCORED_ON[result.config.scored_on]} {'set' if result.config.scored_on == 'test' else 'part'}"
     accuracy.plot(epochs, [e.train_accuracy for e in result.history], marker=dots, color="C7", label=labels)
     accuracy.plot(epochs, [e.accuracy for e in result.history], marker=dots, color="C0", label=scored)
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
@@ -201,7 +124,7 @@ def write_comparison(out: Path, comparison: Comparison) -> None:
 
 def _run_row(result: Result) -> list[Any]:
     config, tuned = result.config, METHODS[result.config.method].tuned
-    value = config.knobs[tuned] if tuned else ""
+    value = config.options[tuned] if tuned else ""
     numbers = [result.last, result.best, result.step_ms, result.seconds]
     return [config.label_noise, config.method, tuned or "", value, config.seed, *numbers]
 
@@ -274,7 +197,8 @@ def _draw(over_epochs: Axes, over_time: Axes, comparison: Comparison, row: Row) 
     color = f"C{list(METHODS).index(row.method)}"
     label = f"{row.method} ({row.tuned} {row.value:g})" if row.tuned else row.method
     for axis, x in ((over_epochs, list(range(1, len(times) + 1))), (over_time, times)):
-        marker = "." if len(x) == 1 else None  # a line of one point is invisible
+        # a line of one point is invisible
+        marker = "." if len(x) == 1 else None
         axis.plot(x, [statistics.mean(a) for a in by_epoch], color=color, label=label, marker=marker)
         axis.fill_between(x, [min(a) for a in by_epoch], [max(a) for a in by_epoch], color=color, alpha=0.2, lw=0)
 

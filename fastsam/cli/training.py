@@ -6,11 +6,10 @@ under DistributedDataParallel, and the first one scores, writes and speaks.
 """
 
 import math
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,93 +18,39 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsam.cli import processes
-from fastsam.cli.config import AMP, CHECKPOINT, Config, flat, read_checkpoint, read_config, refuse_differences
+from fastsam.cli.config import AMP, Config, flat, read_config, refuse_differences
 from fastsam.cli.data import draw_moves, generator, load
 from fastsam.cli.errors import InputError
+from fastsam.cli.files import CHECKPOINT, read_checkpoint, write_checkpoint
 from fastsam.cli.models import MODELS, has_batch_norm
-from fastsam.cli.report import replacing
+from fastsam.cli.results import Epoch, Result, Watcher
 from fastsam.cli.steps import BatchLosses, StepClock, Task, build, build_criterion, note_of
 from fastsam.graph.captured_step import CaptureError
 from fastsam.graph.graph_step import GraphStep, graph_step
 from fastsam.graph.plain_step import as_stepper
 from fastsam.trajectory.samples import SampleToRankSampler
 
-SCORED_AT_ONCE = 256  # pictures; a forward of them keeps little, so it fits where training does
+# pictures; a forward of them keeps little, so it fits where training does
+SCORED_AT_ONCE = 256
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """What is known of one epoch. Accuracies in percent; `seconds` are those of the training steps alone.
-
-    Train loss and accuracy are those of each step's first forward pass, against the labels trained on, noisy ones and
-    all; `accuracy` is that of the test set, or of the held-out part, after the epoch. `step_ms` is the median step.
-    """
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    accuracy: float
-    samples_per_second: float
-    seconds: float
-    step_ms: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run."""
-
-    config: Config
-    history: tuple[Epoch, ...]
-
-    @property
-    def last(self) -> float:
-        """Accuracy after the last epoch, in percent."""
-        return self.history[-1].accuracy
-
-    @property
-    def best(self) -> float:
-        """Highest accuracy of any epoch, in percent: chosen by looking at the very set it is measured on."""
-        return max(epoch.accuracy for epoch in self.history)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds spent in training steps."""
-        return sum(epoch.seconds for epoch in self.history)
-
-    @property
-    def step_ms(self) -> float:
-        """Median over the epochs of the median step, in milliseconds."""
-        return statistics.median(epoch.step_ms for epoch in self.history)
-
-
-class Watcher:
-    """Hears how a run gets on; this one keeps quiet."""
-
-    def started(self, config: Config, history: list[Epoch], steps_per_epoch: int) -> None:
-        """A run begins, or goes on after the epochs in `history`."""
-
-    def step(self, loss: Tensor, note: str) -> None:
-        """A step was taken, with this mean loss, 0-dim on the run's device, and what the method says of it."""
-
-    def epoch(self, config: Config, epoch: Epoch) -> None:
-        """An epoch is over and its checkpoint written."""
-
-
-class Run:
+class TrainingRun:
     """A run in progress.
 
     Args:
         config: what to train.
 
     Raises:
-        InputError: the optimizer refuses a knob's value, or the batch size cannot work.
+        InputError: the optimizer refuses an option's value, or the batch size cannot work.
     """
 
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, torch.device(config.device)
-        torch.set_num_threads(config.threads)  # sums are taken in another order with another number
+        # sums are taken in another order with another number
+        torch.set_num_threads(config.threads)
         if self.device.type == "cuda":
-            torch.backends.cudnn.deterministic = True  # or runs would not repeat
+            # or runs would not repeat
+            torch.backends.cudnn.deterministic = True
         self.data = load(
             config.data,
             seed=config.seed,
@@ -128,10 +73,10 @@ class Run:
             torch.manual_seed(config.seed + processes.rank())
         # a program for several shapes would depend on which came first, and a resume meets them in another order
         self.compiled: Any = torch.compile(trained, dynamic=False) if config.compile else trained
-        self.optimizer: Any = build(config.method, trained, config.knobs)
+        self.optimizer: Any = build(config.method, trained, config.options)
         smoothing = config.label_smoothing
         task = Task(trained, self.optimizer, len(self.data.x), self.data.classes, smoothing, self.sampler)
-        self.criterion = build_criterion(config.method, task, config.knobs)
+        self.criterion = build_criterion(config.method, task, config.options)
         self.scaler = torch.amp.GradScaler(config.device) if config.amp == "fp16" else None
         self.losses = BatchLosses(self.compiled, self.criterion, AMP[config.amp], self.device)
         self._graph_step: GraphStep | None = None
@@ -146,7 +91,7 @@ class Run:
         """Return the sizes of this process's batches in an epoch."""
         n, size = len(self.sampler or self.data.x), self.config.batch_size // self.config.ranks
         sizes = [size] * (n // size) + ([n % size] if n % size else [])
-        shards = self.config.knobs.get("num_shards", 1)
+        shards = self.config.options.get("num_shards", 1)
         # the statistics of one picture would go into the running ones with the weight of a full batch
         has_norm = has_batch_norm(self.model)
         smallest, need = (2, "batch norm needs at least 2 samples") if has_norm else (1, "training needs a sample")
@@ -219,7 +164,7 @@ class Run:
         """Cosine from lr to 0 over all steps, set before each: a function of the step, with no state to save."""
         done = len(self.history) + step_in_epoch / self.steps_per_epoch
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.knobs["lr"] * 0.5 * (1 + math.cos(math.pi * done / self.config.epochs))
+            group["lr"] = self.config.options["lr"] * 0.5 * (1 + math.cos(math.pi * done / self.config.epochs))
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -239,7 +184,7 @@ class Run:
         own = processes.gathered(self._own_state())
         if not processes.is_first():
             return
-        checkpoint = {
+        parts = {
             "config": asdict(self.config),
             "history": [asdict(epoch) for epoch in self.history],
             "model": self.model.state_dict(),
@@ -247,12 +192,7 @@ class Run:
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "of each process": own,
         }
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:
-                # torch closes its archive after a failed write too, which fails in turn and hides a full disk or Ctrl-C
-                raise error.__context__ or error from None
+        write_checkpoint(path, parts)
 
     def _own_state(self) -> dict[str, Any]:
         """Return what another process has otherwise."""
@@ -299,7 +239,7 @@ def train(config: Config, out: Path, *, resume: bool = False, watcher: Watcher |
             cannot be compiled here.
     """
     watcher = watcher or Watcher()
-    run, path = Run(config), out / CHECKPOINT
+    run, path = TrainingRun(config), out / CHECKPOINT
     if resume:
         checkpoint = read_checkpoint(path)
         refuse_differences(path, flat(read_config(checkpoint, path)), flat(config))
@@ -320,7 +260,8 @@ def _compiling(config: Config) -> Iterator[None]:
     if not config.compile:
         yield
         return
-    from torch._dynamo.exc import BackendCompilerFailed  # seconds to import
+    # takes seconds to import
+    from torch._dynamo.exc import BackendCompilerFailed
 
     try:
         yield

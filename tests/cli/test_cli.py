@@ -15,8 +15,9 @@ from rich.console import Console
 
 from fastsam.__main__ import main
 from fastsam.cli import compare, progress
-from fastsam.cli.config import CHECKPOINT, Config, options_for
-from fastsam.cli.training import Epoch
+from fastsam.cli.config import Config, options_for
+from fastsam.cli.files import CHECKPOINT
+from fastsam.cli.results import Epoch
 
 TINY = ["--model", "mlp", "--epochs", "2"]
 RUN_FILES = {"history.csv", "result.json", "curve.png", CHECKPOINT}

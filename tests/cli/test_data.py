@@ -345,9 +345,9 @@ def test_the_digits_are_taken_as_they_are():
 
 def test_the_held_out_part_is_scored_without_augmentation(tmp_path, monkeypatch):
     archive("cifar10", BINARY, tmp_path)
-    knobs = {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0}
+    options = {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0}
     source = resolve(f"cifar10:{tmp_path}")
-    run = training.Run(Config("sgd", knobs, data=source, scored_on="held_out", batch_size=16))
+    run = training.TrainingRun(Config("sgd", options, data=source, scored_on="held_out", batch_size=16))
     moved, seen = [], []
     monkeypatch.setattr(data, "crop_and_flip", lambda x, moves: moved.append(len(x)) or x)
     run.model.register_forward_pre_hook(lambda model, args: seen.append((model.training, args[0])))

@@ -7,18 +7,20 @@ import torch
 from kernel_cases import kernels
 
 from fastsam.cli import compare, training
-from fastsam.cli.config import CHECKPOINT, Config, options_for, read_checkpoint
+from fastsam.cli.config import Config, options_for
 from fastsam.cli.data import DATA_SETS, DataSet, Pictures, digits, draw_moves, generator, load, with_label_noise
 from fastsam.cli.errors import InputError
+from fastsam.cli.files import CHECKPOINT, read_checkpoint
+from fastsam.cli.results import Epoch, Result, Watcher
 from fastsam.cli.steps import BatchLosses, Criterion, build
-from fastsam.cli.training import Run, Watcher, train
+from fastsam.cli.training import TrainingRun, train
 from fastsam.graph import recorder as recorders
 from fastsam.graph.plain_step import as_stepper
 from fastsam.methods import METHODS
 
 
 def config(method="sam", **changes):
-    settings = {"model": "mlp", "epochs": 2, "label_noise": 0.4, "knobs": options_for(method, {})} | changes
+    settings = {"model": "mlp", "epochs": 2, "label_noise": 0.4, "options": options_for(method, {})} | changes
     return Config(method=method, **settings)
 
 
@@ -97,7 +99,7 @@ def test_repeats_bit_for_bit(method, make):
 def test_interrupted_and_resumed_equals_uninterrupted(method, model, amp, changes, make):
     through, broken = make("through"), make("broken")
     wanted = config(method, model=model, amp=amp, epochs=3, **changes)
-    steps = Run(wanted).steps_per_epoch
+    steps = TrainingRun(wanted).steps_per_epoch
     expected = train(wanted, through)
     with pytest.raises(KeyboardInterrupt):
         train(wanted, broken, watcher=Stop(after=steps + steps // 2))
@@ -118,13 +120,13 @@ def test_interrupted_in_the_first_epoch_resumes_from_the_start(make):
 def test_resume_refuses_another_config_and_names_what_differs(make):
     out = make("out")
     train(config(epochs=1), out)
-    other = config(epochs=2, knobs=options_for("sam", {"rho": 0.2}))
+    other = config(epochs=2, options=options_for("sam", {"rho": 0.2}))
     with pytest.raises(InputError, match=r"epochs 2 \(it has 1\), rho 0.2 \(it has 0.05\)"):
         train(other, out, resume=True)
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(make):
-    out, run, resource = make("out"), Run(config()), pytest.importorskip("resource")
+    out, run, resource = make("out"), TrainingRun(config()), pytest.importorskip("resource")
     run.save(out / CHECKPOINT)
     before = (out / CHECKPOINT).read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -152,14 +154,14 @@ def test_a_broken_checkpoint_is_refused(content, make):
 def test_sam_withstands_label_noise_that_sgd_fits(make):
     noisy = {"model": "cnn", "epochs": 12, "batch_size": 32}
     sgd = train(config("sgd", **noisy), make("sgd"))
-    sam = train(config("sam", knobs=options_for("sam", {"rho": 0.5}), **noisy), make("sam"))
+    sam = train(config("sam", options=options_for("sam", {"rho": 0.5}), **noisy), make("sam"))
     assert sam.last > 90
     assert sam.last > sgd.last + 5
     assert sgd.history[-1].train_accuracy > sam.history[-1].train_accuracy
 
 
 def test_each_epoch_draws_its_own_crops(monkeypatch):
-    run, drawn = Run(config(**AUGMENTED)), []
+    run, drawn = TrainingRun(config(**AUGMENTED)), []
     augmented = type(run.data).augmented
     monkeypatch.setattr(
         type(run.data), "augmented", lambda split, rows, moves: drawn.append(moves) or augmented(split, rows, moves)
@@ -175,7 +177,7 @@ def test_each_epoch_draws_its_own_crops(monkeypatch):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_weights_and_pictures_are_laid_out_as_asked(channels_last):
-    run = Run(config("sgd", **AUGMENTED | {"channels_last": channels_last, "model": "cnn"}))
+    run = TrainingRun(config("sgd", **AUGMENTED | {"channels_last": channels_last, "model": "cnn"}))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     seen = []
     run.model.register_forward_pre_hook(lambda model, args: seen.append(args[0]))
@@ -187,7 +189,7 @@ def test_weights_and_pictures_are_laid_out_as_asked(channels_last):
 
 @pytest.mark.parametrize("scored", [1, 256, 257])
 def test_accuracy_is_that_of_all_pictures_at_once(scored):
-    run = Run(config())
+    run = TrainingRun(config())
     x, y = run.data.score_x[:scored], run.data.score_y[:scored]
     run.data = run.data._replace(score_x=x, score_y=y)
     with torch.no_grad():
@@ -224,12 +226,12 @@ def test_a_compiler_that_fails_is_one_line(make, monkeypatch):
 def test_the_tensor_mask_is_not_compiled():
     with pytest.raises(InputError, match=r"esam with --mask tensor cannot be compiled: .*; take --mask element, or"):
         config("esam", compile=True)
-    config("esam", compile=True, knobs=options_for("esam", {"mask": "element"}))
-    config("esam", compile=True, knobs=options_for("esam", {"beta": 1.0}))
+    config("esam", compile=True, options=options_for("esam", {"mask": "element"}))
+    config("esam", compile=True, options=options_for("esam", {"beta": 1.0}))
 
 
 def test_learning_rate_falls_as_a_cosine_over_all_steps():
-    run = Run(config("sgd", knobs=options_for("sgd", {"lr": 0.2})))
+    run = TrainingRun(config("sgd", options=options_for("sgd", {"lr": 0.2})))
     step, rates = run._step, []
     run._step = lambda batch: (rates.append(run.optimizer.param_groups[0]["lr"]), step(batch))[1]
     for _ in range(2):
@@ -311,7 +313,7 @@ def test_a_last_batch_that_cannot_be_trained_on_is_dropped(method, model, n, ste
     full = digits("", 0)
     few = full._replace(train_x=full.train_x[:n], train_y=full.train_y[:n])
     monkeypatch.setitem(DATA_SETS, "few", DataSet("", lambda argument, split_seed: few))
-    run = Run(config(method, data="few", model=model))
+    run = TrainingRun(config(method, data="few", model=model))
     step, seen = run._step, []
     run._step = lambda batch: (seen.append(len(batch[0])), step(batch))[1]
     run.train_epoch(Watcher())
@@ -321,7 +323,7 @@ def test_a_last_batch_that_cannot_be_trained_on_is_dropped(method, model, n, ste
 
 def test_batch_norm_refuses_batches_of_one():
     with pytest.raises(InputError, match="batch norm"):
-        Run(config(model="cnn", batch_size=1))
+        TrainingRun(config(model="cnn", batch_size=1))
 
 
 @pytest.mark.parametrize("method", ["sgd", "sam", "esam", "msam"])
@@ -331,8 +333,8 @@ def test_hits_are_counted_in_first_forward_passes_alone(method):
     x = torch.randn(9, 2)
     y = model(x).argmax(dim=1)
     y[4] = 1 - y[4]
-    knobs = options_for(method, {"rho": 100.0} if method != "sgd" else {"lr": 100.0})
-    as_stepper(build(method, model, knobs)).step(losses, x, y, None)
+    options = options_for(method, {"rho": 100.0} if method != "sgd" else {"lr": 100.0})
+    as_stepper(build(method, model, options)).step(losses, x, y, None)
     assert losses.hits.item() == 8
 
 
@@ -350,8 +352,8 @@ def test_captured_training_goes_on_over_epochs_and_resumes_bit_for_bit(method, m
     from recorded_work import RecordedWork
 
     choose("triton")
-    knobs = options_for(method, {"mask": "element"} if method == "esam" else {"lag": 1, "start_epoch": 1})
-    wanted = config(method, data="fake:70x1x4x4", batch_size=16, epochs=3, graph=True, knobs=knobs)
+    options = options_for(method, {"mask": "element"} if method == "esam" else {"lag": 1, "start_epoch": 1})
+    wanted = config(method, data="fake:70x1x4x4", batch_size=16, epochs=3, graph=True, options=options)
     replays = []
     replay = RecordedWork.replay
     monkeypatch.setattr(RecordedWork, "replay", lambda self: (replays.append(self), replay(self)))
@@ -386,13 +388,13 @@ def test_what_cannot_be_captured_is_one_line(make, monkeypatch):
 
 
 def plan(**changes):
-    settings = {"methods": ["sgd", "sam"], "label_noise": [0.4], "seeds": 2, "knobs": {}, "data": "digits"}
+    settings = {"methods": ["sgd", "sam"], "label_noise": [0.4], "seeds": 2, "options": {}, "data": "digits"}
     settings |= {"model": "mlp", "epochs": 1, "batch_size": 64, "label_smoothing": 0.0, "amp": "off"}
     settings |= {"channels_last": False, "compile": False, "graph": False, "device": "cpu", "threads": 1}
     return compare.Plan(**settings | changes)
 
 
-def test_knobs_are_never_chosen_on_the_test_set(make, monkeypatch):
+def test_options_are_never_chosen_on_the_test_set(make, monkeypatch):
     full, honest = digits("", 0), compare.run(plan(), make("honest"), Watcher())
     swapped = full._replace(test_x=torch.zeros_like(full.test_x), test_y=full.test_y.flip(0))
     monkeypatch.setitem(DATA_SETS, "digits", DataSet("", lambda argument, split_seed: swapped))
@@ -407,9 +409,9 @@ def test_the_best_on_the_held_out_part_is_chosen_and_ties_go_to_the_smallest(mak
 
     def pretend(config, out, **_):
         trained.append(config)
-        accuracy = accuracies[config.knobs["rho"]] if "rho" in config.knobs else 1.0
-        epoch = training.Epoch(1, 0.0, 0.0, accuracy, 1.0, 1.0, 2.0 if config.method == "sam" else 1.0)
-        return training.Result(config, (epoch,))
+        accuracy = accuracies[config.options["rho"]] if "rho" in config.options else 1.0
+        epoch = Epoch(1, 0.0, 0.0, accuracy, 1.0, 1.0, 2.0 if config.method == "sam" else 1.0)
+        return Result(config, (epoch,))
 
     monkeypatch.setattr(compare, "train", pretend)
     done = compare.run(plan(), make("out"), Watcher())
@@ -424,6 +426,6 @@ def test_the_best_on_the_held_out_part_is_chosen_and_ties_go_to_the_smallest(mak
 
 
 def test_a_given_value_is_not_chosen(make):
-    done = compare.run(plan(knobs={"rho": 0.3}, seeds=1), make("out"), Watcher())
+    done = compare.run(plan(options={"rho": 0.3}, seeds=1), make("out"), Watcher())
     assert done.choices == []
     assert [row.value for row in done.rows] == [None, 0.3]

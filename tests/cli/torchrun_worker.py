@@ -27,8 +27,8 @@ def every_method(folder):
 
 def resumed_bit_for_bit(folder):
     """With SAF, of which every process keeps a part of its own."""
-    knobs = {**options_of("saf"), "lag": 1, "start_epoch": 1}
-    wanted = config("saf", model="cnn", epochs=4, ranks=2, knobs=knobs)
+    options = {**options_of("saf"), "lag": 1, "start_epoch": 1}
+    wanted = config("saf", model="cnn", epochs=4, ranks=2, options=options)
     through, broken = folder / "through", folder / "broken"
     if processes.is_first():
         through.mkdir()

@@ -1,0 +1,150 @@
+"""The options of the commands: made from the tables of methods, data and models, checked before anything is read."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+import torch
+
+from fastsam.cli.config import AMP, flag, options_of
+from fastsam.cli.data import DATA_SETS, resolve, spelling
+from fastsam.cli.errors import InputError
+from fastsam.cli.models import MODELS
+from fastsam.methods import METHODS
+
+OPTIONS = list(dict.fromkeys(option for name in METHODS for option in options_of(name)))
+CHOICES = {option: words for method in METHODS.values() for option, words in method.choices.items()}
+DATA_HELP = "See below. CIFAR's pictures are cropped and flipped at random and stay bytes on the device."
+AMP_HELP = "Mixed precision; fp16, with a GradScaler, is for GPUs: convolutions in it crawl on a CPU."
+THREADS_HELP = "Of the CPU. The digits gain little from a second one, and crawl where it has to wait for others."
+CHANNELS_LAST_HELP = "Weights and pictures with the channels innermost, as a GPU's convolutions in 16 bits like them."
+COMPILE_HELP = (
+    "torch.compile the model: the first steps, and those after --resume, take up to minutes. Not for --mask tensor, "
+    "which would recompile in each step. A GPU may pick other kernels the next time, and the run then not repeat."
+)
+GRAPH_HELP = "Take whole steps as CUDA graphs, bit for bit the same. On a CPU it changes nothing."
+
+
+class Entry(click.ParamType):
+    """A key of a table."""
+
+    def __init__(self, kind: str, table: Mapping[str, Any]) -> None:
+        self.name, self.table = kind, table
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the key, or fail with a list of those there are."""
+        if value not in self.table:
+            self.fail(f"unknown {self.name} {value!r}; known are {', '.join(self.table)}", param, ctx)
+        return value
+
+
+class Data(click.ParamType):
+    """A data set that is there, by its name and what follows the colon."""
+
+    name = "data set"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the data set in full, or fail before anything is read."""
+        try:
+            return resolve(value)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Number(click.FloatRange):
+    """A number that is neither nan nor infinite."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or fail."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+class Several(click.ParamType):
+    """A list with commas between its items, each of which occurs once."""
+
+    def __init__(self, item: click.ParamType) -> None:
+        self.item, self.name = item, f"{item.name},..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        """Return the items, or fail at the first bad one."""
+        items = [self.item.convert(text.strip(), param, ctx) for text in str(value).split(",")]
+        if repeated := [item for item in items if items.count(item) > 1]:
+            self.fail(f"{repeated[0]} is there twice", param, ctx)
+        return items
+
+
+class Device(click.Choice):
+    """Where to train; "auto" stands for a GPU if there is one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return "cpu" or "cuda", or fail if it is not there."""
+        name, there = super().convert(value, param, ctx), torch.cuda.is_available()
+        if name == "cuda" and not there:
+            self.fail("this machine has no CUDA device that torch can use; take cpu or auto", param, ctx)
+        return ("cuda" if there else "cpu") if name == "auto" else name
+
+
+class CommandWithTables(click.Command):
+    """A command whose help ends with the tables."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section for each table, as it is now."""
+        data_sets = {spelling(name): entry for name, entry in DATA_SETS.items()}
+        for title, table in {"Methods": METHODS, "Data sets": data_sets, "Models": MODELS}.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, entry.summary) for name, entry in table.items()])  # type: ignore[attr-defined]
+
+
+def shared_options(command: Callable) -> Callable:
+    """Add the options that both commands have."""
+    positive, share = click.IntRange(min=1), Number(0, 1)
+    of_methods = [
+        click.option(
+            flag(option),
+            type=_type(option),
+            metavar={click.Choice: None, click.IntRange: "N"}.get(type(_type(option)), "X"),
+            help=f"Default: {_defaults(option)}.",
+        )
+        for option in OPTIONS
+    ]
+    options = [
+        shown("--data", type=Data(), metavar="NAME[:...]", default="digits", help=DATA_HELP),
+        shown("--model", type=Entry("model", MODELS), metavar="NAME", default="cnn"),
+        shown("--epochs", type=positive, metavar="N", default=30, help="The rate falls to 0 as a cosine, by steps."),
+        shown("--batch-size", type=positive, metavar="N", default=64),
+        *of_methods,
+        shown("--label-smoothing", type=share, metavar="X", default=0.0),
+        shown("--amp", type=click.Choice(list(AMP)), default="off", help=AMP_HELP),
+        click.option("--channels-last", is_flag=True, help=CHANNELS_LAST_HELP),
+        click.option("--compile", is_flag=True, help=COMPILE_HELP),
+        click.option("--graph", is_flag=True, help=GRAPH_HELP),
+        shown("--device", type=Device(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
+        shown("--threads", type=positive, metavar="N", default=1, help=THREADS_HELP),
+        click.option("--resume", is_flag=True, help="Go on where --out was interrupted, with its settings."),
+        click.option("--overwrite", is_flag=True, help="Start afresh in an --out that holds earlier results."),
+    ]
+    for add in reversed(options):
+        command = add(command)
+    return command
+
+
+def shown(name: str, **keywords: Any) -> Callable:
+    """Return an option whose help shows its default."""
+    return click.option(name, show_default=True, **keywords)
+
+
+def _type(option: str) -> click.ParamType:
+    if option in CHOICES:
+        return click.Choice(CHOICES[option])
+    whole = any(isinstance(options_of(name).get(option), int) for name in METHODS)
+    return click.IntRange(min=0) if whole else Number(min=0)
+
+
+def _defaults(option: str) -> str:
+    return ", ".join(f"{name} {options_of(name)[option]}" for name in METHODS if option in options_of(name))

@@ -1,0 +1,66 @@
+"""What is known of a run: its epochs while it goes on, and the whole of it at the end."""
+
+import statistics
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastsam.cli.config import Config
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known of one epoch. Accuracies in percent; `seconds` are those of the training steps alone.
+
+    Train loss and accuracy are those of each step's first forward pass, against the labels trained on, noisy ones and
+    all; `accuracy` is that of the test set, or of the held-out part, after the epoch. `step_ms` is the median step.
+    """
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    accuracy: float
+    samples_per_second: float
+    seconds: float
+    step_ms: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    config: Config
+    history: tuple[Epoch, ...]
+
+    @property
+    def last(self) -> float:
+        """Accuracy after the last epoch, in percent."""
+        return self.history[-1].accuracy
+
+    @property
+    def best(self) -> float:
+        """Highest accuracy of any epoch, in percent: chosen by looking at the very set it is measured on."""
+        return max(epoch.accuracy for epoch in self.history)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in training steps."""
+        return sum(epoch.seconds for epoch in self.history)
+
+    @property
+    def step_ms(self) -> float:
+        """Median over the epochs of the median step, in milliseconds."""
+        return statistics.median(epoch.step_ms for epoch in self.history)
+
+
+class Watcher:
+    """Hears how a run gets on; this one keeps quiet."""
+
+    def started(self, config: Config, history: list[Epoch], steps_per_epoch: int) -> None:
+        """A run begins, or goes on after the epochs in `history`."""
+
+    def step(self, loss: Tensor, note: str) -> None:
+        """A step was taken, with this mean loss, 0-dim on the run's device, and what the method says of it."""
+
+    def epoch(self, config: Config, epoch: Epoch) -> None:
+        """An epoch is over and its checkpoint written."""
