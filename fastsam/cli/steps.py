@@ -1,5 +1,6 @@
 """What a step of a training run needs: the method's optimizer and loss, a batch's per-sample losses, and a clock."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fastsam.cli.errors import InputError
 from fastsam.methods import METHODS
@@ -142,6 +144,23 @@ def build_criterion(name: str, task: Task, options: Mapping[str, Any]) -> Criter
 
 def _own(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {option: options[option] for option in METHODS[name].options}
+
+
+def cosine(optimizer: Optimizer, epochs: int, steps_per_epoch: int, done: int) -> LRScheduler:
+    """Return a schedule that takes the learning rate from its initial value to 0 along a cosine, step by step.
+
+    Args:
+        optimizer: its groups say their `initial_lr`.
+        epochs: after which the rate is 0.
+        steps_per_epoch: steps of the optimizer, and of the schedule, in each.
+        done: steps taken already.
+    """
+
+    def factor(step: int) -> float:
+        epoch, in_epoch = divmod(step, steps_per_epoch)
+        return 0.5 * (1 + math.cos(math.pi * (epoch + in_epoch / steps_per_epoch) / epochs))
+
+    return LambdaLR(optimizer, factor, last_epoch=done - 1)
 
 
 def note_of(optimizer: Any) -> str:

@@ -5,8 +5,8 @@ config, so a run repeats bit for bit on one machine. With several processes each
 under DistributedDataParallel, and the first one scores, writes and speaks.
 """
 
-import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 
 from fastsam.cli import processes
 from fastsam.cli.config import AMP, Config, flat, read_config, refuse_differences
@@ -24,7 +25,7 @@ from fastsam.cli.errors import InputError
 from fastsam.cli.files import CHECKPOINT, read_checkpoint, write_checkpoint
 from fastsam.cli.models import MODELS, has_batch_norm
 from fastsam.cli.results import Epoch, Result, Watcher
-from fastsam.cli.steps import BatchLosses, StepClock, Task, build, build_criterion, note_of
+from fastsam.cli.steps import BatchLosses, StepClock, Task, build, build_criterion, cosine, note_of
 from fastsam.graph.captured_step import CaptureError
 from fastsam.graph.graph_step import GraphStep, graph_step
 from fastsam.graph.plain_step import as_stepper
@@ -51,6 +52,8 @@ class TrainingRun:
         if self.device.type == "cuda":
             # or runs would not repeat
             torch.backends.cudnn.deterministic = True
+        # said where a GradScaler skips the first step or a graph takes it; the schedule counts these steps too
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step", category=UserWarning)
         self.data = load(
             config.data,
             seed=config.seed,
@@ -86,6 +89,14 @@ class TrainingRun:
         )
         self.history: list[Epoch] = []
         self.steps_per_epoch = len(self._batch_sizes())
+        self.schedule = self._schedule()
+
+    def _schedule(self) -> LRScheduler:
+        """Return the schedule of the learning rate, a function of the steps taken, so that nothing of it is saved."""
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = self.config.options["lr"]
+        done = len(self.history) * self.steps_per_epoch
+        return cosine(self.optimizer, self.config.epochs, self.steps_per_epoch, done)
 
     def _batch_sizes(self) -> list[int]:
         """Return the sizes of this process's batches in an epoch."""
@@ -113,14 +124,14 @@ class TrainingRun:
         self.model.train()
         self.criterion.set_epoch(len(self.history) + 1)
         begin = time.perf_counter()
-        for i, (rows, how) in enumerate(zip(order[:n].split(size), moves[:n].split(size), strict=True)):
+        for rows, how in zip(order[:n].split(size), moves[:n].split(size), strict=True):
             batch = self._inputs(self.data.augmented(rows, how)), self.data.y[rows], rows
-            self._set_learning_rate(i)
             start = clock.now()
             loss = self._step(batch)
             if self.scaler is not None:
                 self.scaler.update()
             clock.events.append((start, clock.now()))
+            self.schedule.step()
             total += loss * len(rows)
             watcher.step(loss, note_of(self.optimizer))
         step_ms = clock.median_ms()
@@ -159,12 +170,6 @@ class TrainingRun:
             return torch.randperm(len(self.data.x), generator=self.shuffle)
         self.sampler.set_epoch(len(self.history))
         return torch.tensor(list(self.sampler))
-
-    def _set_learning_rate(self, step_in_epoch: int) -> None:
-        """Cosine from lr to 0 over all steps, set before each: a function of the step, with no state to save."""
-        done = len(self.history) + step_in_epoch / self.steps_per_epoch
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.options["lr"] * 0.5 * (1 + math.cos(math.pi * done / self.config.epochs))
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -212,6 +217,7 @@ class TrainingRun:
         self.history = [Epoch(**epoch) for epoch in checkpoint["history"]]
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.schedule = self._schedule()
         self.criterion.load_state_dict(own["criterion"])
         if self.scaler is not None:
             self.scaler.load_state_dict(checkpoint["scaler"])
