@@ -98,7 +98,7 @@ def _check_fake(argument: str) -> str:
 def _find_cifar(data_set: Cifar, directory: str) -> str:
     if not directory:
         raise InputError(f"{data_set.name} needs a directory after the colon; {cifar.remedy(data_set)}")
-    return str(cifar.find(data_set, Path(directory).expanduser())[0].resolve())
+    return str(cifar.find(data_set, Path(directory).expanduser()).resolve())
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class DataSet:
 
 def _cifar_entry(data_set: Cifar, pictures: str) -> DataSet:
     return DataSet(
-        f"{pictures}; DIR: its unpacked binary or Python archive, or what that lies in",
+        f"{pictures}; DIR: its unpacked binary archive, or what that lies in",
         lambda argument, split_seed: read_cifar(data_set, argument),
         "DIR",
         lambda argument: _find_cifar(data_set, argument),

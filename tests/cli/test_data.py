@@ -1,25 +1,23 @@
-"""CIFAR in both layouts, refused where anything is wrong with it, and the way from stored bytes to a model's inputs."""
+"""CIFAR's archives, refused where anything is wrong with it, and the way from stored bytes to a model's inputs."""
 
 import os
-import pickle
 import shutil
 from dataclasses import replace
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from fastsam.__main__ import main
-from fastsam.cli import cifar, data, training
+from fastsam.cli import data, training
 from fastsam.cli.cifar import CIFAR10, CIFAR100, PIXELS
 from fastsam.cli.config import Config
 from fastsam.cli.data import DATA_SETS, Split, crop_and_flip, draw_moves, generator, load, resolve, short
 from fastsam.cli.errors import InputError
 from fastsam.cli.models import MODELS
 
-TRAIN, TEST = 12, 7  # pictures in each file
-BINARY, PICKLED = 0, 1
+# pictures in each file
+TRAIN, TEST = 12, 7
 SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
@@ -27,34 +25,8 @@ SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 def small(monkeypatch):
     """Both data sets, cut down to a few pictures in each file."""
     for name, full in SETS.items():
-        layouts = tuple(replace(layout, records=TRAIN, test_records=TEST) for layout in full.layouts)
-        monkeypatch.setitem(DATA_SETS, name, data._cifar_entry(replace(full, layouts=layouts), ""))
-
-
-class Python2Pickler(pickle._Pickler):
-    """Pickles bytes as Python 2 pickled its strings, and calls numpy's modules what they were called then."""
-
-    def __init__(self, file):
-        super().__init__(file, protocol=2)
-
-    def save_bytes(self, value):
-        if len(value) < 256:
-            self.write(pickle.SHORT_BINSTRING + bytes([len(value)]) + value)
-        else:
-            self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
-        self.memoize(value)
-
-    def save_str(self, value):
-        self.save_bytes(value.encode("latin1"))
-
-    def save_global(self, value, name=None):
-        if getattr(value, "__name__", "") == "_reconstruct":
-            self.write(b"cnumpy.core.multiarray\n_reconstruct\n")
-            self.memoize(value)
-        else:
-            super().save_global(value, name)
-
-    dispatch: ClassVar = pickle._Pickler.dispatch | {bytes: save_bytes, str: save_str, type: save_global}
+        cut = replace(full, records=TRAIN, test_records=TEST)
+        monkeypatch.setitem(DATA_SETS, name, data._cifar_entry(cut, ""))
 
 
 def contents(name, n, seed):
@@ -63,32 +35,20 @@ def contents(name, n, seed):
     return x, random.permutation(n) % SETS[name].classes
 
 
-def write_pickle(path, value):
-    with open(path, "wb") as file:
-        Python2Pickler(file).dump(value)
-
-
-def write(name, layout, path, seed=0, x=None, y=None, order="C"):
+def write(name, path, seed=0, x=None, y=None):
     """Write one file as the data set's authors did."""
     random_x, random_y = contents(name, TEST if path.name.startswith("test") else TRAIN, seed)
     x, y = random_x if x is None else x, random_y if y is None else y
-    if layout is BINARY:
-        coarse = [np.full((len(y), 1), 3, np.uint8)] if name == "cifar100" else []
-        np.hstack([*coarse, np.asarray(y, np.uint8)[:, None], x]).tofile(path)
-        return
-    key, others = ("labels", {}) if name == "cifar10" else ("fine_labels", {"coarse_labels": [3] * len(y)})
-    names = [b"picture_%d.png" % i for i in range(len(y))]
-    content = {"batch_label": b"batch", key: [int(v) for v in y], "data": np.asarray(x, order=order)}
-    write_pickle(path, content | {"filenames": names} | others)
+    coarse = [np.full((len(y), 1), 3, np.uint8)] if name == "cifar100" else []
+    np.hstack([*coarse, np.asarray(y, np.uint8)[:, None], x]).tofile(path)
 
 
-def archive(name, layout, parent):
+def archive(name, parent):
     """Write a whole data set and return its folder."""
-    described = SETS[name].layouts[layout]
-    folder = parent / described.folder
+    folder = parent / SETS[name].folder
     folder.mkdir(parents=True)
-    for seed, file in enumerate(described.files):
-        write(name, layout, folder / file, seed)
+    for seed, file in enumerate(SETS[name].files):
+        write(name, folder / file, seed)
     return folder
 
 
@@ -101,26 +61,15 @@ def loaded(source, **changes):
 
 
 def test_sizes_are_those_of_the_real_files():
-    ten, ten_pickled = CIFAR10.layouts
-    hundred, hundred_pickled = CIFAR100.layouts
-    assert {layout.sizes(n) for layout in (ten,) for n in layout.files.values()} == {(30_730_000, 30_730_000)}
-    assert hundred.sizes(50_000) == (153_700_000, 153_700_000)
-    assert hundred.sizes(10_000) == (30_740_000, 30_740_000)
-    for layout, n, real in [
-        (ten_pickled, 10_000, 31_035_704),
-        (hundred_pickled, 50_000, 155_249_918),
-        (hundred_pickled, 10_000, 31_049_986),
-    ]:
-        least, most = layout.sizes(n)
-        assert least < real < most
-    assert sum(CIFAR10.layouts[0].files.values()) == sum(CIFAR100.layouts[1].files.values()) == 60_000
+    assert {CIFAR10.size(n) for n in CIFAR10.files.values()} == {30_730_000}
+    assert [CIFAR100.size(n) for n in CIFAR100.files.values()] == [153_700_000, 30_740_000]
+    assert sum(CIFAR10.files.values()) == sum(CIFAR100.files.values()) == 60_000
 
 
-@pytest.mark.parametrize("layout", [BINARY, PICKLED])
 @pytest.mark.parametrize("name", SETS)
-def test_both_layouts_give_the_pictures_and_labels_in_order(name, layout, tmp_path):
-    folder = archive(name, layout, tmp_path)
-    files = SETS[name].layouts[layout].train
+def test_the_archive_gives_the_pictures_and_labels_in_order(name, tmp_path):
+    folder = archive(name, tmp_path)
+    files = SETS[name].train
     expected = [contents(name, TRAIN, seed) for seed in range(len(files))]
     test_x, test_y = contents(name, TEST, len(files))
     for source in (folder, tmp_path):
@@ -134,16 +83,8 @@ def test_both_layouts_give_the_pictures_and_labels_in_order(name, layout, tmp_pa
         assert np.array_equal(split.score_y.numpy(), test_y)
 
 
-def test_an_array_in_columns_reads_the_same(tmp_path):
-    folder = archive("cifar10", PICKLED, tmp_path)
-    expected = loaded(f"cifar10:{folder}").score_x
-    write("cifar10", PICKLED, folder / "test_batch", seed=5, order="F")
-    assert b"\x88" in (folder / "test_batch").read_bytes()[:-TEST]  # NEWTRUE
-    assert torch.equal(loaded(f"cifar10:{folder}").score_x, expected)
-
-
 def test_every_spelling_of_a_directory_resolves_to_the_same(tmp_path, monkeypatch):
-    folder = archive("cifar10", BINARY, tmp_path)
+    folder = archive("cifar10", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     sources = [f"cifar10:{spelled}" for spelled in (folder, tmp_path, ".", "cifar-10-batches-bin/", "~")]
@@ -152,76 +93,37 @@ def test_every_spelling_of_a_directory_resolves_to_the_same(tmp_path, monkeypatc
     assert [short(name) for name in ("digits", "fake:20x1x4x4")] == ["digits", "fake:20x1x4x4"]
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("made by a pickle",)
-
-
 def truncate(path):
     os.truncate(path, path.stat().st_size - 1)
 
 
-def no_data(path):
-    # as long as a real file, so that its size does not give it away
-    write_pickle(path, {"labels": [0] * TRAIN, "filenames": b"x" * TRAIN * PIXELS})
-
-
-def rewrite(name, layout, file, **content):
-    return lambda folder: write(name, layout, folder / file, **content)
-
-
-NO_ARRAY = "b'data' is not a uint8 array of shape [7, 3072]"
 MANY = "is there more than once, as {folder}/data_batch_1.bin and {folder}/"
 BROKEN = {
-    "cifar10 binary": [
-        (shutil.rmtree, "is not a directory; unpack cifar-10-binary.tar.gz or cifar-10-python.tar.gz from https://"),
+    "cifar10": [
+        (shutil.rmtree, "is not a directory; unpack cifar-10-binary.tar.gz from https://"),
         (lambda f: [file.unlink() for file in f.iterdir()], "{folder} holds no CIFAR-10; unpack"),
         (lambda f: (f / "data_batch_3.bin").unlink(), "{folder}/data_batch_3.bin is missing, a file of CIFAR-10;"),
         (lambda f: truncate(f / "test_batch.bin"), "test_batch.bin has 21,510 bytes where CIFAR-10 has 21,511 bytes;"),
         (
-            rewrite("cifar10", BINARY, "test_batch.bin", y=[0, 0, 10, 0, 0, 0, 0]),
+            lambda f: write("cifar10", f / "test_batch.bin", y=[0, 0, 10, 0, 0, 0, 0]),
             "test_batch.bin is no file of CIFAR-10: picture 2 has label 10, beyond 9; unpack cifar-10-binary.tar.gz",
         ),
-        (rewrite("cifar10", PICKLED, "data_batch_2"), MANY + "data_batch_2; name the folder of one"),
-        (lambda f: archive("cifar10", PICKLED, f), MANY + "cifar-10-batches-py/data_batch_1; name"),
+        (lambda f: archive("cifar10", f), MANY + "cifar-10-batches-bin/data_batch_1.bin; name the folder of one"),
     ],
-    "cifar100 binary": [
+    "cifar100": [
         (lambda f: truncate(f / "train.bin"), "train.bin has 36,887 bytes where CIFAR-100 has 36,888 bytes;"),
-    ],
-    "cifar100 pickled": [
         (
-            rewrite("cifar100", PICKLED, "train", y=[100] * TRAIN),
-            "train is no file of CIFAR-100: picture 0 has label 100",
-        ),
-    ],
-    "cifar10 pickled": [
-        (
-            lambda f: os.truncate(f / "data_batch_1", 36_863),
-            "has 36,863 bytes where CIFAR-10 has 36,864 to 40,960 bytes",
-        ),
-        (lambda f: truncate(f / "data_batch_1"), "data_batch_1 is no file of CIFAR-10: "),
-        (lambda f: (f / "data_batch_1").write_bytes(bytes(TRAIN * PIXELS)), "data_batch_1 is no file of CIFAR-10: "),
-        (lambda f: no_data(f / "data_batch_1"), "not a dict with b'data' and b'labels'"),
-        (rewrite("cifar10", PICKLED, "test_batch", x=np.zeros((TEST, PIXELS), np.int8)), NO_ARRAY),
-        (rewrite("cifar10", PICKLED, "test_batch", x=np.zeros((TEST - 1, 7 * PIXELS // 6), np.uint8)), NO_ARRAY),
-        (rewrite("cifar10", PICKLED, "test_batch", y=[0] * 6), "b'labels' has 6 labels for 7 pictures"),
-        (rewrite("cifar10", PICKLED, "test_batch", y=[-1] * 7), "b'labels' is not a list of labels"),
-        (
-            lambda f: write_pickle(f / "test_batch", {"labels": TEST, "data": b"x" * TEST * PIXELS}),
-            "b'labels' is not a list of labels",
-        ),
-        (
-            lambda f: write_pickle(f / "test_batch", [Evil(), b"x" * TEST * PIXELS]),
-            "test_batch is no file of CIFAR-10: it asks for posix.mkdir, which no picture needs",
+            lambda f: write("cifar100", f / "train.bin", y=[100] * TRAIN),
+            "train.bin is no file of CIFAR-100: picture 0 has label 100, beyond 99",
         ),
     ],
 }
-CASES = [(*kind.split(), damage, message) for kind, cases in BROKEN.items() for damage, message in cases]
+CASES = [(name, damage, message) for name, cases in BROKEN.items() for damage, message in cases]
 
 
-@pytest.mark.parametrize(("name", "layout", "damage", "message"), CASES)
-def test_a_broken_archive_is_one_line_and_nothing_happens(name, layout, damage, message, capsys, tmp_path, monkeypatch):
-    folder = archive(name, BINARY if layout == "binary" else PICKLED, tmp_path / "data")
+@pytest.mark.parametrize(("name", "damage", "message"), CASES)
+def test_a_broken_archive_is_one_line_and_nothing_happens(name, damage, message, capsys, tmp_path, monkeypatch):
+    folder = archive(name, tmp_path / "data")
     loaded(f"{name}:{folder}")
     damage(folder)
     monkeypatch.chdir(tmp_path)
@@ -231,32 +133,20 @@ def test_a_broken_archive_is_one_line_and_nothing_happens(name, layout, damage, 
     assert message.format(folder=folder) in err
     assert str(folder) in err
     assert not list(tmp_path.glob("runs/out/*"))
-    assert not (tmp_path / "made by a pickle").exists()
 
 
 def test_the_other_data_set_is_recognised(tmp_path):
-    archive("cifar100", PICKLED, tmp_path)
+    archive("cifar100", tmp_path)
     with pytest.raises(InputError, match="holds no CIFAR-10 but CIFAR-100; unpack"):
         resolve(f"cifar10:{tmp_path}")
 
 
 def test_a_directory_is_looked_at_before_a_comparison_is_begun(capsys, tmp_path):
-    folder = archive("cifar10", BINARY, tmp_path / "data")
+    folder = archive("cifar10", tmp_path / "data")
     truncate(folder / "test_batch.bin")
     assert main(["compare", "--data", f"cifar10:{folder}", "--out", str(tmp_path / "out")]) == 2
     assert "test_batch.bin has" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_pickle_runs_nothing_even_through_the_names_it_may_use(tmp_path):
-    path = tmp_path / "array"
-    for module, name in [("os", "system"), ("builtins", "eval"), ("numpy", "load"), ("copyreg", "_reconstructor")]:
-        path.write_bytes(f"c{module}\n{name}\n.".encode())
-        with open(path, "rb") as file, pytest.raises(pickle.UnpicklingError, match=f"it asks for {module}.{name},"):
-            cifar._Unpickler(file).load()
-    write_pickle(path, np.empty(2, object))
-    with open(path, "rb") as file:
-        assert type(cifar._Unpickler(file).load()) is cifar._Recorded  # no array is ever built from a file
 
 
 @pytest.mark.parametrize(
@@ -318,7 +208,7 @@ def test_crops_are_uniform_and_half_of_the_pictures_are_flipped():
 
 
 def test_padding_is_black_before_normalising(tmp_path):
-    archive("cifar10", BINARY, tmp_path)
+    archive("cifar10", tmp_path)
     split = loaded(f"cifar10:{tmp_path}")
     inputs = split.augmented(torch.tensor([0]), torch.tensor([[0, 8, 0]]))
     black = (0 - torch.tensor(CIFAR10.mean)) / torch.tensor(CIFAR10.std)
@@ -327,7 +217,7 @@ def test_padding_is_black_before_normalising(tmp_path):
 
 
 def test_inputs_are_normalised_as_torchvision_does(tmp_path):
-    archive("cifar100", BINARY, tmp_path)
+    archive("cifar100", tmp_path)
     split = loaded(f"cifar100:{tmp_path}")
     rows, moves = torch.tensor([5, 0, 11]), torch.tensor([[1, 7, 1], [4, 4, 0], [8, 0, 0]])
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (CIFAR100.mean, CIFAR100.std))
@@ -344,7 +234,7 @@ def test_the_digits_are_taken_as_they_are():
 
 
 def test_the_held_out_part_is_scored_without_augmentation(tmp_path, monkeypatch):
-    archive("cifar10", BINARY, tmp_path)
+    archive("cifar10", tmp_path)
     options = {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0}
     source = resolve(f"cifar10:{tmp_path}")
     run = training.TrainingRun(Config("sgd", options, data=source, scored_on="held_out", batch_size=16))
