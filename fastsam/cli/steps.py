@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from fastsam import SampleToRankSampler
 from fastsam.cli.errors import InputError
 from fastsam.methods import METHODS
-from fastsam.trajectory.samples import SampleToRankSampler
 from fastsam.two_pass.state import Stage, under_way
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastsam import SampleToRankSampler
 from fastsam.cli import processes
 from fastsam.cli.config import AMP, Config, flat, read_config, refuse_differences
 from fastsam.cli.data import draw_moves, generator, load
@@ -29,7 +30,6 @@ from fastsam.cli.steps import BatchLosses, StepClock, Task, build, build_criteri
 from fastsam.graph.captured_step import CaptureError
 from fastsam.graph.graph_step import GraphStep, graph_step
 from fastsam.graph.plain_step import as_stepper
-from fastsam.trajectory.samples import SampleToRankSampler
 
 # pictures; a forward of them keeps little, so it fits where training does
 SCORED_AT_ONCE = 256
