@@ -4,8 +4,8 @@
     python -m benchmarks.gates.static --renew    write what it is now into the baseline
 
 The variants are the launches that the launchers make for small lists of tensors, so that what is gated is what runs.
-Hard: bytes per element in vector accesses, which have to be the algorithm's minimum; all other accesses, spills and
-shared memory. Barriers, registers and instructions move with the compiler: they have a ceiling, which holds for the
+Hard: bytes per element in vector accesses, which have to be the algorithm's minimum; all other accesses, and spills.
+Shared memory, barriers, registers and instructions move with the compiler: they have a ceiling, which holds for the
 version of Triton that the baseline was made with.
 """
 
@@ -31,8 +31,8 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-HARD = ("spills", "shared")
-CEILINGS = {"barriers": 1.0, "registers": 1.25, "instructions": 1.25}
+HARD = ("spills",)
+CEILINGS = {"shared": 1.0, "barriers": 1.0, "registers": 1.25, "instructions": 1.25}
 """How much more than in the baseline is accepted."""
 
 
