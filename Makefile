@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 OUT ?= runs/compare-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: compare test test-wheel lint gate count-gate cpu-gate bench bench-gpu readme docs clean
+.PHONY: compare test test-wheel test-versions lint gate count-gate cpu-gate bench bench-gpu readme docs clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +65,9 @@ test-wheel: $(VENV)/.ready  ## build the wheel and run the optimizer tests on it
 		$(abspath build/wheel/venv/bin/python) -m pytest -n auto -q -c options.toml --rootdir . \
 		tests/common/test_exactness.py tests/common/test_restore.py tests/common/test_checkpoints.py tests/common/test_protocols.py -k "not triton" && \
 		rm -rf $$outside
+
+test-versions:  ## the tests on the lowest versions that pyproject.toml claims and on some between; needs Python 3.10 and 3.12
+	$(PYTHON) tests/packaging/versions.py $(ARGS)
 
 clean:
 	rm -rf build dist runs .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,6 +1,7 @@
 """The package as users get it: a wheel that imports alone, and an import that needs neither Triton nor a GPU."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from versions import ENVIRONMENTS
 
 ROOT = Path(__file__).parents[2]
 BLOCKED = "import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
@@ -104,6 +106,18 @@ def test_wheel_runs_in_a_clean_environment(wheel, tmp_path):
     file, version = run(TRAIN, tmp_path, python).split()
     assert Path(file).parent == site / "fastsam"
     assert version != "0+unknown"
+
+
+def test_the_lowest_versions_claimed_are_those_that_test_versions_has():
+    text = (ROOT / "pyproject.toml").read_text()
+    dependencies = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE).group(1)
+    extra = re.search(r"^cli = \[(.*?)\]", text, re.MULTILINE).group(1)
+    claimed = dict(re.findall(r'"([\w-]+)>=([\d.]+)', dependencies + extra))
+    claimed["python"] = re.search(r'^requires-python = ">=([\d.]+)"', text, re.MULTILINE).group(1)
+    assert {"python", "torch", "triton", "numpy", "click"} <= set(claimed)
+    tested = ENVIRONMENTS["lowest"]
+    assert set(tested) == set(claimed)
+    assert all(f"{tested[name]}.0".startswith(f"{version}.") for name, version in claimed.items())
 
 
 @pytest.fixture
