@@ -33,11 +33,14 @@ class Display(Watcher):
         self.pause = 0.25 if console.is_terminal else 60.0
 
     def __enter__(self) -> "Display":
-        self.bar.start()
+        # Where there is no terminal rich before 14.3 prints an empty line for a bar that is disabled.
+        if self.console.is_terminal:
+            self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if self.console.is_terminal:
+            self.bar.stop()
 
     def started(self, config: Config, history: list[Epoch], steps_per_epoch: int) -> None:
         """Start the run's bar where the run starts."""
