@@ -170,10 +170,19 @@ class ESAM(SAM):
         return [word < philox.threshold(beta) for word, beta in zip(words, betas, strict=True)]
 
     def _masked_norm(self, ascent: Ascent) -> Tensor:
-        draw = self._draw(ascent)
+        draw, etas = self._draw(ascent), self.etas(ascent)
         masks = self.norm != "full" and draw is not None and draw.keep is not None
-        norm = ascent.norm(self.etas(ascent), draw if masks else None)
-        return norm / math.sqrt(self.option(self.param_groups[0], "beta")) if self.norm == "estimated" else norm
+        betas = [self.option(group, "beta") for group in ascent.groups]
+        if self.norm != "estimated":
+            return ascent.norm(etas, draw if masks else None)
+        # each beta's part of ||m g||^2 is that beta times its part of ||g||^2 in the mean
+        parts = []
+        for beta in dict.fromkeys(betas):
+            rows = [row for row, other in enumerate(betas) if other == beta]
+            some = None if etas is None else [etas[row] for row in rows]
+            norm = ascent.take(rows).norm(some, draw.take(rows) if masks and draw is not None else None)
+            parts.append(norm / math.sqrt(beta))
+        return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
 
     def _draw(self, ascent: Ascent) -> Draw | None:
         """The random numbers of a mask that the kernels draw, and of rounding."""
@@ -190,7 +199,7 @@ class ESAM(SAM):
         n = len(first)
         k = self._number_of_rows(n)
         self.last_selected_fraction = k / n
-        if k == n and not self.strict:
+        if k == n and (not self.strict or self._gamma == 1):
             return super().select(loss_fn, batch, first)
         if self.selection == "reuse":
             losses = check_losses(loss_fn(*batch), n)

@@ -23,6 +23,7 @@ from fastsam.kernels import ops
 from fastsam.kernels.reference import Past
 from fastsam.trajectory.loss import Trajectory, check_number, uncompiled
 from fastsam.two_pass import capture
+from fastsam.two_pass.batch import tensors_of
 from fastsam.two_pass.state import Stage, found_inf_of, under_way
 
 
@@ -138,22 +139,22 @@ class MESA(Trajectory):
             return
         device = next(self.teacher.parameters()).device
         if device.type != "cuda":
-            self._begun = inputs, self._teacher_forward(inputs, self.teacher_dtype), None
+            self._begun = _Batch(inputs), self._teacher_forward(inputs, self.teacher_dtype), None
             return
         stream = torch.cuda.Stream(device)
         # The inputs and the teacher's last update were queued on the current stream.
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self._begun = inputs, self._teacher_forward(inputs, self.teacher_dtype), stream
+            self._begun = _Batch(inputs), self._teacher_forward(inputs, self.teacher_dtype), stream
 
     def _teacher_logits(self, inputs: Any, logits: Tensor) -> Tensor:
         step = under_way()
         stage = None if step is None else step.stage
-        if stage is Stage.DESCENT and self._first_pass is not None and self._first_pass[0] is inputs:
+        if stage is Stage.DESCENT and self._first_pass is not None and self._first_pass[0] == _Batch(inputs):
             return self._first_pass[1]
-        is_begun = self._begun is not None and self._begun[0] is inputs
+        is_begun = self._begun is not None and self._begun[0] == _Batch(inputs)
         past = self._finish_begun() if is_begun else self._teacher_forward(inputs, self._dtype(logits))
-        self._first_pass = (inputs, past) if stage is Stage.ASCENT else None
+        self._first_pass = (_Batch(inputs), past) if stage is Stage.ASCENT else None
         return past
 
     def _finish_begun(self) -> Tensor:
@@ -238,6 +239,21 @@ class MESA(Trajectory):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on in the epoch of a saved state."""
         self.epoch = state["epoch"]
+
+
+class _Batch:
+    """Inputs as they are now: equal to those of the same object whose tensors nobody has written into since."""
+
+    def __init__(self, inputs: Any) -> None:
+        self._inputs, self._versions = (
+            inputs,
+            [None if t.is_inference() else t._version for t in tensors_of(inputs, scalars=True)],
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Batch) and other._inputs is self._inputs and other._versions == self._versions
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,6 +24,7 @@ from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 
 OFFICIAL_ETA, OFFICIAL_E0 = 0.01, 1e-16
+LARGEST = torch.finfo(torch.float32).max
 
 
 class SAM(TwoPassOptimizer):
@@ -154,8 +156,10 @@ def check_radius(name: str, value: Any) -> None:
     """Raise TypeError unless a hyperparameter is a number, ValueError unless it is finite and >= 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
+    if value > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST:.3g}, the largest float32, got a larger number")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

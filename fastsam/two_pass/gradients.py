@@ -61,8 +61,15 @@ class ConsumedMark:
             for p, grad in _first_with_grad(group):
                 self._seen[id(p)] = weakref.ref(grad), local(grad)._version
 
-    def covers(self, groups: Sequence[dict]) -> bool:
-        """Whether nothing in p.grad is newer than the last step."""
+    def covers(self, groups: Sequence[dict], also_missing: bool = False) -> bool:
+        """Whether nothing in p.grad is newer than the last call of `set`.
+
+        Args:
+            groups: the optimizer's.
+            also_missing: and nothing is gone since.
+        """
+        if also_missing and len(self._seen) != sum(bool(_first_with_grad(group)) for group in groups):
+            return False
         for group in groups:
             for p, grad in _first_with_grad(group):
                 reference, version = self._seen.get(id(p), (None, -1))

@@ -26,7 +26,7 @@ from fastsam.distributed.dtensor import laid_out_as
 from fastsam.two_pass.ascent import Ascent, as_dense
 from fastsam.two_pass.batch import batch_size, check_losses
 from fastsam.two_pass.capture import Capturable
-from fastsam.two_pass.gradients import clear, put, refuse_fresh, take
+from fastsam.two_pass.gradients import ConsumedMark, clear, put, refuse_fresh, take
 from fastsam.two_pass.hooks import MethodHooks, Pair
 from fastsam.two_pass.module_state import MeanUpdate
 from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel, update
@@ -77,6 +77,9 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_perturb_sync(perturb_sync)
+        for name, flag in (("same_rng", same_rng), ("check_finite", check_finite)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
         if stochastic_rounding not in ("auto", True, False):
             raise ValueError(f"stochastic_rounding must be 'auto', True or False, got {stochastic_rounding!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -148,9 +151,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             if closure is None:
                 self._finish_step(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
                 return None
-            if not batch and run.pairs:  # a framework's closure on top of finished pairs
-                with torch.enable_grad():
-                    loss = closure()
+            if not batch and run.pairs:
+                loss = self._closure_after_pairs(closure)
             elif not batch:
                 self._start_afresh()
                 loss = self._pair(closure, closure)
@@ -202,6 +204,19 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             refuse_fresh(run.consumed, self.param_groups)
         elif closure is None and not run.pairs and not run.in_second_step and self.has_second_pass():
             self._warn_about_base_step()
+
+    def _closure_after_pairs(self, closure: Callable[[], Any]) -> Any:
+        """Call a framework's closure once, on top of finished pairs whose gradients it must leave alone."""
+        found = ConsumedMark()
+        found.set(self.param_groups)
+        with torch.enable_grad():
+            loss = closure()
+        if not found.covers(self.param_groups, also_missing=True):
+            raise RuntimeError(
+                "the closure changed p.grad, which holds the gradients of finished ascent()/descent() pairs: the step "
+                "would be another one's. Leave zero_grad() and backward() out of it, or call opt.step() without it"
+            )
+        return loss
 
     def _start_afresh(self) -> None:
         """Drop whatever earlier passes left in p.grad."""

@@ -2,6 +2,7 @@
 
 import enum
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -29,12 +30,26 @@ class Stage(enum.Enum):
     FIRST = "after first_step(), before second_step()"
 
 
-_steps: "weakref.WeakSet[StepState]" = weakref.WeakSet()
+_EXECUTING = (Stage.ASCENT, Stage.DESCENT, Stage.FIRST)
+
+
+class _Passes(threading.local):
+    """The passes that a thread is in, the innermost last; an optimizer that is dropped takes its pass with it."""
+
+    def __init__(self) -> None:
+        self.steps: list[weakref.ref[StepState]] = []
+
+
+_passes = _Passes()
 
 
 def under_way() -> "StepState | None":
-    """Return the state of the optimizer that is in the middle of a step, for losses that tell its passes apart."""
-    return next((step for step in _steps if step.stage is not Stage.IDLE), None)
+    """Return the state of the step whose pass this thread executes, for losses that tell passes apart.
+
+    Between the passes of a step, and in other threads, a forward is a plain one.
+    """
+    steps = (ref() for ref in reversed(_passes.steps))
+    return next((step for step in steps if step is not None and step.stage in _EXECUTING), None)
 
 
 def found_inf_of(optimizer: Any) -> Tensor | None:
@@ -59,7 +74,7 @@ class StepState:
     def __init__(
         self, groups: Sequence[dict[str, Any]], model: nn.Module | None, replicas: ParallelModel, owns_descent: bool
     ) -> None:
-        self.stage = Stage.IDLE
+        self._stage = Stage.IDLE
         self.failed = False
         self.pairs = 0
         self.in_second_step = False
@@ -91,7 +106,17 @@ class StepState:
         self.pending: dict[Any, Any] = {}
         self.waiting_state: dict[tuple[int, str], Tensor] = {}
         """State of the method for parameters that the base optimizer has none for yet, by id and name."""
-        _steps.add(self)
+
+    @property
+    def stage(self) -> Stage:
+        """Where the step is. A pass that it enters is the innermost of the thread until it is left."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: Stage) -> None:
+        self._stage = stage
+        others = [ref for ref in _passes.steps if ref() not in (None, self)]
+        _passes.steps = [*others, weakref.ref(self)] if stage in _EXECUTING else others
 
     def finish(self) -> None:
         """The step has been taken: do what waited for it."""

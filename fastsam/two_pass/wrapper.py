@@ -209,7 +209,10 @@ def _build_base(params: Iterable, base: Any, base_kwargs: dict, method: str) -> 
     unknown = [name for name in base_kwargs if name not in known]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         choices = ", ".join(name for name in known if name != "params")
-        raise TypeError(f"{base.__name__} does not know {', '.join(unknown)}; {base.__name__} takes {choices}")
+        raise TypeError(
+            f"neither {method} nor {base.__name__} knows {', '.join(unknown)}; {base.__name__} takes {choices}, and "
+            f"help({method}) says what {method} takes"
+        )
     return base(params, **base_kwargs)
 
 

@@ -41,7 +41,11 @@ def weights(n=2):
             r"SGD\(differentiable=True\) .* drop the option",
             lambda: SAM(weights(), SGD, differentiable=True),
         ),
-        (TypeError, r"SGD does not know momentun; SGD takes .*momentum", lambda: SAM(weights(), SGD, momentun=0.9)),
+        (
+            TypeError,
+            r"neither SAM nor SGD knows momentun; SGD takes .*momentum",
+            lambda: SAM(weights(), SGD, momentun=0.9),
+        ),
         (ValueError, "Invalid learning rate: -1", lambda: SAM(weights(), SGD, lr=-1)),
         (TypeError, "model must be a torch.nn.Module, got list", lambda: SAM(weights(), SGD, lr=0.1, model=[])),
         (ValueError, "stochastic_rounding must be .* got 'on'", lambda: SAM(weights(), SGD, stochastic_rounding="on")),
