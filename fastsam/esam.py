@@ -215,7 +215,7 @@ class ESAM(SAM):
         return min(n, max(smallest, math.floor(self._gamma * n + 1e-6)))
 
     def _rows(self, after: Tensor, before: Tensor, k: int) -> Tensor:
-        rows = ops.pick([after]).select_largest_increase(after, before, k)
+        rows = ops.select_largest_increase(after, before, k)
         if not self.strict:
             return rows
         delta = (after - before)[rows]

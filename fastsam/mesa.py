@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsam.distributed.dtensor import is_dtensor
 from fastsam.kernels import ops
-from fastsam.kernels.reference import Past
+from fastsam.kernels.past import Past
 from fastsam.trajectory.loss import Trajectory, check_number, uncompiled
 from fastsam.two_pass import capture
 from fastsam.two_pass.batch import tensors_of
@@ -214,7 +214,7 @@ class MESA(Trajectory):
         averages = [torch.view_as_real(v) if v.is_complex() else v for v, _ in averaged]
         values = [torch.view_as_real(w) if w.is_complex() else w for _, w in averaged]
         if averages:
-            ops.pick(averages).ema_(averages, [w.detach() for w in values], self.decay, found_inf)
+            ops.ema_(averages, [w.detach() for w in values], self.decay, found_inf)
         for v, w in pairs:
             if not (v.is_floating_point() or v.is_complex()):
                 v.copy_(w)

@@ -1,4 +1,4 @@
-"""How a kernel finds its work: the other side of the tables in launch.py."""
+"""How a kernel finds its work: the other side of the tables in launch_tables.py."""
 # mypy: disable-error-code="no-untyped-def"
 
 import triton

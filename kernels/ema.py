@@ -4,14 +4,13 @@
 from collections.abc import Sequence
 from operator import attrgetter
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference_ema
 from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
-from fastsam.kernels.launch import ELEMENTS, block_size, launch, on_device, split, to_device, wide, widest
+from fastsam.kernels.launch import block_size, launch_lists, wide, widest
+from fastsam.kernels.launch_tables import ELEMENTS, Launch, Work
 
 _itemsize = attrgetter("itemsize")
 
@@ -22,12 +21,13 @@ def _ema_stretch(
     AVERAGE: tl.constexpr, VALUE: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
+    """Average `length` elements from `start`: v + weight (w - v)."""
     offsets = tl.arange(0, LANES)
     mask = offsets < length
     v_ptr = element_ptr(v_base, start, AVERAGE, WIDEST, ALIGNED) + offsets
     v = widen(tl.load(v_ptr, mask=mask), COMPUTE)
     w = widen(tl.load(element_ptr(w_base, start, VALUE, WIDEST, ALIGNED) + offsets, mask=mask), COMPUTE)
-    # from the nearer side, so that v = w stays as it is, and weights 0 and 1 give v and w
+    # Computed from the nearer side, so that v = w stays as it is, and weights 0 and 1 give v and w.
     average = tl.where(weight < 0.5, v + weight * (w - v), w - (1 - weight) * (w - v))
     tl.store(v_ptr, narrow(average, AVERAGE), mask=mask)
 
@@ -44,7 +44,7 @@ def _ema_kernel(
     weight = tl.load(hyperparameters_ptr).to(COMPUTE)
     if found_inf_ptr is not None:
         skipped = tl.load(found_inf_ptr) != 0
-        # weight 0 would do, but for a weight that is not finite
+        # Weight 0 would leave v as it is too, but for a w that is not finite.
         length = tl.where(skipped, 0, length)
     done = aligned_length(length, v_base | w_base)
     _ema_stretch(v_base, w_base, start, done, weight, AVERAGE, VALUE, WIDEST, COMPUTE, True, BLOCK_SIZE)
@@ -56,21 +56,18 @@ def _ema_kernel(
         done += BLOCK_SIZE // 4
 
 
-@torch.no_grad()
-def ema_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float, found_inf: Tensor | None = None) -> None:
-    """Set each average v to decay v + (1 - decay) w; see `reference.ema_`. One launch for each dtype pair."""
-    reference_ema.check_decay(decay)
-    launches, rest = split(averages, values)
-    if rest:
-        reference_ema.ema_([averages[i] for i in rest], [values[i] for i in rest], decay, found_inf)
-    for each in launches:
-        size = block_size(*each.dtypes)
-        work = each.table(size, None, ((1 - decay,),))
+def ema_(launches: Sequence[Launch], decay: float, found_inf: Tensor | None) -> None:
+    """Move the averages; see `ops.ema_`. One launch for each pair of dtypes."""
+
+    def work_of(each: Launch) -> Work:
         average, value = each.dtypes
-        with on_device(each.device):
-            launch(
-                _ema_kernel, work.n_programs, *work, to_device(found_inf, each.device),
-                AVERAGE=ELEMENTS[average], VALUE=ELEMENTS[value],
-                WIDEST=widest(each.dtypes), COMPUTE=wide(max(average, value, key=_itemsize)), BLOCK_SIZE=size,
-            )  # fmt: skip
-    torch.autograd.graph.increment_version(averages)
+        constants = {
+            "AVERAGE": ELEMENTS[average],
+            "VALUE": ELEMENTS[value],
+            "WIDEST": widest(each.dtypes),
+            "COMPUTE": wide(max(average, value, key=_itemsize)),
+            "BLOCK_SIZE": block_size(*each.dtypes),
+        }
+        return Work(constants, (found_inf,), (None, ((1 - decay,),)))
+
+    launch_lists(_ema_kernel, launches, work_of)

@@ -28,7 +28,7 @@ def find_sample(ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, targe
         others = first + tl.arange(0, SCAN_SIZE)
         same = (others < row) & (tl.load(ids_ptr + others, mask=others < row, other=-1) == sample)
         if HAS_CLASSES:
-            # read only where the ids are the same, so hardly ever
+            # Targets are read only where the ids are the same, which is rare.
             target_class = tl.load(targets_ptr + others * target_stride, mask=same, other=0)
             same = same & (target_class != ignore_index)
         is_repeated |= same.to(tl.int32)
@@ -112,7 +112,8 @@ def largest_magnitude(z, n):
 @triton.jit
 def int8_scale(magnitude):
     """The scale of a row of int8 with this largest magnitude: what one step stands for."""
-    return tl.maximum(magnitude * 0.007874015718698502, _SMALLEST_SCALE)  # 1 / 127
+    # 1 / 127, rounded to float32.
+    return tl.maximum(magnitude * 0.007874015718698502, _SMALLEST_SCALE)
 
 
 @triton.jit
@@ -123,7 +124,8 @@ def record_block(row_ptr, start, n_classes, length, z, scale, VECTOR: tl.constex
     if DTYPE.is_int():
         steps = tl.div_rn(z.to(tl.float32), tl.zeros_like(z).to(tl.float32) + scale)
         steps = tl.where(steps == steps, steps, 0.0)
-        steps = (steps + 12582912.0) - 12582912.0  # 1.5 2^23: rounds half to even
+        # Adding 1.5 2^23 leaves no bits behind the point, so this rounds half to even.
+        steps = (steps + 12582912.0) - 12582912.0
         store_block(row_ptr, start, length, steps.to(DTYPE), VECTOR, LANES)
     else:
         if DTYPE.is_fp16():
@@ -185,7 +187,7 @@ def finish_block(
     gradient = narrow(tl.where(counted, gradient, 0.0), gradient_ptr.dtype.element_ty)
     store_block(gradient_ptr, start, length, gradient, VECTOR, LANES)
     if RECORDS:
-        # every thread has read the past before any overwrites it, whatever part of the row each one holds
+        # Every thread has to read the past before any overwrites it, since another may hold that part of the row.
         tl.debug_barrier()
         record_block(past_ptr, start, length, record_length, z, new_scale, PAST_VECTOR, LANES)
     return target_logit, spread

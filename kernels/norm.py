@@ -5,40 +5,40 @@ runs repeat bit for bit. The check takes one: its last program to finish knows w
 """
 # mypy: disable-error-code="no-untyped-def"
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference
 from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, widen
 from fastsam.kernels.launch import (
-    ELEMENTS,
-    Launch,
     block_size,
-    counters,
-    distinct,
+    by_device,
     launch,
+    launch_lists,
     mask_constants,
     on_device,
-    split,
+    random_arguments,
+    random_columns,
     t_of,
     widest,
 )
+from fastsam.kernels.launch_tables import ELEMENTS, Launch, Work, counters, distinct
 from fastsam.kernels.philox import Draw, threshold
-from fastsam.kernels.philox_triton import first_word, is_kept, join_seed, random_words, signed
-from fastsam.kernels.tensor_list import buckets
+from fastsam.kernels.philox_triton import first_word, is_kept, join_seed, random_words
 
-_VECTORS = 4  # 128-bit accesses a thread: where one tensor is all, registers allow more of it
+# 128-bit accesses a thread: a kernel that reads one tensor alone has registers for more of it.
+_VECTORS = 4
 _FINISH_BLOCK_SIZE = 4096
 
 
 @triton.jit
 def _sum_of_squares(g, w, kept, adaptive, eta, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+    """The sum of (m T g)^2 over some lanes, computed in COMPUTE and returned in float64; `kept` is the mask m."""
     product = widen(g, COMPUTE)
     if ADAPTIVE:
         product *= tl.where(adaptive, tl.abs(widen(w, COMPUTE)) + eta.to(COMPUTE), 1.0)
@@ -53,6 +53,7 @@ def _square_stretch(
     GRAD: tl.constexpr, WEIGHT: tl.constexpr, WIDEST: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
     ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """The sum of (m T g)^2 over `length` elements from `start`: aligned ones by vectors, others one a lane."""
     offsets = tl.arange(0, LANES)
     mask = offsets < length
     g = tl.load(element_ptr(g_base, start, GRAD, WIDEST, ALIGNED) + offsets, mask=mask, other=0)
@@ -67,7 +68,7 @@ def _square_stretch(
         total = _sum_of_squares(g, w, kept, adaptive, eta, ADAPTIVE, MASKED, tl.float64)
     else:
         total = _sum_of_squares(g, w, kept, adaptive, eta, ADAPTIVE, MASKED, tl.float32)
-        # 1e20 squared overflows float32 and 1e-20 squared vanishes in it; beside a sum above 1e-30 that does not count
+        # 1e20 squared overflows float32, and 1e-20 squared vanishes in it, which beside a sum above 1e-30 is no loss.
         if not ((total > 1e-30) & (total < float("inf"))):
             total = _sum_of_squares(g, w, kept, adaptive, eta, ADAPTIVE, MASKED, tl.float64)
     return total
@@ -102,11 +103,13 @@ def _squares_kernel(
     seed, step = join_seed(seed_low, seed_high), step.to(tl.uint32, bitcast=True)
     if advance_ptr is not None:
         step += tl.load(advance_ptr).to(tl.uint32)
-    if WHOLE:  # of a tensor that is left out nothing is read
+    # Nothing is read of a tensor that is masked out as a whole.
+    if WHOLE:
         length = tl.where(is_kept(first_word(seed, index, step), threshold), length, 0)
     addresses = g_base | w_base
     if MASKED:
-        addresses |= first % 4  # words come four at a time
+        # Random words come four at a time.
+        addresses |= first % 4
     done = aligned_length(length, addresses)
     total = _square_stretch(
         g_base, w_base, adaptive, eta, start, done, seed, index, first, step, threshold,
@@ -133,67 +136,44 @@ def _finish_norm_kernel(partials_ptr, norm_ptr, n_partials, BLOCK_SIZE: tl.const
     tl.store(norm_ptr, tl.sqrt(tl.sum(sums)))
 
 
-@torch.no_grad()
-def norm(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor] = (),
-    adaptive: Sequence[float | None] | None = None,
-    draw: Draw | None = None,
-) -> Tensor:
-    """Return ||m T g||_2 over all tensors; see `reference.norm`. Two launches, and one more for each further dtype."""
-    etas = (None,) * len(grads) if adaptive is None else tuple(adaptive)
+def norm(launches: Sequence[Launch], etas: tuple[float | None, ...], draw: Draw | None) -> list[Tensor]:
+    """Return the norm over the launches of each device; see `ops.norm`.
+
+    Two launches on each, and one more for each further combination of dtypes.
+    """
+    used = None if draw is None or draw.keep is None else draw
+    return [_norm_on_one_device(some, etas, used) for some in by_device(launches)]
+
+
+def _norm_on_one_device(launches: Sequence[Launch], etas: tuple[float | None, ...], draw: Draw | None) -> Tensor:
+    device, mask = launches[0].device, mask_constants(draw)
     is_adaptive = any(eta is not None for eta in etas)
-    launches, rest = split(grads, weights) if is_adaptive else split(grads)
-    parts = []
-    if rest:
-        some: Any = ([items[i] for i in rest] for items in (grads, weights if weights else grads, etas))
-        some_grads, some_weights, some_etas = some
-        some_draw = None if draw is None else draw.take(rest)
-        parts.append(reference.norm(some_grads, some_weights, some_etas, some_draw))
-    parts += [
-        _norm_on_one_device([launches[i] for i in on_one_device], etas, draw, is_adaptive)
-        for on_one_device in buckets(each.device for each in launches)
-    ]
-    if len(parts) == 1:
-        return parts[0].to(grads[0].device)
-    return torch.linalg.vector_norm(torch.stack([part.to(grads[0].device) for part in parts]))
+    # Masks of whole tensors leave the chunks as they are without a mask, so that the sums are the same bits.
+    vectors = 2 if is_adaptive or mask["MASKED"] else _VECTORS
+    counts = [each.n_programs(block_size(*each.dtypes, vectors=vectors)) for each in launches]
+    partials = torch.empty(sum(counts), dtype=torch.float64, device=device)
+    firsts = itertools.accumulate(counts, initial=0)
 
-
-def _norm_on_one_device(
-    launches: Sequence[Launch], etas: tuple[float | None, ...], draw: Draw | None, is_adaptive: bool
-) -> Tensor:
-    device = launches[0].device
-    keep = None if draw is None else draw.keep
-    works = []
-    for each in launches:
-        mask = mask_constants(draw)
-        # chunks of whole masks are those of none: sums are the same bits
-        size = block_size(*each.dtypes, vectors=2 if is_adaptive or mask["MASKED"] else _VECTORS)
-        sets, lines = _sets(each.of(etas), None if keep is None else each.of(keep))
-        zeros = (0,) * len(each.rows)
-        numbers = map(each.of, draw.addresses()) if draw is not None and keep is not None else (zeros, zeros)
-        others = () if is_adaptive else (zeros,)  # no weights
-        work = each.table(size, sets, lines, *others, *numbers)
+    def work_of(each: Launch) -> Work:
         constants = {
             "GRAD": ELEMENTS[each.dtypes[0]],
             "WEIGHT": ELEMENTS[each.dtypes[-1]],
             "WIDEST": widest(each.dtypes),
             "ADAPTIVE": is_adaptive,
-            "BLOCK_SIZE": size,
+            "BLOCK_SIZE": block_size(*each.dtypes, vectors=vectors),
             **mask,
         }
-        works.append((work, constants))
-    n_partials = sum(work.n_programs for work, _ in works)
-    partials = torch.empty(n_partials, dtype=torch.float64, device=device)
+        advance = None if draw is None else draw.advance
+        arguments = partials[next(firsts) :], advance, *random_arguments(draw)
+        keep = None if draw is None or draw.keep is None else each.of(draw.keep)
+        no_weights = () if is_adaptive else ((0,) * len(each.positions),)
+        columns = *no_weights, *random_columns(draw, each)
+        return Work(constants, arguments, _sets(each.of(etas), keep), columns=columns)
+
     result = torch.empty((), dtype=torch.float64, device=device)
-    step, seed, advance = (0, 0, None) if draw is None or keep is None else (draw.step, draw.seed, draw.advance)
+    launch_lists(_squares_kernel, launches, work_of)
     with on_device(device):
-        first = 0
-        for work, constants in works:
-            words = signed(step), signed(seed), signed(seed >> 32)
-            launch(_squares_kernel, work.n_programs, *work, partials[first:], advance, *words, **constants)
-            first += work.n_programs
-        launch(_finish_norm_kernel, 1, partials, result, n_partials, BLOCK_SIZE=_FINISH_BLOCK_SIZE)
+        launch(_finish_norm_kernel, 1, partials, result, len(partials), BLOCK_SIZE=_FINISH_BLOCK_SIZE)
     return result
 
 
@@ -209,6 +189,7 @@ def _sets(
 def _nonfinite_stretch(
     g_base, start, length, GRAD: tl.constexpr, WIDEST: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr
 ):
+    """1 if one of `length` elements from `start` is inf or NaN, else 0."""
     offsets = tl.arange(0, LANES)
     g = tl.load(element_ptr(g_base, start, GRAD, WIDEST, ALIGNED) + offsets, mask=offsets < length, other=0)
     if WIDEST < 64:
@@ -241,29 +222,24 @@ def _nonfinite_kernel(
     tl.store(counter_ptr, tl.zeros((), tl.int64), mask=is_last)
 
 
-@torch.no_grad()
-def found_nonfinite(grads: Sequence[Tensor]) -> Tensor:
-    """Return 1.0 if any entry is inf or NaN, else 0.0; see `reference.found_nonfinite`. One launch for each dtype."""
-    launches, rest = split(grads)
-    flags = [reference.found_nonfinite([grads[i] for i in rest])] if rest else []
-    flags += [
-        _found_on_one_device([launches[i] for i in on_one_device])
-        for on_one_device in buckets(each.device for each in launches)
-    ]
-    if len(flags) == 1:
-        return flags[0].to(grads[0].device)
-    return torch.stack([flag.to(grads[0].device) for flag in flags]).amax()
+def found_nonfinite(launches: Sequence[Launch]) -> list[Tensor]:
+    """Return whether there is an inf or a NaN on each device; see `ops.found_nonfinite`. One launch for each dtype."""
+    return [_found_on_one_device(some) for some in by_device(launches)]
 
 
 def _found_on_one_device(launches: Sequence[Launch]) -> Tensor:
     device = launches[0].device
-    works = [(each.table(block_size(*each.dtypes, vectors=_VECTORS)), each.dtypes[0]) for each in launches]
-    n_programs = sum(work.n_programs for work, _ in works)
+    n_programs = sum(each.n_programs(block_size(*each.dtypes, vectors=_VECTORS)) for each in launches)
     found = torch.empty((), device=device) if n_programs else torch.zeros((), device=device)
-    with on_device(device), counters(1, device) as arrivals:
-        for work, dtype in works:
-            launch(
-                _nonfinite_kernel, work.n_programs, work.rows, work.chunks, arrivals, found, n_programs,
-                GRAD=ELEMENTS[dtype], WIDEST=widest([dtype]), BLOCK_SIZE=block_size(dtype, vectors=_VECTORS),
-            )  # fmt: skip
+    with counters(1, device) as (arrivals,):
+
+        def work_of(each: Launch) -> Work:
+            constants = {
+                "GRAD": ELEMENTS[each.dtypes[0]],
+                "WIDEST": widest(each.dtypes),
+                "BLOCK_SIZE": block_size(*each.dtypes, vectors=_VECTORS),
+            }
+            return Work(constants, (arrivals, found, n_programs))
+
+        launch_lists(_nonfinite_kernel, launches, work_of)
     return found

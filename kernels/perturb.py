@@ -2,7 +2,7 @@
 # mypy: disable-error-code="no-untyped-def"
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -11,25 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference, replay_tables
+from fastsam.kernels import replay_tables
 from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, widen
 from fastsam.kernels.launch import (
-    ELEMENTS,
-    Launch,
     block_size,
-    chunks_of,
-    distinct,
-    launch,
+    launch_lists,
     mask_constants,
-    on_device,
-    split,
+    random_arguments,
+    random_columns,
     t_of,
-    to_device,
     wide,
     widest,
 )
+from fastsam.kernels.launch_tables import ELEMENTS, Launch, Work, chunks_of, distinct
 from fastsam.kernels.philox import Draw, threshold
-from fastsam.kernels.philox_triton import first_word, is_kept, join_seed, random_words, signed
+from fastsam.kernels.philox_triton import first_word, is_kept, join_seed, random_words
 from fastsam.kernels.tensor_list import Backup, in_memory_order
 
 
@@ -42,7 +38,7 @@ def _round_stochastically(values, words, DTYPE: tl.constexpr):
         rounded = ((bits + noise) & -0x10000).to(tl.float32, bitcast=True)
     else:
         rounded = ((bits + (noise & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True)
-        # below 2^-14 float16 is a grid of step 2^-24
+        # Below 2^-14 float16 is a grid of step 2^-24.
         steps = tl.abs(values) * 16777216.0
         whole = tl.floor(steps)
         whole += (noise.to(tl.float32) * 1.52587890625e-05 < steps - whole).to(tl.float32)
@@ -59,6 +55,7 @@ def _perturb_stretch(
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr, ADAPTIVE: tl.constexpr,
     MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """Copy `length` weights from `start` to the backup, store the mark that says so, then perturb the weights."""
     offsets = tl.arange(0, LANES)
     mask = offsets < length
     w_ptr = element_ptr(w_base, start, WEIGHT, WIDEST, ALIGNED) + offsets
@@ -66,7 +63,7 @@ def _perturb_stretch(
     g = tl.load(element_ptr(g_base, start, GRAD, WIDEST, ALIGNED) + offsets, mask=mask)
     tl.store(element_ptr(b_base, start, WEIGHT, WIDEST, ALIGNED) + offsets, w, mask=mask)
     tl.store(mark_ptr, mark)
-    # the scale goes first: scale * g is moderate where g alone times w^2 may leave float32's range
+    # The scale goes first: scale * g is moderate where g alone times w^2 may leave float32's range.
     eps = widen(g, COMPUTE) * scale
     if ADAPTIVE:
         t = tl.where(adaptive, tl.abs(widen(w, COMPUTE)) + eta, 1.0)
@@ -123,7 +120,8 @@ def _perturb_kernel(
     mark = tick.to(tl.int64) << 32
     addresses = w_base | g_base | b_base
     if MASKED or STOCHASTIC:
-        addresses |= first % 4  # words come four at a time
+        # Random words come four at a time.
+        addresses |= first % 4
     done = aligned_length(length, addresses)
     _perturb_stretch(
         w_base, g_base, b_base, scale, adaptive, eta, start, done, mark_ptr, mark + done,
@@ -140,75 +138,63 @@ def _perturb_kernel(
         done = copied
 
 
-class _Part(Backup):
-    """Some rows of a backup, for the reference to fill."""
-
-    def __init__(self, whole: Backup, rows: list[int]) -> None:
-        self.tensors = [whole.tensors[i] for i in rows]
-        self._whole, self._rows = whole, rows
-
-    def mark_complete(self, rows: Iterable[int] | None = None) -> None:
-        self._whole.mark_complete(self._rows)
-
-
 _ticks = itertools.count(1)
 
 
-@torch.no_grad()
 def perturb_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    launches: Sequence[Launch],
     backup: Backup,
     norm: Tensor,
     rho: Sequence[float],
-    adaptive: Sequence[float | None] | None = None,
-    draw: Draw | None = None,
-    e0: float = reference.E0,
+    etas: tuple[float | None, ...],
+    draw: Draw | None,
+    e0: float,
 ) -> None:
-    """Save `weights` into `backup` and add eps = rho m T^2 g / (norm + e0); see `reference.perturb_`.
+    """Save the weights into the backup and perturb them; see `ops.perturb_`. One launch for each dtype combination.
 
-    One launch for each dtype combination. A host is never told how far a device came, so no copy is known complete
-    before the weights change: the marks that the kernel leaves are what an interrupt is answered from.
+    The host is never told how far a device came, so no copy is known complete before the weights change: after an
+    interrupt the marks that the kernel leaves tell which are.
     """
-    etas = (None,) * len(weights) if adaptive is None else tuple(adaptive)
     keep = None if draw is None else draw.keep
-    launches, rest = split(weights, grads, backup.tensors)
-    replay_tables.refuse_reference(rest, weights)
-    if rest:
-        chosen: Any = ([items[i] for i in rest] for items in (weights, grads, rho, etas))
-        some_weights, some_grads, some_rho, some_etas = chosen
-        some_draw = None if draw is None else draw.take(rest)
-        reference.perturb_(some_weights, some_grads, _Part(backup, rest), norm, some_rho, some_etas, some_draw, e0)
     tick = next(_ticks)
     marked: list[tuple[Launch, int, Tensor]] = []
     backup.begin(partial(_copied, backup, marked, tick))
-    for each in launches:
+
+    def work_of(each: Launch) -> Work:
         dtype, grad_dtype, _ = each.dtypes
         size = block_size(*each.dtypes)
         stochastic = draw is not None and draw.rounding and dtype.itemsize == 2
-        is_drawn = draw is not None and (stochastic or keep is not None)
-        step, seed, advance = (draw.step, draw.seed, draw.advance) if draw is not None and is_drawn else (0, 0, None)
-        zeros = (0,) * len(each.rows)
-        numbers = map(each.of, draw.addresses()) if draw is not None and is_drawn else (zeros, zeros)
-        others = each.of(etas), None if keep is None else each.of(keep), e0
-        refresh = replay_tables.refresh_of(rho, partial(_lines_of, each, others))
-        work = each.table(size, *_sets(each.of(rho), *others), *numbers, refresh=refresh)
-        marks = backup.marks.get(each.rows)
-        if marks is None or marks.shape[0] != work.n_programs:
-            marks = backup.marks[each.rows] = torch.zeros(work.n_programs, dtype=torch.int64, device=each.device)
-        replay_tables.keep(marks)
+        used = draw if stochastic or keep is not None else None
+        own = each.of(etas), None if keep is None else each.of(keep), e0
+        marks = _marks(backup, each, size)
         marked.append((each, size, marks))
-        with on_device(each.device):
-            launch(
-                _perturb_kernel, work.n_programs, *work, to_device(norm, each.device), marks, advance,
-                tick, signed(step), signed(seed), signed(seed >> 32),
-                WEIGHT=ELEMENTS[dtype], GRAD=ELEMENTS[grad_dtype], WIDEST=widest(each.dtypes), COMPUTE=wide(dtype),
-                ADAPTIVE=any(eta is not None for eta in others[0]), STOCHASTIC=stochastic, BLOCK_SIZE=size,
-                **mask_constants(draw),
-                enable_fp_fusion=False,  # rounded as in the reference, or stochastic rounding would differ
-            )  # fmt: skip
+        constants = {
+            "WEIGHT": ELEMENTS[dtype],
+            "GRAD": ELEMENTS[grad_dtype],
+            "WIDEST": widest(each.dtypes),
+            "COMPUTE": wide(dtype),
+            "ADAPTIVE": any(eta is not None for eta in own[0]),
+            "STOCHASTIC": stochastic,
+            "BLOCK_SIZE": size,
+            **mask_constants(draw),
+            # Product and sum are rounded as in the reference, or stochastic rounding would differ.
+            "enable_fp_fusion": False,
+        }
+        arguments = norm, marks, None if used is None else used.advance, tick, *random_arguments(used)
+        refresh = replay_tables.refresh_of(rho, partial(_lines_of, each, own))
+        return Work(constants, arguments, _sets(each.of(rho), *own), refresh, random_columns(used, each))
+
+    launch_lists(_perturb_kernel, launches, work_of)
     backup.mark_complete()
-    torch.autograd.graph.increment_version(weights)
+
+
+def _marks(backup: Backup, each: Launch, size: int) -> Tensor:
+    """Return an int64 for each program, where it says how many elements it has copied."""
+    marks, n_programs = backup.marks.get(each.positions), each.n_programs(size)
+    if marks is None or len(marks) != n_programs:
+        marks = backup.marks[each.positions] = torch.zeros(n_programs, dtype=torch.int64, device=each.device)
+    replay_tables.hold(marks)
+    return marks
 
 
 def _lines(
@@ -234,6 +220,6 @@ def _copied(backup: Backup, marked: list[tuple[Launch, int, Tensor]], tick: int)
         for (row, chunk), mark in zip(chunks_of(each.lengths, size).tolist(), marks.tolist(), strict=True):
             if mark >> 32 == tick:
                 stretch = slice(chunk * size, chunk * size + (mark & 0xFFFFFFFF))
-                weight, copy = backup.weights[each.rows[row]], backup.tensors[each.rows[row]]
+                weight, copy = backup.weights[each.positions[row]], backup.tensors[each.positions[row]]
                 pairs.append((in_memory_order(weight)[stretch], in_memory_order(copy)[stretch]))
     return pairs

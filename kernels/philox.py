@@ -42,10 +42,10 @@ class Draw(NamedTuple):
     whole: bool = False
     advance: Tensor | None = None
 
-    def take(self, rows: Sequence[int]) -> "Draw":
+    def take(self, positions: Sequence[int]) -> "Draw":
         """Return the draw for the tensors at these positions of the list alone."""
-        keep = None if self.keep is None else tuple(self.keep[i] for i in rows)
-        indices, starts = (tuple(column[i] for i in rows) for column in self.addresses())
+        keep = None if self.keep is None else tuple(self.keep[i] for i in positions)
+        indices, starts = (tuple(column[i] for i in positions) for column in self.addresses())
         return self._replace(indices=indices, keep=keep, starts=starts)
 
     def addresses(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -26,7 +26,7 @@ def random_words(seed, index, step, start, ALIGNED: tl.constexpr, LANES: tl.cons
     if ALIGNED:
         quads = start // 4
         low = quads.to(tl.uint32) + tl.arange(0, LANES // 4).to(tl.uint32)
-        # a part of a tensor may start anywhere, so that a stretch crosses a multiple of 2^32 quads
+        # A part of a tensor may start anywhere, so that a stretch may cross a multiple of 2^32 quads.
         high = (quads >> 32).to(tl.uint32) + (low < quads.to(tl.uint32)).to(tl.uint32)
         first, second, third, fourth = tl.philox(seed, low, index, step, high)
         words = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (LANES,))

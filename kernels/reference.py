@@ -1,22 +1,19 @@
 """The reference implementations in plain torch: path of the CPU, oracle of the tests, baseline of the benchmarks."""
 
-from fastsam.kernels.reference_common import arithmetic_dtype
-from fastsam.kernels.reference_ema import check_decay, ema_
+from fastsam.kernels.past import Past
+from fastsam.kernels.reference_ema import ema_
 from fastsam.kernels.reference_norm import found_nonfinite, norm
 from fastsam.kernels.reference_perturb import E0, perturb_
 from fastsam.kernels.reference_restore_adam_step import AdamOptions, restore_adam_step_
 from fastsam.kernels.reference_restore_step import SGDOptions, restore_, restore_sgd_step_
-from fastsam.kernels.reference_select import check_selection, select_largest_increase
-from fastsam.kernels.reference_trajectory_loss import Past, record_, trajectory_loss
+from fastsam.kernels.reference_select import select_largest_increase
+from fastsam.kernels.reference_trajectory_loss import record_, trajectory_loss
 
 __all__ = [
     "E0",
     "AdamOptions",
     "Past",
     "SGDOptions",
-    "arithmetic_dtype",
-    "check_decay",
-    "check_selection",
     "ema_",
     "found_nonfinite",
     "norm",

@@ -16,32 +16,15 @@ SMALL = 2**12
 """Elements up to which a tensor on the CPU costs more in calls than in memory, so that it is joined with others."""
 
 
-@torch.no_grad()
-def norm(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor] = (),
-    adaptive: Sequence[float | None] | None = None,
-    draw: Draw | None = None,
-) -> Tensor:
-    """Return ||m T g||_2 over all tensors, T = 1 or |w| + eta (SAM Eq. 2 with p = 2; ASAM Eq. 4; ESAM's mask m).
-
-    Args:
-        grads: floating-point tensors of any shapes, dtypes and devices; at least one.
-        weights: tensors of the same shapes; needed only with `adaptive`.
-        adaptive: for each tensor eta of T = |w| + eta, or None for T = 1; None altogether means T = 1.
-        draw: random numbers of the mask, if it has `keep`; None means m = 1.
-
-    Returns:
-        0-dim float64 tensor on the first tensor's device. Squares are summed in float64, so entries from 1e-20 to
-        1e20 neither overflow nor vanish; a non-finite entry gives a non-finite norm.
-    """
+def norm(grads: Sequence[Tensor], weights: Sequence[Tensor], etas: Sequence[float | None], draw: Draw | None) -> Tensor:
+    """Return ||m T g||_2 over all tensors; see `ops.norm`."""
     measured = list(grads)
-    for i, eta in enumerate(adaptive or [None] * len(grads)):
+    for i, eta in enumerate(etas):
         if eta is not None:
             measured[i] = weights[i].double().abs().add_(eta).mul_(grads[i])
         if draw is not None and draw.keep is not None:
             measured[i] = torch.where(mask_of(draw, i, grads[i]), measured[i], 0)
-    parts = [_norm_of([measured[i] for i in rows]) for rows in buckets(map(place, measured))]
+    parts = [_norm_of([measured[i] for i in positions]) for positions in buckets(map(place, measured))]
     if len(parts) == 1:
         return parts[0]
     device = grads[0].device
@@ -71,26 +54,19 @@ def _joined(tensors: list[Tensor]) -> list[Tensor]:
     return [t for t in tensors if t.numel() > SMALL] + ([torch.cat(small)] if small else [])
 
 
-@torch.no_grad()
 def found_nonfinite(grads: Sequence[Tensor]) -> Tensor:
-    """Return 1.0 if any entry of any tensor is inf or NaN, else 0.0.
-
-    Args:
-        grads: floating-point tensors of any shapes, dtypes and devices; at least one.
-
-    Returns:
-        0-dim float32 tensor on the first tensor's device.
-    """
+    """Return 1.0 if any entry of any tensor is inf or NaN, else 0.0; see `ops.found_nonfinite`."""
     device = grads[0].device
     alike = buckets(map(place, grads))
-    # a finite sum proves its terms finite, and only reads where tensors are large; another one may have overflowed
+    # A finite sum proves its terms finite, and large tensors are only read for it; one that is not may have overflowed.
     if reads_scalars(device) and math.isfinite(
-        sum(t.sum().item() for rows in alike for t in _joined([grads[i] for i in rows]))
+        sum(t.sum().item() for positions in alike for t in _joined([grads[i] for i in positions]))
     ):
         return torch.zeros((), device=device)
     flags: list[Tensor] = []
-    for rows in alike:
-        flag, one = grads[rows[0]].new_zeros((), dtype=torch.float32), torch.ones((), device=grads[rows[0]].device)
-        torch._amp_foreach_non_finite_check_and_unscale_([grads[i] for i in rows], flag, one)
+    for positions in alike:
+        some = [grads[i] for i in positions]
+        flag, one = torch.zeros((), device=some[0].device), torch.ones((), device=some[0].device)
+        torch._amp_foreach_non_finite_check_and_unscale_(some, flag, one)
         flags.append(flag.to(device))
     return torch.stack(flags).amax()

@@ -17,52 +17,36 @@ E0 = 1e-12
 _dtype = attrgetter("dtype")
 
 
-@torch.no_grad()
 def perturb_(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     backup: Backup,
     norm: Tensor,
     rho: Sequence[float],
-    adaptive: Sequence[float | None] | None = None,
-    draw: Draw | None = None,
-    e0: float = E0,
+    etas: Sequence[float | None],
+    draw: Draw | None,
+    e0: float,
 ) -> None:
-    """Save `weights` into `backup` and add eps = rho m T^2 g / (norm + e0) to them, T = 1 or |w| + eta.
-
-    SAM Eq. 2 with p = 2; ASAM Eq. 7; ESAM Eq. 5 with its mask m and rho / beta for rho. A norm that is zero, inf or
-    NaN gives eps = 0.
-
-    Args:
-        weights: tensors to perturb in place; the storage stays where it is.
-        grads: their gradients, of the same shapes.
-        backup: made for exactly `weights`; becomes valid.
-        norm: 0-dim tensor, ||T g||_2 over all tensors.
-        rho: for each tensor its radius; a negative one perturbs downhill (maximize).
-        adaptive: for each tensor eta of T = |w| + eta, or None for T = 1; None altogether means T = 1.
-        draw: random numbers of the mask, and for rounding the sum stochastically to 16-bit weights; None means m = 1
-            and rounding to nearest.
-        e0: added to the norm.
-    """
+    """Save `weights` into `backup` and perturb them; see `ops.perturb_`."""
     torch._foreach_copy_(backup.tensors, list(weights))
     backup.mark_complete()
     reciprocal = _reciprocal(norm, e0)
-    etas = [None] * len(weights) if adaptive is None else adaptive
     is_masked = draw is not None and draw.keep is not None
     keys = zip(map(place, weights), map(_dtype, grads), rho, [eta is None for eta in etas], strict=True)
-    for rows in buckets(keys):
-        first = weights[rows[0]]
-        scale = reciprocal * rho[rows[0]]
+    for positions in buckets(keys):
+        first = weights[positions[0]]
+        scale = reciprocal * rho[positions[0]]
         if isinstance(scale, Tensor):
             scale = float(scale) if reads_scalars(first.device) else scale.to(first.device)
-        if isinstance(scale, float) and scale == 0:  # not inf * 0
+        # Without this, an inf among the gradients times 0 would be NaN.
+        if isinstance(scale, float) and scale == 0:
             continue
-        # foreach on the CPU would round the scale to a 16-bit dtype
+        # On the CPU foreach would round the scale to a 16-bit dtype.
         is_wide = first.dtype not in (torch.float16, torch.bfloat16)
-        if isinstance(scale, float) and is_wide and etas[rows[0]] is None and not is_masked:
-            torch._foreach_add_([weights[i] for i in rows], [grads[i] for i in rows], alpha=scale)
+        if isinstance(scale, float) and is_wide and etas[positions[0]] is None and not is_masked:
+            torch._foreach_add_([weights[i] for i in positions], [grads[i] for i in positions], alpha=scale)
             continue
-        for i in rows:
+        for i in positions:
             _perturb_one(weights[i], grads[i], scale, etas[i], draw, i)
 
 
@@ -79,7 +63,7 @@ def _perturb_one(
 ) -> None:
     wide = arithmetic_dtype(weight.dtype)
     w = weight.to(wide)
-    # the scale goes first: scale * g is moderate where g alone times w^2 may leave float32's range
+    # The scale goes first: scale * g is moderate where g alone times w^2 may leave float32's range.
     if draw is not None and draw.keep is not None and draw.whole:
         scale = torch.where(mask_of(draw, position, weight), scale, 0.0)
     eps = grad.to(wide) * (scale.to(wide) if isinstance(scale, Tensor) else scale)
@@ -108,7 +92,7 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, words: Tensor) -> T
         rounded = ((bits + noise) & -0x10000).view(torch.float32)
     else:
         rounded = ((bits + (noise & 0x1FFF)) & -0x2000).view(torch.float32)
-        # below 2^-14 float16 is a grid of step 2^-24
+        # Below 2^-14 float16 is a grid of step 2^-24.
         steps = values.abs() * 2.0**24
         steps = steps.floor() + (noise * 2.0**-16 < steps - steps.floor())
         rounded = torch.where(values.abs() < 2.0**-14, (steps * 2.0**-24).copysign(values), rounded)

@@ -22,7 +22,6 @@ class AdamOptions(NamedTuple):
     maximize: bool = False
 
 
-@torch.no_grad()
 def restore_adam_step_(
     weights: Sequence[Tensor],
     sources: Sequence[Tensor],
@@ -33,35 +32,24 @@ def restore_adam_step_(
     steps: Sequence[Tensor],
     options: Sequence[AdamOptions],
     *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
-    """Set each weight to its source, then take torch.optim.Adam's or AdamW's step from there.
-
-    Args:
-        weights: tensors to update in place.
-        sources: for each weight its backup, or the weight itself where it was not perturbed.
-        grads: final gradients; divided in place by `grad_scale` if given.
-        exp_avgs: first moments, updated in place.
-        exp_avg_sqs: second moments, updated in place.
-        max_exp_avg_sqs: largest second moments so far, updated in place; None without amsgrad.
-        steps: 0-dim float32 step counters on the weights' devices, advanced in place.
-        options: hyperparameters for each tensor.
-        grad_scale: 0-dim float32 tensor, a GradScaler's scale; None means the gradients are unscaled.
-        found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
-    """
+    """Set each weight to its source and take Adam's or AdamW's step from there; see `ops.restore_adam_step_`."""
     restore_from(weights, sources)
-    for rows in alike(options, weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
-        o, counters = options[rows[0]], [steps[i] for i in rows]
-        largest = [x for i in rows if (x := max_exp_avg_sqs[i]) is not None]
-        lists = DenseLists(*([source[i] for i in rows] for source in (weights, grads, exp_avgs, exp_avg_sqs)), largest)
-        inf = skip_flag(weights[rows[0]], found_inf)
+    for positions in alike(options, weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
+        o, counters = options[positions[0]], [steps[i] for i in positions]
+        largest = [x for i in positions if (x := max_exp_avg_sqs[i]) is not None]
+        lists = DenseLists(
+            *([source[i] for i in positions] for source in (weights, grads, exp_avgs, exp_avg_sqs)), largest
+        )
+        inf = skip_flag(weights[positions[0]], found_inf)
         torch._foreach_add_(counters, 1)
         step = torch._fused_adamw_ if o.decoupled else torch._fused_adam_
         step(  # type: ignore[call-overload]
             *lists.tensors, counters,
             lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay, eps=o.eps, amsgrad=o.amsgrad,
-            maximize=o.maximize, grad_scale=to_device_of(weights[rows[0]], grad_scale), found_inf=inf,
+            maximize=o.maximize, grad_scale=to_device_of(weights[positions[0]], grad_scale), found_inf=inf,
         )  # fmt: skip
         if inf is not None:
             torch._foreach_sub_(counters, [inf] * len(counters))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsam.kernels.reference_common import arithmetic_dtype, place
-from fastsam.kernels.tensor_list import Backup, buckets, same_layout
+from fastsam.kernels.tensor_list import buckets, same_layout
 
 
 class SGDOptions(NamedTuple):
@@ -21,21 +21,11 @@ class SGDOptions(NamedTuple):
     maximize: bool = False
 
 
-@torch.no_grad()
-def restore_(backup: Backup) -> None:
-    """Copy the backup back into the weights that still wait for it, bit for bit. Idempotent.
-
-    Args:
-        backup: as `perturb_` left it; invalid afterwards.
-    """
-    if backup.valid:
-        weights, copies = backup.pending()
-        if weights:
-            torch._foreach_copy_(weights, copies)
-        backup.discard()
+def restore_(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Copy the copies back into the weights, bit for bit."""
+    torch._foreach_copy_(list(weights), list(copies))
 
 
-@torch.no_grad()
 def restore_sgd_step_(
     weights: Sequence[Tensor],
     sources: Sequence[Tensor],
@@ -43,39 +33,29 @@ def restore_sgd_step_(
     momentum_buffers: Sequence[Tensor | None],
     options: Sequence[SGDOptions],
     *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
-    """Set each weight to its source, then take torch.optim.SGD's step from there.
-
-    Args:
-        weights: tensors to update in place.
-        sources: for each weight its backup, or the weight itself where it was not perturbed.
-        grads: final gradients; divided in place by `grad_scale` if given.
-        momentum_buffers: updated in place, zeros before the first step; None where momentum is 0.
-        options: hyperparameters for each tensor.
-        grad_scale: 0-dim float32 tensor, a GradScaler's scale; None means the gradients are unscaled.
-        found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
-    """
+    """Set each weight to its source and take SGD's step from there; see `ops.restore_sgd_step_`."""
     restore_from(weights, sources)
-    for rows in alike(options, weights, grads, momentum_buffers):
-        o = options[rows[0]]
-        buffers = [b for i in rows if (b := momentum_buffers[i]) is not None]
-        lists = DenseLists([weights[i] for i in rows], [grads[i] for i in rows], buffers)
+    for positions in alike(options, weights, grads, momentum_buffers):
+        o, first = options[positions[0]], weights[positions[0]]
+        buffers = [b for i in positions if (b := momentum_buffers[i]) is not None]
+        lists = DenseLists([weights[i] for i in positions], [grads[i] for i in positions], buffers)
         torch._fused_sgd_(
             *lists.tensors,
             weight_decay=o.weight_decay, momentum=o.momentum, lr=o.lr, dampening=o.dampening,
             nesterov=o.nesterov, maximize=o.maximize, is_first_step=False,
-            grad_scale=to_device_of(weights[rows[0]], grad_scale), found_inf=skip_flag(weights[rows[0]], found_inf),
+            grad_scale=to_device_of(first, grad_scale), found_inf=skip_flag(first, found_inf),
         )  # fmt: skip
         lists.write_back()
 
 
 def restore_from(weights: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Set each weight to its source, which may be the weight itself."""
-    rows = [i for i, (w, s) in enumerate(zip(weights, sources, strict=True)) if w is not s]
-    if rows:
-        torch._foreach_copy_([weights[i] for i in rows], [sources[i] for i in rows])
+    positions = [i for i, (w, s) in enumerate(zip(weights, sources, strict=True)) if w is not s]
+    if positions:
+        torch._foreach_copy_([weights[i] for i in positions], [sources[i] for i in positions])
 
 
 def to_device_of(like: Tensor, scalar: Tensor | None) -> Tensor | None:
@@ -91,12 +71,12 @@ def skip_flag(like: Tensor, found_inf: Tensor | None) -> Tensor | None:
 def alike(options: Sequence[tuple], *lists: Sequence[Tensor | None]) -> list[list[int]]:
     """Positions of parameters that one call serves: of a device, a dtype and options, all fusable or none."""
     distinct = {id(o): o for o in options}
-    # tensors compare elementwise; two options with a tensor lr are alike only if it is the same tensor
+    # Tensors compare elementwise, so two options with a tensor lr are alike only if it is the same tensor.
     keys = {i: tuple(id(x) if isinstance(x, Tensor) else x for x in o) for i, o in distinct.items()}
     kinds: list[Any] = [None] * len(options)
     if not _are_uniform(lists):
-        rows = ([t for t in row if t is not None] for row in zip(*lists, strict=True))
-        kinds = [(*place(row[0]), len(row), _is_fusable(*row)) for row in rows]
+        present = ([t for t in row if t is not None] for row in zip(*lists, strict=True))
+        kinds = [(*place(row[0]), len(row), _is_fusable(*row)) for row in present]
     return buckets((keys[id(o)], kind) for o, kind in zip(options, kinds, strict=True))
 
 
@@ -118,7 +98,8 @@ def _are_uniform(lists: Sequence[Sequence[Tensor | None]]) -> bool:
 def _is_fusable(*tensors: Tensor) -> bool:
     """Whether torch's fused kernels, which walk memory, treat these tensors of one parameter right."""
     if tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.float16, torch.bfloat16):
-        return False  # torch 2.13's _fused_sgd_ leaves most of a 16-bit weight as it was
+        # On the CPU torch 2.13's _fused_sgd_ leaves most of a 16-bit weight as it was.
+        return False
     return same_layout(tensors) and all(t.dtype == tensors[0].dtype for t in tensors)
 
 

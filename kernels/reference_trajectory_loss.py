@@ -4,7 +4,8 @@
     loss of a row = cross-entropy(logits, target) + weight KL(p || q)
     its gradient  = (softmax(logits) - target) + weight / tau (q - p)
 
-SPEC 1.4 and 1.5 with weight = lambda tau^2. A past is the teacher's logits, or what a history recorded of the samples.
+SAF's Eq. 9 and MESA's Eq. 13 with weight = lam tau^2. A past is the teacher's logits, or what a history recorded of the
+samples.
 """
 
 from typing import NamedTuple
@@ -13,44 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsam.kernels.past import NEVER, Past
 from fastsam.kernels.reference_common import arithmetic_dtype, reads_scalars
 
-LOGITS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes of logits; a history may be any of them, or int8."""
 LARGEST_HALF = 65504.0
 """Finite logits are clamped to this magnitude where a history is float16."""
 SMALLEST_SCALE = 2.0**-126
 """Of an int8 history's rows: what keeps a division by it finite."""
-REDUCTIONS = ("none", "sum", "mean")
-NEVER = torch.iinfo(torch.int32).min
-"""The tag of a row while it is written."""
-
-
-class Past(NamedTuple):
-    """Logits that the current ones are compared with: a teacher's, or those of a history of samples.
-
-    Without `ids`, row i of `rows` belongs to row i of the batch. With them it is row `ids[i]`, whose record is valid
-    if its tag is exactly `wanted`. A row of the batch takes part in the history if its target is not ignored, its id
-    is in range, and no earlier such row of the batch has the same id; any other has no past and is not recorded.
-    Neither has a row without a finite largest logit, such as one that holds NaN, a past.
-    """
-
-    rows: Tensor
-    """[n, C] logits of a teacher; or [num_samples, width >= C] history, whose columns from C on are padding."""
-    scales: Tensor | None = None
-    """[num_samples] float32, by which the rows of an int8 history are multiplied."""
-    tags: Tensor | None = None
-    """[num_samples] int32: the epoch each row was recorded in; before that, a number that is never wanted."""
-    ids: Tensor | None = None
-    """[n] int64: the sample of each row of the batch."""
-    epoch: int = 0
-    """The tag of what is recorded now."""
-    wanted: int = 0
-    """The tag that a valid record has."""
-    record: bool = False
-    """Whether the batch's logits replace the rows that were read."""
-    errors: Tensor | None = None
-    """[2] int64: how many ids were out of range, and one of them."""
 
 
 class _Rows(NamedTuple):
@@ -62,57 +32,6 @@ class _Rows(NamedTuple):
     """[n] bool; None where all rows do."""
 
 
-def check_loss(
-    logits: Tensor, targets: Tensor | None, past: Past | None, tau: float = 1.0, reduction: str = "none"
-) -> None:
-    """Raise ValueError unless `trajectory_loss` is defined for these arguments. Reads no element."""
-    if logits.dim() != 2 or logits.dtype not in LOGITS or not logits.shape[1]:
-        raise ValueError(
-            f"logits must be [n, C] of float64, float32, float16 or bfloat16, got {tuple(logits.shape)} {logits.dtype}"
-        )
-    n, n_classes = logits.shape
-    if targets is not None:
-        shape = (n, n_classes) if targets.is_floating_point() else (n,)
-        if targets.shape != shape or not (targets.is_floating_point() or targets.dtype == torch.int64):
-            raise ValueError(
-                f"targets must be int64 [{n}] or class probabilities [{n}, {n_classes}], "
-                f"got {tuple(targets.shape)} {targets.dtype}"
-            )
-    if not tau > 0:
-        raise ValueError(f"tau must be positive, got {tau}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}; choose one of {', '.join(map(repr, REDUCTIONS))}")
-    if past is not None:
-        _check_past(past, n, n_classes, logits.device)
-
-
-def _check_past(past: Past, n: int, n_classes: int, device: torch.device) -> None:
-    rows = past.rows
-    if any(t is not None and t.device != device for t in past if isinstance(t, Tensor)):
-        raise ValueError(f"the past must be on the logits' device, {device}")
-    if past.ids is None:
-        if rows.shape != (n, n_classes) or rows.dtype not in LOGITS:
-            raise ValueError(
-                f"a teacher's logits must be floating [{n}, {n_classes}], got {tuple(rows.shape)} {rows.dtype}"
-            )
-        return
-    if rows.dim() != 2 or rows.shape[1] < n_classes or not len(rows) or rows.dtype not in (*LOGITS, torch.int8):
-        raise ValueError(
-            f"a history must be floating or int8 [num_samples, {n_classes} or more], "
-            f"got {tuple(rows.shape)} {rows.dtype}"
-        )
-    if (past.scales is not None) != (rows.dtype == torch.int8):
-        raise ValueError(f"scales belong to an int8 history and to no other, got a history of {rows.dtype}")
-    wanted = [("ids", past.ids, torch.int64, n), ("tags", past.tags, torch.int32, len(rows))]
-    wanted += [("scales", past.scales, torch.float32, len(rows))] if past.scales is not None else []
-    wanted += [("errors", past.errors, torch.int64, 2)] if past.errors is not None else []
-    for name, tensor, dtype, size in wanted:
-        if tensor is None or tensor.dtype != dtype or tensor.shape != (size,) or not tensor.is_contiguous():
-            found = None if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise ValueError(f"{name} must be a contiguous {dtype} [{size}], got {found}")
-
-
-@torch.no_grad()
 def trajectory_loss(
     logits: Tensor,
     targets: Tensor,
@@ -120,37 +39,11 @@ def trajectory_loss(
     *,
     tau: float,
     weight: float,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return cross-entropy + weight KL(softmax(past / tau) || softmax(logits / tau)), and its gradient.
-
-    A class whose past or target probability is 0 adds nothing. One whose current probability is 0, but whose past or
-    target probability is not, makes the loss inf; its gradient is finite, as torch's is.
-
-    Args:
-        logits: [n, C] float64, float32, float16 or bfloat16.
-        targets: int64 [n], or floating class probabilities [n, C].
-        past: what to compare with; None means cross-entropy alone. A history's rows are read before they are
-            overwritten, and where `past.record` is set the logits are recorded whatever their targets' kind.
-        tau: temperature of the KL.
-        weight: factor of the KL; tau^2 is the caller's.
-        label_smoothing: s of the target (1 - s) onehot + s / C.
-        ignore_index: rows with this target get loss and gradient 0, and neither count nor are recorded.
-        reduction: "mean" over the rows not ignored, "sum" or "none".
-
-    Returns:
-        loss: 0-dim, or [n] for "none"; float64 for float64 logits, else float32.
-        gradient: [n, C] of each row's own loss, in the logits' dtype.
-        scale: 0-dim in the loss's dtype, by which a reduced loss's gradient differs from that: for "mean" 1 / rows
-            that count, 0 where none does; else 1.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
-        IndexError: a target is not a class (a kernel makes that row's loss and gradient NaN instead).
-    """
-    check_loss(logits, targets, past, tau, reduction)
+    """Return the loss, the gradient of each row and its scale; see `ops.trajectory_loss`."""
     ignored = _ignored(targets, ignore_index)
     shifted, probabilities = _exponentials(logits.to(arithmetic_dtype(logits.dtype)))
     sums = probabilities.sum(1, keepdim=True)
@@ -171,29 +64,10 @@ def trajectory_loss(
     return loss, gradient.to(logits.dtype), scale
 
 
-@torch.no_grad()
-def record_(logits: Tensor, past: Past, targets: Tensor | None = None, ignore_index: int = -100) -> None:
-    """Record the logits in the history, as `trajectory_loss` would.
-
-    Args:
-        logits: [n, C] float64, float32, float16 or bfloat16.
-        past: a history; `wanted` and `record` do not matter.
-        targets: only needed for rows to be ignored; int64 [n], or class probabilities, which ignore none.
-        ignore_index: rows with this target are not recorded.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
-    """
-    check_record(logits, past, targets)
+def record_(logits: Tensor, past: Past, targets: Tensor | None, ignore_index: int) -> None:
+    """Record the logits in the history; see `ops.record_`."""
     if len(logits):
         _write(logits, past, _find_rows(past, _ignored(targets, ignore_index)))
-
-
-def check_record(logits: Tensor, past: Past, targets: Tensor | None) -> None:
-    """Raise ValueError unless `record_` is defined for these arguments. Reads no element."""
-    if past.ids is None:
-        raise ValueError("only a history records, and this past has no ids")
-    check_loss(logits, targets, past)
 
 
 def _ignored(targets: Tensor | None, ignore_index: int) -> Tensor | None:
@@ -254,7 +128,7 @@ def _find_rows(past: Past, ignored: Tensor | None) -> _Rows:
         past.errors[0] += outside.sum()
         one = ids.index_select(0, outside.int().argmax(0, keepdim=True))
         past.errors[1:] = torch.where(outside.any(), one, past.errors[1:])
-    # who cannot take part is given a number of its own
+    # A row that cannot take part is given a number that no other has.
     numbers = torch.where(counted & inside, ids, -1 - torch.arange(len(ids), device=ids.device))
     ordered, order = numbers.sort(stable=True)
     again = torch.zeros_like(inside).scatter_(0, order[1:], ordered[1:] == ordered[:-1])
@@ -282,9 +156,10 @@ def _pull(
     past_shifted, p = _exponentials(_read(past, rows.ids, shifted.shape[1], losses.dtype), tau)
     q = shifted.div(tau).exp_()
     p_sums, q_sums = p.sum(1), q.sum(1)
-    sound = p_sums > 0  # not with a NaN, an inf, or without a finite logit
+    # Not so for a past with a NaN or an inf, or without a finite logit.
+    sound = p_sums > 0
     valid = sound if valid is None else valid & sound
-    # NaN is 0 inf here, of a class whose past probability is 0; of current logits it is in the cross-entropy as well
+    # A NaN is 0 inf here, of a class whose past probability is 0; a NaN logit is in the cross-entropy as well.
     spread = past_shifted.sub_(shifted).mul_(p).nansum(1)
     divergences = spread.div_(p_sums * tau).sub_(p_sums.div(q_sums).log_())
     pull = q.div_(q_sums.unsqueeze(1)).sub_(p.div_(p_sums.unsqueeze(1)))
@@ -304,7 +179,7 @@ def _read(past: Past, ids: Tensor | None, n_classes: int, dtype: torch.dtype) ->
 
 
 def _write(logits: Tensor, past: Past, rows: _Rows) -> None:
-    """Record the logits of the rows that take part; a row that an interrupt leaves half-written is nobody's past."""
+    """Record the logits of the rows that take part; until a row is whole, its tag is NEVER."""
     assert rows.ids is not None
     assert past.tags is not None
     ids, taking_part = rows.ids, rows.taking_part
@@ -317,7 +192,7 @@ def _write(logits: Tensor, past: Past, rows: _Rows) -> None:
         for table, new in tables:
             table.index_copy_(0, ids, new)
         return
-    # shapes may not depend on the data: who takes no part repeats the first who does, or nobody changes anything
+    # Shapes may not depend on the data: a row that takes no part repeats the first that does, if there is one.
     numbers = torch.arange(len(ids), device=ids.device)
     source = torch.where(taking_part, numbers, taking_part.int().argmax())
     ids = ids.index_select(0, source)
@@ -331,7 +206,7 @@ def _encode(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if dtype == torch.int8:
         z = logits.float()
         scales = z.abs().amax(1).mul_(1 / 127).clamp_(min=SMALLEST_SCALE)
-        # a scale of inf says that there was NaN or inf
+        # A scale of inf says that there was a NaN or an inf.
         scales = scales.nan_to_num_(torch.inf, torch.inf)
         return z.div(scales.unsqueeze(1)).round_().nan_to_num_(0.0).to(dtype), scales
     if dtype == torch.float16 and logits.dtype != dtype and not _fits_half(logits):

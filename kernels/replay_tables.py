@@ -28,7 +28,7 @@ class Tables:
     """The tables of one capture, and other scratch that its launches need for as long as it is replayed."""
 
     def __init__(self) -> None:
-        self.kept: list[Tensor] = []
+        self.held: list[Tensor] = []
         self._empty: list[tuple[Tensor, Tensor]] = []
         self._live: list[tuple[Tensor, Callable[[], Lines]]] = []
         self._lines: list[Lines] = []
@@ -80,10 +80,10 @@ def capturing(tables: Tables) -> Iterator[None]:
         _open = None
 
 
-def keep(*tensors: Tensor) -> None:
-    """Let a capture keep tensors that its launches were given, and that others may drop."""
+def hold(*tensors: Tensor) -> None:
+    """Let a capture hold tensors that its launches were given, and that others may drop."""
     if _open is not None:
-        _open.kept += tensors
+        _open.held += tensors
 
 
 def tables() -> Tables | None:
@@ -101,8 +101,9 @@ def refresh_of(items: Sequence[Any], lines_of: Callable[[Sequence[Any]], Iterabl
 
 def refuse_reference(rest: Sequence[int], tensors: Sequence[Tensor]) -> None:
     """Raise RuntimeError if a capture would leave tensors to the reference, whose numbers nobody could refresh."""
-    left = [tensors[i] for i in rest if tensors[i].numel()]
-    if _open is not None and left:
+    if _open is None:
+        return
+    if left := [tensors[i] for i in rest if tensors[i].numel()]:
         raise RuntimeError(
             f"a parameter of shape {tuple(left[0].shape)}, {left[0].dtype}, strides {left[0].stride()}, cannot be "
             "walked by the kernels (amsgrad, a dtype they do not know, gaps in memory, or a gradient laid out in "

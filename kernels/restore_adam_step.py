@@ -3,24 +3,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference, replay_tables
 from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
-from fastsam.kernels.launch import counters, launch, on_device, split, to_device
+from fastsam.kernels.launch import launch_lists
+from fastsam.kernels.launch_tables import Launch, Work
 from fastsam.kernels.reference import AdamOptions
-from fastsam.kernels.restore_step import (
-    final_gradient,
-    learning_rate,
-    step_constants,
-    step_hyperparameters,
-    step_refresh,
-)
+from fastsam.kernels.restore_step import final_gradient, learning_rate, step_work
 
 
 @triton.jit
@@ -30,6 +22,7 @@ def _adam_stretch(
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr,
     IS_SCALED: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """Adam's step of `length` elements from `start`, as `_restore_adam_step_kernel` says."""
     offsets = tl.arange(0, LANES)
     mask = offsets < length
     w = tl.load(element_ptr(source_base, start, WEIGHT, WIDEST, ALIGNED) + offsets, mask=mask)
@@ -81,11 +74,11 @@ def _restore_adam_step_kernel(
         skip = tl.load(found_inf_ptr) != 0
     unscale = 1.0
     if grad_scale_ptr is not None:
-        # scalers use powers of two, by whose inverse to multiply is to divide, without a division's slow path
+        # Scales are powers of two: multiplying by the inverse is exact, and faster than a division.
         unscale = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
     before = tl.load(step_ptr)
     step = before.to(tl.float64) + 1
-    # m' / (sqrt(v') + eps) = (root / correction1) m / (sqrt(v) + root eps), root = sqrt(correction2): one division
+    # One division: m' / (sqrt(v') + eps) = (root / correction1) m / (sqrt(v) + root eps), root = sqrt(correction2).
     root = tl.sqrt(1 - tl.exp2(step * tl.load(set_ptr + 8)))
     step_size = (lr * root / (1 - tl.exp2(step * tl.load(set_ptr + 7)))).to(COMPUTE)
     eps = (tl.load(set_ptr + 3) * root).to(COMPUTE)
@@ -106,7 +99,8 @@ def _restore_adam_step_kernel(
             WEIGHT, GRAD, STATE, WIDEST, COMPUTE, grad_scale_ptr is not None, False, BLOCK_SIZE // 4,
         )  # fmt: skip
         done += BLOCK_SIZE // 4
-    tl.debug_barrier()  # every thread has read t
+    # Every thread has to read t before it is advanced.
+    tl.debug_barrier()
     counter_ptr = counters_ptr + tl.load(chunks_ptr + 2 * tl.program_id(0))
     n_arrived = tl.atomic_add(counter_ptr, 1) + 1
     is_last = n_arrived == (tl.load(row_ptr) + BLOCK_SIZE - 1) // BLOCK_SIZE
@@ -120,40 +114,22 @@ def _after_lr(o: AdamOptions) -> tuple[float, ...]:
     return (o.beta1, o.beta2, o.eps, o.weight_decay, float(o.decoupled), sign, *logarithms)
 
 
-@torch.no_grad()
 def restore_adam_step_(
-    weights: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor | None],
+    launches: Sequence[Launch],
     steps: Sequence[Tensor],
     options: Sequence[AdamOptions],
-    *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
-    """Set each weight to its source and take Adam's or AdamW's step from there; see `reference.restore_adam_step_`.
+    """Set each weight to its source and take Adam's or AdamW's step from there; see `ops.restore_adam_step_`.
 
-    One launch for each dtype combination; amsgrad and empty parameters are left to the reference.
+    One launch for each dtype combination.
     """
-    refused = tuple([largest is not None or not w.numel() for largest, w in zip(max_exp_avg_sqs, weights, strict=True)])
-    launches, rest = split(weights, sources, grads, exp_avgs, exp_avg_sqs, refused=refused)
-    replay_tables.refuse_reference(rest, weights)
-    if rest:
-        lists: Any = (weights, sources, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, options)
-        some = ([items[i] for i in rest] for items in lists)
-        reference.restore_adam_step_(*some, grad_scale=grad_scale, found_inf=found_inf)
-    counts = tuple(map(Tensor.data_ptr, steps))
-    for each in launches:
-        sets, lines, rates, _kept = step_hyperparameters(options, each, _after_lr)
-        constants = step_constants(each, each.dtypes[3])
-        refresh = step_refresh(options, each, _after_lr)
-        work = each.table(constants["BLOCK_SIZE"], sets, lines, each.of(counts), rates, refresh=refresh)
-        with on_device(each.device), counters(len(each.rows), each.device) as arrivals:
-            launch(
-                _restore_adam_step_kernel, work.n_programs, *work, arrivals,
-                to_device(grad_scale, each.device), to_device(found_inf, each.device), **constants,
-            )  # fmt: skip
-    torch.autograd.graph.increment_version(weights)
+    kept: list[Tensor] = []
+    step_addresses = tuple(map(Tensor.data_ptr, steps))
+
+    def work_of(each: Launch) -> Work:
+        work = step_work(each, options, _after_lr, (grad_scale, found_inf), kept)
+        return work._replace(columns=(each.of(step_addresses), *work.columns), n_counters=len(each.positions))
+
+    launch_lists(_restore_adam_step_kernel, launches, work_of)

@@ -12,27 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference, replay_tables
+from fastsam.kernels import replay_tables
 from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
-from fastsam.kernels.launch import (
-    ELEMENTS,
-    Launch,
-    block_size,
-    launch,
-    on_device,
-    split,
-    to_device,
-    wide,
-    widest,
-)
+from fastsam.kernels.launch import block_size, launch_lists, wide, widest
+from fastsam.kernels.launch_tables import ELEMENTS, Launch, Work
 from fastsam.kernels.reference import SGDOptions
-from fastsam.kernels.tensor_list import Backup
 
 _INTEGERS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
 @triton.jit
 def _copy_stretch(w_base, b_base, start, length, WORD: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr):
+    """Copy `length` elements of the backup from `start` into the weight, as integers."""
     offsets = tl.arange(0, LANES)
     mask = offsets < length
     bits = tl.load(element_ptr(b_base, start, WORD, WORD.primitive_bitwidth, ALIGNED) + offsets, mask=mask)
@@ -52,26 +43,16 @@ def _restore_kernel(rows_ptr, chunks_ptr, WORD: tl.constexpr, BLOCK_SIZE: tl.con
         done += BLOCK_SIZE // 4
 
 
-@torch.no_grad()
-def restore_(backup: Backup) -> None:
-    """Copy the backup back into the weights that still wait for it, bit for bit. One launch for each width of dtype."""
-    if not backup.valid:
-        return
-    weights, copies = backup.pending()
-    launches, rest = split(weights, copies, by_width=True)
-    if rest:
-        torch._foreach_copy_([weights[i] for i in rest], [copies[i] for i in rest])
-    for each in launches:
-        size = block_size(*each.dtypes)
-        work = each.table(size)
-        word = _INTEGERS[each.dtypes[0].itemsize]
-        with on_device(each.device):
-            launch(_restore_kernel, work.n_programs, work.rows, work.chunks, WORD=word, BLOCK_SIZE=size)
-    torch.autograd.graph.increment_version(weights)
-    backup.discard()
+def restore_(launches: Sequence[Launch]) -> None:
+    """Copy the backups back into the weights; see `ops.restore_`. One launch for each width of dtype."""
+
+    def work_of(each: Launch) -> Work:
+        return Work({"WORD": _INTEGERS[each.dtypes[0].itemsize], "BLOCK_SIZE": block_size(*each.dtypes)})
+
+    launch_lists(_restore_kernel, launches, work_of)
 
 
-# what every fused step shares
+# What every fused step shares.
 
 
 @triton.jit
@@ -93,28 +74,53 @@ def final_gradient(g_ptr, mask, skip, unscale, sign, decay, value, COMPUTE: tl.c
     return tl.where(decay != 0, grad + decay * value, grad)
 
 
-def step_hyperparameters(
-    options: Sequence[Any], each: Launch, rest_of: Callable[[Any], tuple[float, ...]]
-) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...], tuple[int, ...], list[Tensor]]:
-    """Return each parameter's set of hyperparameters, the sets, addresses of learning rates, and what lies there.
+def step_work(
+    each: Launch,
+    options: Sequence[Any],
+    after_lr: Callable[[Any], tuple[float, ...]],
+    scalars: tuple[Tensor | None, Tensor | None],
+    kept: list[Tensor],
+) -> Work:
+    """Return what the kernel of a fused step is told, but for what is its own.
 
-    A learning rate that is a number heads its set, and its address is 0; a tensor must be kept until the launch.
+    Args:
+        each: the launch.
+        options: hyperparameters of all parameters.
+        after_lr: returns the numbers of a set behind the learning rate.
+        scalars: grad_scale and found_inf.
+        kept: takes tensors that are to be kept until the launch.
     """
-    positions: dict[int, int] = {}
+    width = widest(each.dtypes)
+    constants = {
+        "WEIGHT": ELEMENTS[each.dtypes[0]],
+        "GRAD": ELEMENTS[each.dtypes[2]],
+        "STATE": ELEMENTS[each.dtypes[3]],
+        "WIDEST": width,
+        "COMPUTE": wide(each.dtypes[0]),
+        # At most 8 elements a thread, since so many tensors, widened to float32, fill the registers.
+        "BLOCK_SIZE": block_size(*each.dtypes, vectors=min(width // 16, 2)),
+    }
     own = each.of(options)
+    positions: dict[int, int] = {}
     sets = tuple([positions.setdefault(id(o), len(positions)) for o in own])
     firsts = [own[sets.index(i)] for i in range(len(positions))]
-    dtype = torch.float64 if each.dtypes[0] == torch.float64 else torch.float32  # what the kernel computes in
-    bases, kept = [], []
-    for o in firsts:
-        tensors = [t for t in [to_device(o.lr, each.device, dtype) if _stays(o.lr, each) else None] if t is not None]
-        bases.append(tensors[0].data_ptr() if tensors else 0)
-        kept += tensors
-    return sets, tuple(_lines(each, rest_of, firsts)), tuple([bases[i] for i in sets]), kept
+    addresses = [_lr_address(o.lr, each, kept) for o in firsts]
+    refresh = replay_tables.refresh_of(options, lambda now: _lines(each, after_lr, each.of(now)))
+    lr_column = tuple([addresses[i] for i in sets])
+    return Work(constants, scalars, (sets, tuple(_lines(each, after_lr, firsts))), refresh, (lr_column,))
 
 
-def _lines(each: Launch, rest_of: Callable[[Any], tuple[float, ...]], options: Sequence[Any]) -> list[Any]:
-    return [(0.0 if _stays(o.lr, each) else float(o.lr), *rest_of(o)) for o in options]
+def _lr_address(lr: float | Tensor, each: Launch, kept: list[Tensor]) -> int:
+    """Return where a learning rate lies on the device, as a kernel computes with it; 0 for a number."""
+    if not _stays(lr, each):
+        return 0
+    dtype = torch.float64 if each.dtypes[0] == torch.float64 else torch.float32
+    kept.append(lr.to(each.device, dtype, non_blocking=True))  # type: ignore[union-attr]
+    return kept[-1].data_ptr()
+
+
+def _lines(each: Launch, after_lr: Callable[[Any], tuple[float, ...]], options: Sequence[Any]) -> list[Any]:
+    return [(0.0 if _stays(o.lr, each) else float(o.lr), *after_lr(o)) for o in options]
 
 
 def _stays(lr: float | Tensor, each: Launch) -> bool:
@@ -122,26 +128,7 @@ def _stays(lr: float | Tensor, each: Launch) -> bool:
     return isinstance(lr, Tensor) and lr.device.type in ("cuda", each.device.type)
 
 
-def step_refresh(options: Sequence[Any], each: Launch, rest_of: Callable[[Any], tuple[float, ...]]) -> Any:
-    """Return what refreshes the hyperparameters in replays; None outside of a capture."""
-    return replay_tables.refresh_of(options, lambda now: _lines(each, rest_of, each.of(now)))
-
-
-def step_constants(each: Launch, state_dtype: torch.dtype) -> dict[str, Any]:
-    """Return what the kernel of a step is compiled for."""
-    width = widest(each.dtypes)
-    return {
-        "WEIGHT": ELEMENTS[each.dtypes[0]],
-        "GRAD": ELEMENTS[each.dtypes[2]],
-        "STATE": ELEMENTS[state_dtype],
-        "WIDEST": width,
-        "COMPUTE": wide(each.dtypes[0]),
-        # at most 8 elements a thread: so many tensors, widened to float32, fill the registers
-        "BLOCK_SIZE": block_size(*each.dtypes, vectors=min(width // 16, 2)),
-    }
-
-
-# SGD
+# SGD's step.
 
 
 @triton.jit
@@ -151,6 +138,7 @@ def _sgd_stretch(
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, WIDEST: tl.constexpr, COMPUTE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr, IS_SCALED: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """SGD's step of `length` elements from `start`, as `_restore_sgd_step_kernel` says."""
     offsets = tl.arange(0, LANES)
     mask = offsets < length
     w = tl.load(element_ptr(source_base, start, WEIGHT, WIDEST, ALIGNED) + offsets, mask=mask)
@@ -195,7 +183,7 @@ def _restore_sgd_step_kernel(
         skip = tl.load(found_inf_ptr) != 0
     unscale = 1.0
     if grad_scale_ptr is not None:
-        # scalers use powers of two, by whose inverse to multiply is to divide, without a division's slow path
+        # Scales are powers of two: multiplying by the inverse is exact, and faster than a division.
         unscale = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
     done = aligned_length(length, w_base | source_base | g_base | m_base)
     _sgd_stretch(
@@ -212,39 +200,20 @@ def _restore_sgd_step_kernel(
         done += BLOCK_SIZE // 4
 
 
-@torch.no_grad()
 def restore_sgd_step_(
-    weights: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor | None],
-    options: Sequence[SGDOptions],
-    *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    launches: Sequence[Launch], options: Sequence[SGDOptions], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """Set each weight to its source and take SGD's step from there; see `reference.restore_sgd_step_`.
+    """Set each weight to its source and take SGD's step from there; see `ops.restore_sgd_step_`.
 
     One launch for each dtype combination, with and without momentum.
     """
-    launches, rest = split(weights, sources, grads, momentum_buffers)
-    replay_tables.refuse_reference(rest, weights)
-    if rest:
-        lists: Any = (weights, sources, grads, momentum_buffers, options)
-        some = ([items[i] for i in rest] for items in lists)
-        reference.restore_sgd_step_(*some, grad_scale=grad_scale, found_inf=found_inf)
-    for each in launches:
-        sets, lines, rates, _kept = step_hyperparameters(options, each, _after_lr)
-        constants = step_constants(each, each.dtypes[3])
-        refresh = step_refresh(options, each, _after_lr)
-        work = each.table(constants["BLOCK_SIZE"], sets, lines, rates, refresh=refresh)
-        with on_device(each.device):
-            launch(
-                _restore_sgd_step_kernel, work.n_programs, *work,
-                to_device(grad_scale, each.device), to_device(found_inf, each.device),
-                HAS_MOMENTUM=momentum_buffers[each.rows[0]] is not None, **constants,
-            )  # fmt: skip
-    torch.autograd.graph.increment_version(weights)
+    kept: list[Tensor] = []
+
+    def work_of(each: Launch) -> Work:
+        work = step_work(each, options, _after_lr, (grad_scale, found_inf), kept)
+        return work._replace(constants=work.constants | {"HAS_MOMENTUM": each.present[3]})
+
+    launch_lists(_restore_sgd_step_kernel, launches, work_of)
 
 
 def _after_lr(o: SGDOptions) -> tuple[float, ...]:

@@ -18,17 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference
-from fastsam.kernels.launch import INTERPRETED, launch, on_device
+from fastsam.kernels.launch import launch, on_device
 
 MOST_ROWS = 65536
 """One program takes them all, so its time grows with their number."""
-_BLOCK_SIZES = (256, 2048)  # few, so that a small last batch seldom needs a kernel of its own
-_BYTES_IN_REGISTERS = 65536  # of keys, the largest block: 64 a thread
+# Few, so that a small last batch seldom needs a kernel of its own.
+_BLOCK_SIZES = (256, 2048)
+# Of keys, in the largest block: 64 bytes a thread.
+_BYTES_IN_REGISTERS = 65536
 _STORE_SIZE = 2048
 _ELEMENTS_PER_THREAD = 8
 _MOST_THREADS = 1024
-_FIELD = tl.constexpr(20)  # bits of a count: three fit an int64
+# Bits of a count: three fit an int64.
+_FIELD = tl.constexpr(20)
 _FIELD_MASK = tl.constexpr(2**20 - 1)
 
 
@@ -42,8 +44,9 @@ def _load_keys(after_ptr, before_ptr, after_stride, before_stride, rows, n_rows,
     after = tl.load(after_ptr + rows.to(tl.int64) * after_stride, mask=mask, other=0).to(COMPUTE)
     before = tl.load(before_ptr + rows.to(tl.int64) * before_stride, mask=mask, other=0).to(COMPUTE)
     delta = after - before
-    bits = tl.where(delta == 0, 0.0, delta).to(KEY, bitcast=True)  # -0 is 0
-    # a negative number is stored as its magnitude under a sign bit: turn the order of the magnitudes around
+    # -0 counts as 0.
+    bits = tl.where(delta == 0, 0.0, delta).to(KEY, bitcast=True)
+    # A negative number is stored as its magnitude under a sign bit, so the order of magnitudes is turned around.
     keys = tl.where(bits < 0, bits ^ -(LOWEST + 1), bits)
     return tl.where(mask & (delta == delta), keys, LOWEST)
 
@@ -74,7 +77,7 @@ def _narrow(first, last, n_from_first, n_above, cut, fields, k):
 def _store_chosen(keys, rows, first, last, n_chosen, n_spare, chosen_ptr):
     """Append the chosen ones of these rows to n_chosen earlier ones; n_spare in first..last may still be taken."""
     sure = keys > last
-    # rows past the end may be as low as NaN, but come after enough others
+    # Rows past the end may be as low as NaN, but come after enough others.
     likely = (keys >= first) & (keys <= last)
     both = sure.to(tl.int32) | (likely.to(tl.int32) << 16)
     earlier = tl.cumsum(both, 0) - both
@@ -162,23 +165,14 @@ def _select_kernel(
         start += STORE_SIZE
 
 
-@torch.no_grad()
 def select_largest_increase(after: Tensor, before: Tensor, k: int) -> Tensor:
-    """Return the rows of the k largest after - before, ascending; see `reference.select_largest_increase`.
+    """Return the rows of the k largest after - before, ascending; see `ops.select_largest_increase`.
 
     One launch, whatever the strides.
-
-    Raises:
-        ValueError: as the reference, and where there are more than `MOST_ROWS` rows.
     """
-    reference.check_selection(after, before, k)
     n_rows = len(after)
     if n_rows > MOST_ROWS:
-        raise ValueError(
-            f"at most {MOST_ROWS} losses, got {n_rows}; split the batch, or use reference.select_largest_increase"
-        )
-    if after.device.type != ("cpu" if INTERPRETED else "cuda"):
-        return reference.select_largest_increase(after, before, k)
+        raise ValueError(f"at most {MOST_ROWS} losses, got {n_rows}; split the batch, or call set_backend('torch')")
     chosen = torch.empty(k, dtype=torch.int64, device=after.device)
     with on_device(after.device):
         launch(

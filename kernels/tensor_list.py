@@ -37,7 +37,8 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 def buckets(keys: Iterable[Hashable]) -> list[list[int]]:
     """Positions that share a key, in order of first appearance."""
     keys = list(keys)
-    if len(set(keys)) == 1:  # most often, and many times faster than to append them one by one
+    # The usual case, and many times faster than to append them one by one.
+    if len(set(keys)) == 1:
         return [list(range(len(keys)))]
     found: dict[Hashable, list[int]] = {}
     for position, key in enumerate(keys):
@@ -59,7 +60,8 @@ class Backup:
         self.tensors = [torch.empty_like(w) for w in weights]
         self._kinds = list(map(_kind, weights))
         self._complete: dict[int, int] = {}
-        self.marks: dict[Hashable, Tensor] = {}  # where kernels write them, one tensor for each launch
+        # Where kernels write their marks: one tensor for each launch.
+        self.marks: dict[Hashable, Tensor] = {}
         self._read_marks: Callable[[], list[tuple[Tensor, Tensor]]] | None = None
 
     @property
@@ -83,18 +85,18 @@ class Backup:
         """
         self._read_marks = read_marks
 
-    def mark_complete(self, rows: Iterable[int] | None = None) -> None:
-        """Declare the copies of the weights at these positions complete, or all."""
-        if rows is not None:
-            self._complete = self._complete | {id(self.weights[i]): i for i in rows}
+    def mark_complete(self, positions: Iterable[int] | None = None) -> None:
+        """Declare the copies of the weights at these positions complete; None means all."""
+        if positions is not None:
+            self._complete = self._complete | {id(self.weights[i]): i for i in positions}
             return
         self._complete = {id(w): i for i, w in enumerate(self.weights)}
         self._read_marks = None
 
     def discard(self, weights: Sequence[Tensor] | None = None) -> None:
-        """Declare the copies of these weights, or of all, no longer needed."""
+        """Declare the copies of these weights no longer needed; None means all."""
         done = set(self._complete if weights is None else map(id, weights))
-        # one assignment, so that an interrupt finds all of them discarded or none
+        # One assignment, so that an interrupt finds all of them discarded or none.
         self._complete = {key: i for key, i in self._complete.items() if key not in done}
         if weights is None:
             self._read_marks = None
@@ -110,3 +112,17 @@ class Backup:
         if self._read_marks is not None:
             pairs += self._read_marks()
         return [weight for weight, _ in pairs], [copy for _, copy in pairs]
+
+    def part(self, positions: Sequence[int]) -> "Backup":
+        """Return a backup of the weights at these positions alone, which shares the copies and what is complete."""
+        return _Part(self, positions)
+
+
+class _Part(Backup):
+    def __init__(self, whole: Backup, positions: Sequence[int]) -> None:
+        self.tensors = [whole.tensors[i] for i in positions]
+        self._whole, self._positions = whole, positions
+
+    def mark_complete(self, positions: Iterable[int] | None = None) -> None:
+        assert positions is None
+        self._whole.mark_complete(self._positions)

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels import reference_trajectory_loss
-from fastsam.kernels.launch import THREADS, counters, launch, numbers, on_device, runs_here, wide
+from fastsam.kernels.launch import THREADS, launch, on_device, wide
+from fastsam.kernels.launch_tables import counters, numbers
 from fastsam.kernels.loss_blocks import (
     add_all,
     find_sample,
@@ -36,9 +36,10 @@ from fastsam.kernels.loss_blocks import (
     reduce_losses,
     row_at,
 )
-from fastsam.kernels.reference_trajectory_loss import Past
+from fastsam.kernels.past import Past
 
-_BYTES_IN_REGISTERS = 8192  # of a row, in the dtype of arithmetic: 8 float32 a thread
+# Of a row, in the dtype of arithmetic: 8 float32 a thread.
+_BYTES_IN_REGISTERS = 8192
 _PADDING = 16
 
 
@@ -131,7 +132,8 @@ def _trajectory_loss_kernel(
         if scales_ptr is not None:
             scale = tl.load(scales_ptr + past_row).to(COMPUTE)
     # A row without a past, or that is not recorded, has length 0 there: nothing of it is read or written.
-    length = n_classes // VECTOR * VECTOR  # all classes, written so that the compiler sees the factor
+    # All classes, written so that the compiler sees the factor.
+    length = n_classes // VECTOR * VECTOR
     width = width // PAST_VECTOR * PAST_VECTOR
     z_length, past_length = length * counted.to(tl.int32), width * has_past.to(tl.int32)
     record_length = width * takes_part.to(tl.int32)
@@ -164,7 +166,7 @@ def _trajectory_loss_kernel(
             )  # fmt: skip
             start += BLOCK_SIZE
 
-    # 0 without a finite logit, NaN with one that is NaN or inf
+    # The sum is 0 without a finite logit, and NaN with a logit that is NaN or inf.
     has_past = has_past & (p_sum > 0)
     new_scale = int8_scale(magnitude)
     z_factor, q_factor, p_factor = target_sum / z_sum, kl_gradient_scale / q_sum, kl_gradient_scale / p_sum
@@ -193,7 +195,7 @@ def _trajectory_loss_kernel(
 
     loss = tl.log(z_sum) * target_sum - target_logit
     if HAS_PAST:
-        # the log of a quotient, where a difference of logs would lose digits
+        # The log of a quotient: a difference of logs would lose digits.
         divergence = spread / (p_sum * tau) - tl.log(p_sum / q_sum)
         loss += tl.where(has_past, weight * divergence, 0.0)
     if RECORDS:
@@ -211,7 +213,6 @@ def _trajectory_loss_kernel(
             tl.store(counter_ptr, tl.zeros((), tl.int64))
 
 
-@torch.no_grad()
 def trajectory_loss(
     logits: Tensor,
     targets: Tensor,
@@ -219,21 +220,15 @@ def trajectory_loss(
     *,
     tau: float,
     weight: float,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, each row's gradient and the gradient's scale; see `reference_trajectory_loss.trajectory_loss`.
+    """Return the loss, the gradient of each row and its scale; see `ops.trajectory_loss`.
 
     One launch. A row whose target is no class gets NaN, since a device cannot raise.
     """
-    reference_trajectory_loss.check_loss(logits, targets, past, tau, reduction)
     n, n_classes = logits.shape
-    if not n or not runs_here(logits):
-        return reference_trajectory_loss.trajectory_loss(
-            logits, targets, past, tau=tau, weight=weight,
-            label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
-        )  # fmt: skip
     logits, targets = _with_unit_stride(logits), _with_unit_stride(targets)
     if past is not None and past.ids is None:
         past = Past(_with_unit_stride(past.rows))
@@ -241,25 +236,21 @@ def trajectory_loss(
     losses = torch.empty(n, dtype=dtype, device=device)
     gradient = torch.empty(n, n_classes, dtype=logits.dtype, device=device)
     loss, scale = torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
-    with on_device(device), counters(1, device) as counter:
+    with on_device(device), counters(1, device) as (counter,):
         launch(
             _trajectory_loss_kernel, n, *_arguments(logits, targets, past, ignore_index),
             numbers((1 / tau, weight, weight / tau, tau, label_smoothing), device),
             losses, gradient, loss, scale, counter, n,
             RECORDS=past is not None and past.record, REDUCTION=reduction,
             **_constants(logits, targets, past),
-            enable_fp_fusion=False,  # where past and current are the same, both sides of every difference are
+            # Unfused, both sides of every difference are the same bits where past and current are.
+            enable_fp_fusion=False,
         )  # fmt: skip
     return losses if reduction == "none" else loss, gradient, scale
 
 
-@torch.no_grad()
-def record_(logits: Tensor, past: Past, targets: Tensor | None = None, ignore_index: int = -100) -> None:
-    """Record the logits in the history; see `reference_trajectory_loss.record_`. One launch."""
-    reference_trajectory_loss.check_record(logits, past, targets)
-    if not len(logits) or not runs_here(logits):
-        reference_trajectory_loss.record_(logits, past, targets, ignore_index)
-        return
+def record_(logits: Tensor, past: Past, targets: Tensor | None, ignore_index: int) -> None:
+    """Record the logits in the history; see `ops.record_`. One launch."""
     logits = _with_unit_stride(logits)
     classes = None if targets is None or targets.is_floating_point() else targets
     with on_device(logits.device):
@@ -292,13 +283,14 @@ def _constants(logits: Tensor, targets: Tensor | None, past: Past | None) -> dic
     n_classes, compute = logits.shape[1], wide(logits.dtype)
     probabilities = targets if targets is not None and targets.dim() == 2 else None
     matrices = [logits, probabilities, None if past is None else past.rows]
-    # as many elements of each at a time as make 16 bytes of the widest, so that threads agree on who holds what
+    # As many elements of each at a time as make 16 bytes of the widest, so that a thread holds the same ones of all.
     vector = 16 // max(t.element_size() for t in matrices if t is not None)
     most = _BYTES_IN_REGISTERS * 8 // compute.primitive_bitwidth
     size = min(max(triton.next_power_of_2(n_classes), _PADDING), most)
     whole = size >= n_classes
     threads = min(max(size // 8, 32), THREADS)
-    size = size if whole else size // 2  # a loop needs more registers
+    # A loop needs more registers.
+    size = size if whole else size // 2
     return {
         "COMPUTE": compute,
         "HAS_CLASSES": targets is not None and targets.dim() == 1,

@@ -1,7 +1,7 @@
 """The Triton launchers, under the names of the reference implementations. Needs triton; only ops.py imports it."""
 
 from fastsam.kernels.ema import ema_
-from fastsam.kernels.launch import INTERPRETED
+from fastsam.kernels.launch_tables import INTERPRETED, runs_here, split
 from fastsam.kernels.norm import found_nonfinite, norm
 from fastsam.kernels.perturb import perturb_
 from fastsam.kernels.restore_adam_step import restore_adam_step_
@@ -19,6 +19,8 @@ __all__ = [
     "restore_",
     "restore_adam_step_",
     "restore_sgd_step_",
+    "runs_here",
     "select_largest_increase",
+    "split",
     "trajectory_loss",
 ]

@@ -3,7 +3,7 @@
     python -m benchmarks.gates.static            compile every variant for every target; 1 where one got worse
     python -m benchmarks.gates.static --renew    write what it is now into the baseline
 
-The variants are the launches that the launchers make for small lists of tensors, so that what is gated is what runs.
+The variants are the launches that the stages make for small lists of tensors, so that what is gated is what runs.
 Hard: bytes per element in vector accesses, which have to be the algorithm's minimum; all other accesses, and spills.
 Shared memory, barriers, registers and instructions move with the compiler: they have a ceiling, which holds for the
 version of Triton that the baseline was made with.
@@ -37,10 +37,10 @@ CEILINGS = {"shared": 1.0, "barriers": 1.0, "registers": 1.25, "instructions": 1
 
 
 def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
-    """Return every variant's kernel, its arguments and its constants, by name, as the launchers pass them."""
+    """Return every variant's kernel, its arguments and its constants, by name, as the stages of `ops` pass them."""
     import torch
 
-    from fastsam.kernels import ema, launch, norm, perturb, restore_adam_step, restore_step, select, trajectory_loss
+    from fastsam.kernels import launch, launch_tables, ops, select, triton_backend
     from fastsam.kernels.philox import Draw
     from fastsam.kernels.reference import AdamOptions, Past, SGDOptions
     from fastsam.kernels.tensor_list import Backup
@@ -53,14 +53,13 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
         name = stage if stage == "finish_norm" else f"{stage} {label}".strip()  # the same for every gradient
         found[name] = kernel, dict(zip(kernel.arg_names, args, strict=False)), constants
 
-    def variant(label: str, launcher: Callable, *args: Any, **kwargs: Any) -> None:
-        for module in (ema, norm, perturb, restore_adam_step, restore_step, trajectory_loss):
-            module.launch = partial(record, label)  # type: ignore[attr-defined]
-        launcher(*args, **kwargs)
+    def variant(label: str, stage: Callable, *args: Any, **kwargs: Any) -> None:
+        with launch.observed_by(partial(record, label)):
+            stage(*args, **kwargs)
 
     # tensors on the CPU stand in for a GPU's: nothing is run
-    launch.runs_here = lambda *tensors: True
-    trajectory_loss.runs_here = lambda logits: True
+    ops._pick = lambda tensors: triton_backend
+    launch_tables.runs_here = triton_backend.runs_here = lambda *tensors: True
     f32, f16, bf16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
     one, length = torch.ones(()), torch.ones((), dtype=f64)
 
@@ -71,11 +70,11 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     advance = torch.zeros((), dtype=torch.int64)
     captured, whole = masked._replace(advance=advance), masked._replace(advance=advance, whole=True)
     for dtype in (f32, bf16, f64):
-        variant(_short(dtype), norm.norm, ones(dtype))
-        variant(f"{_short(dtype)} adaptive", norm.norm, ones(dtype), ones(dtype), [0.0])
-        variant(_short(dtype), norm.found_nonfinite, ones(dtype))
+        variant(_short(dtype), ops.norm, ones(dtype))
+        variant(f"{_short(dtype)} adaptive", ops.norm, ones(dtype), ones(dtype), [0.0])
+        variant(_short(dtype), ops.found_nonfinite, ones(dtype))
     for label, numbers in (("masked", masked), ("masked captured", captured), ("whole captured", whole)):
-        variant(f"fp32 {label}", norm.norm, ones(f32), draw=numbers)
+        variant(f"fp32 {label}", ops.norm, ones(f32), draw=numbers)
     for label, weight, grad, eta, numbers in (
         ("", f32, f32, None, None), ("adaptive", f32, f32, 0.0, None), ("masked", f32, f32, None, masked),
         ("", bf16, bf16, None, None), ("stochastic", bf16, bf16, None, draw), ("stochastic", f16, f16, None, draw),
@@ -86,8 +85,8 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
         weights = ones(weight)
         backup = Backup(weights)
         name = f"{_short(weight)} {label}".strip()
-        variant(name, perturb.perturb_, weights, ones(grad), backup, length, [0.1], [eta], numbers)
-        variant(_short(weight), restore_step.restore_, backup)
+        variant(name, ops.perturb_, weights, ones(grad), backup, length, [0.1], [eta], numbers)
+        variant(_short(weight), ops.restore_, backup)
     for label, dtype, state, scalars in (
         ("", f32, f32, {}), ("found_inf", f32, f32, {"found_inf": one}),
         ("scaled", f32, f32, {"found_inf": one, "grad_scale": one}), ("found_inf", bf16, bf16, {"found_inf": one}),
@@ -95,10 +94,10 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     ):  # fmt: skip
         name, lists = f"{_short(dtype)} {label}".strip(), [ones(dtype), ones(dtype), ones(dtype)]
         sgd, adam = [SGDOptions(0.1, 0.9)], [AdamOptions(0.1)]
-        variant(f"{name} momentum", restore_step.restore_sgd_step_, *lists, ones(state), sgd, **scalars)
-        variant(name, restore_step.restore_sgd_step_, *lists, [None], [SGDOptions(0.1)], **scalars)
+        variant(f"{name} momentum", ops.restore_sgd_step_, *lists, ones(state), sgd, **scalars)
+        variant(name, ops.restore_sgd_step_, *lists, [None], [SGDOptions(0.1)], **scalars)
         states = [ones(state), ones(state), [None], [one]]
-        variant(name, restore_adam_step.restore_adam_step_, *lists, *states, adam, **scalars)
+        variant(name, ops.restore_adam_step_, *lists, *states, adam, **scalars)
     for dtype, n_rows in ((f32, 256), (f32, 2048), (f32, 16384), (f32, 65536), (f64, 2048)):
         losses, chosen = torch.ones(n_rows, dtype=dtype), torch.ones(1, dtype=torch.int64)
         shape = select.shape_of(n_rows, dtype)
@@ -106,8 +105,8 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
         record(f"{_short(dtype)} {n_rows} rows", select._select_kernel, 1, *args, **shape, enable_fp_fusion=False)
     for average, value in ((f32, f32), (bf16, bf16), (f32, bf16)):
         name = _short(average) if average == value else f"{_short(average)} of {_short(value)}"
-        variant(name, ema.ema_, ones(average), ones(value), 0.9)
-    variant("fp32 found_inf", ema.ema_, ones(f32), ones(f32), 0.9, one)
+        variant(name, ops.ema_, ones(average), ones(value), 0.9)
+    variant("fp32 found_inf", ops.ema_, ones(f32), ones(f32), 0.9, one)
     for n_classes, dtype, history, records in (
         (10, f32, f16, True), (1000, f32, f16, True), (1000, f32, f16, False), (1000, f32, torch.int8, True),
         (1000, bf16, f16, True), (1000, bf16, torch.int8, True), (1008, f32, f32, True), (50257, f32, f16, True),
@@ -120,9 +119,9 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
             rows, tags = torch.empty(2, -(-n_classes // 16) * 16, dtype=history), classes.int()
             past = Past(rows, torch.ones(2) if history == torch.int8 else None, tags, classes, 1, 0, records, classes)
         name = f"{label} {'teacher' if history is None else _short(history)} {'record' if records else ''}".strip()
-        variant(name, trajectory_loss.trajectory_loss, logits, classes, past, tau=5.0, weight=1.0)
+        variant(name, ops.trajectory_loss, logits, classes, past, tau=5.0, weight=1.0)
         if records and n_classes == 1000:
-            variant(name, trajectory_loss.record_, logits, past)
+            variant(name, ops.record_, logits, past)
     return found
 
 

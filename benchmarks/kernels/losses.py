@@ -58,7 +58,9 @@ def _loss(k: ModuleType, x: Rows) -> Call:
     logits, targets, past = x.logits, x.targets, x.past
 
     def call() -> list[list[Tensor]]:
-        loss, gradient, _ = k.trajectory_loss(logits, targets, past, tau=TAU, weight=WEIGHT, reduction="sum")
+        loss, gradient, _ = k.trajectory_loss(
+            logits, targets, past, tau=TAU, weight=WEIGHT, label_smoothing=0.0, ignore_index=-100, reduction="sum"
+        )
         return [[loss], [gradient], [past.rows]]
 
     return call
@@ -68,7 +70,7 @@ def _record(k: ModuleType, x: Rows) -> Call:
     logits, past = x.logits, x.past
 
     def call() -> list[list[Tensor]]:
-        k.record_(logits, past)
+        k.record_(logits, past, None, -100)
         return [[past.rows]]
 
     return call

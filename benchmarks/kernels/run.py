@@ -75,10 +75,9 @@ class Plan(NamedTuple):
 def plan_for(device: str, rounds: int) -> Plan:
     if device == "cpu":
         return Plan(device, reference, rounds, 2, 0, 2**22, "eager")
-    launchers = ops._triton_backend()
-    assert launchers is not None
+    assert ops.uses_triton([torch.empty(0, device=device)])
     cache = 4 * torch.cuda.get_device_properties(device).L2_cache_size
-    return Plan(device, launchers, rounds, 20, cache, 2**30, "inductor")
+    return Plan(device, ops, rounds, 20, cache, 2**30, "inductor")
 
 
 def builders(kernel: Kernel, plan: Plan) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Lists:
 
     @cached_property
     def norm(self) -> Tensor:
-        return reference.norm(self.grads)
+        return reference.norm(self.grads, (), self.every(None), None)
 
     @property
     def elements(self) -> int:
@@ -144,16 +144,17 @@ class _Copies:
         pass
 
 
-# ours, on either set of launchers
+# ours: `k` is `ops`, or `reference` for what is compiled and for the truth
 
 
 def _norm(k: ModuleType, x: Lists) -> Call:
-    return lambda: [[k.norm(x.grads)]]
+    none = x.every(None)
+    return lambda: [[k.norm(x.grads, (), none, None)]]
 
 
 def _norm_adaptive(k: ModuleType, x: Lists) -> Call:
     weights, etas = x.weights, x.every(0.0)
-    return lambda: [[k.norm(x.grads, weights, etas)]]
+    return lambda: [[k.norm(x.grads, weights, etas, None)]]
 
 
 def _found_nonfinite(k: ModuleType, x: Lists) -> Call:
@@ -162,13 +163,13 @@ def _found_nonfinite(k: ModuleType, x: Lists) -> Call:
 
 def _perturb(k: ModuleType, x: Lists, keep: float | None = None, rounding: bool = False) -> Call:
     backup: Any = _Copies(x.backup.tensors) if k is reference else x.backup
-    weights, grads, norm, rho = x.weights, x.grads, x.norm, x.every(RHO)
+    weights, grads, norm, rho, none = x.weights, x.grads, x.norm, x.every(RHO), x.every(None)
     numbers = tuple(range(len(weights)))
     drawn = keep is not None or rounding
     draw = Draw(7, 8, numbers, rounding, None if keep is None else tuple(x.every(keep))) if drawn else None
 
     def call() -> list[list[Tensor]]:
-        k.perturb_(weights, grads, backup, norm, rho, None, draw)
+        k.perturb_(weights, grads, backup, norm, rho, none, draw, reference.E0)
         return [weights, backup.tensors]
 
     return call
@@ -176,8 +177,11 @@ def _perturb(k: ModuleType, x: Lists, keep: float | None = None, rounding: bool 
 
 def _restore(k: ModuleType, x: Lists) -> Call:
     def call() -> list[list[Tensor]]:
-        x.backup.mark_complete()
-        k.restore_(x.backup)
+        if k is reference:
+            k.restore_(x.weights, x.backup.tensors)
+        else:
+            x.backup.mark_complete()
+            k.restore_(x.backup)
         return [x.weights]
 
     return call
@@ -188,7 +192,7 @@ def _sgd(k: ModuleType, x: Lists) -> Call:
     options = x.every(SGD)
 
     def call() -> list[list[Tensor]]:
-        k.restore_sgd_step_(*lists, options)
+        k.restore_sgd_step_(*lists, options, grad_scale=None, found_inf=None)
         return [lists[0], lists[3]]
 
     return call
@@ -199,7 +203,7 @@ def _adam(k: ModuleType, x: Lists) -> Call:
     none, options, steps = x.every(None), x.every(ADAM), x.steps
 
     def call() -> list[list[Tensor]]:
-        k.restore_adam_step_(*lists, none, steps, options)
+        k.restore_adam_step_(*lists, none, steps, options, grad_scale=None, found_inf=None)
         return [lists[0], lists[3], lists[4]]
 
     return call
@@ -209,7 +213,7 @@ def _ema(k: ModuleType, x: Lists) -> Call:
     averages, values = x.backup.tensors, x.weights
 
     def call() -> list[list[Tensor]]:
-        k.ema_(averages, values, DECAY)
+        k.ema_(averages, values, DECAY, None)
         return [averages]
 
     return call

@@ -138,9 +138,9 @@ class CapturedStep:
 
     def _forget(self, outputs: list[tuple[Any, str, Any]]) -> None:
         """Leave no trace of a step that was recorded in part and never ran."""
-        from fastsam.kernels import launch  # needs triton, which captures have
+        from fastsam.kernels import launch_tables  # needs triton, which captures have
 
-        launch.forget()
+        launch_tables.forget()
         clear(self._params)
         self._count_back()
         self._take_scaler_state()

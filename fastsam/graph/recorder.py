@@ -32,7 +32,7 @@ def recorder_for(params: list[Tensor], batch: tuple[Any, ...]) -> Recorder | Non
         raise ValueError(f"the step cannot be captured: parameters are on {len(devices)} devices; all must be on one")
     if other := next((t.device for t in tensors_of(batch, scalars=True) if t.device != device), None):
         raise ValueError(f"a tensor of the example batch is on {other}, the parameters on {device}; move the batch")
-    if not hasattr(ops.pick(params), "INTERPRETED"):
+    if not ops.uses_triton(params):
         raise RuntimeError(
             "graph_step needs the Triton kernels, which do not run here (no Triton, a GPU older than Ampere, or "
             "set_backend('torch')); take the steps without it"

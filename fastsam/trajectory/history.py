@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastsam.kernels import ops
-from fastsam.kernels.reference import Past
-from fastsam.kernels.reference_trajectory_loss import NEVER
+from fastsam.kernels.past import NEVER, Past
 from fastsam.trajectory.storage import Fields, Layout, allocate, map_files
 
 
@@ -93,13 +92,13 @@ class History:
             ignore_index: of int64 targets.
         """
         if self.direct:
-            ops.pick([logits]).record_(logits, self.past(positions, epoch, True), targets, ignore_index)
+            ops.record_(logits, self.past(positions, epoch, True), targets, ignore_index)
             return
         self.flush()
         fields = self._zeros(len(positions))
         batch_rows = torch.arange(len(positions), device=self.device)
         batch = Past(fields["records"], fields.get("scales"), fields["tags"], batch_rows, epoch, 0, True, None)
-        ops.pick([logits]).record_(logits, batch, targets, ignore_index)
+        ops.record_(logits, batch, targets, ignore_index)
         self._pending_write = AsyncCopy(positions, epoch, fields, self._storage_device)
 
     def prefetch(self, positions: Tensor, epoch: int) -> None:

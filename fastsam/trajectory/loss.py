@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo as uncompiled
 
 from fastsam.kernels import ops
-from fastsam.kernels.reference import Past
+from fastsam.kernels.past import Past
 
 __all__ = ["Trajectory", "check_integer", "check_number", "uncompiled"]
 
@@ -32,7 +32,7 @@ class _TrajectoryLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, past: Past, options: dict[str, Any]) -> Tensor:
-        loss, gradient, scale = ops.pick([logits]).trajectory_loss(logits.detach(), targets, past, **options)
+        loss, gradient, scale = ops.trajectory_loss(logits.detach(), targets, past, **options)
         ctx.save_for_backward(gradient, scale)
         return loss
 

@@ -110,7 +110,7 @@ class Ascent:
         def norm_of(rows: list[int]) -> Tensor:
             part = self.take(rows)
             some = None if etas is None else [etas[i] for i in rows]
-            return ops.pick(part.weights).norm(part.grads, part.weights, some, draw and draw.take(rows))
+            return ops.norm(part.grads, part.weights, some, draw and draw.take(rows))
 
         if not any(self.placements):
             return norm_of(list(range(len(self.weights))))
@@ -176,7 +176,7 @@ class Ascent:
         radii = self.values(lambda group: -radius(group) if group.get("maximize") else radius(group))
         draw = self.rounding() if draw is None else draw
         backup = self.backup_of(self.weights)
-        ops.pick(self.weights).perturb_(self.weights, self.grads, backup, norm, radii, etas, draw, e0)
+        ops.perturb_(self.weights, self.grads, backup, norm, radii, etas, draw, e0)
 
     @torch.no_grad()
     def add(self, eps: Sequence[Tensor]) -> Tensor:
@@ -192,7 +192,7 @@ class Ascent:
         one = torch.where(torch.isfinite(length), 1.0, torch.nan)  # a norm along which nothing is perturbed
         backup = self.backup_of(self.weights)
         radii = [1.0] * len(self.weights)
-        ops.pick(self.weights).perturb_(self.weights, list(eps), backup, one, radii, None, self.rounding(), 0.0)
+        ops.perturb_(self.weights, list(eps), backup, one, radii, None, self.rounding(), 0.0)
         return length
 
     def rounding(self) -> Draw | None:

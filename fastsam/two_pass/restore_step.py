@@ -40,14 +40,14 @@ def update(
     grads = _final_gradients(base)
     if found_inf is None and check_finite and grads:
         entries = [_entries(g) for g in grads]
-        found_inf = any_over_ranks(ops.pick(entries).found_nonfinite(entries), grads)
+        found_inf = any_over_ranks(ops.found_nonfinite(entries), grads)
     if skip is not None and grads:
         also = skip.to(grads[0].device, torch.float32)
         found_inf = also if found_inf is None else torch.maximum(found_inf, also.to(found_inf.device))
     if is_fusable(base):
         restore_and_step(base, backup, grad_scale, found_inf)
         return found_inf, True
-    ops.pick(backup.weights).restore_(backup)
+    ops.restore_(backup)
     base._opt_called = True  # type: ignore[attr-defined]
     skips_on_device = getattr(base, "_step_supports_amp_scaling", False) and not any(map(placement, grads))
     if found_inf is not None and base.state and skips_on_device:
@@ -156,20 +156,19 @@ def restore_and_step(base: Optimizer, backup: Backup, grad_scale: Tensor | None,
     """
     stepped = [(group, p) for group in base.param_groups for p in group["params"] if p.grad is not None]
     weights = [local(p) for _, p in stepped]
-    kernels = ops.pick(weights)
     if stepped and not _skips_first_damped_step(base, stepped, found_inf):
         sources = [backup.of(w) for w in weights]
         grads = [local(p.grad) for _, p in stepped]
         if type(base) is SGD:
-            kernels.restore_sgd_step_(
+            ops.restore_sgd_step_(
                 weights, sources, grads, *_sgd_lists(base, stepped), grad_scale=grad_scale, found_inf=found_inf
             )
         else:
-            kernels.restore_adam_step_(
+            ops.restore_adam_step_(
                 weights, sources, grads, *_adam_lists(base, stepped), grad_scale=grad_scale, found_inf=found_inf
             )
         backup.discard(weights)
-    kernels.restore_(backup)  # perturbed, but without a final gradient
+    ops.restore_(backup)  # perturbed, but without a final gradient
     base._opt_called = True  # type: ignore[attr-defined]
 
 

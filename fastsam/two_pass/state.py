@@ -307,7 +307,7 @@ class StepState:
     def restore(self) -> None:
         """Bring the weights back, bit for bit. Idempotent."""
         if self.backup.valid:
-            ops.pick(self.backup.weights).restore_(self.backup)
+            ops.restore_(self.backup)
             self.replicas.reshard()
 
     def discard(self) -> None:

@@ -99,7 +99,7 @@ IDLE = SimpleNamespace(
     select_largest_increase=lambda after, before, k: torch.arange(k),
     trajectory_loss=lambda logits, *_, **__: (torch.zeros(()), torch.zeros_like(logits), None),
     **dict.fromkeys(
-        ("perturb_", "restore_", "restore_sgd_step_", "restore_adam_step_", "record_", "ema_"), lambda *_: None
+        ("perturb_", "restore_", "restore_sgd_step_", "restore_adam_step_", "record_", "ema_"), lambda *_, **__: None
     ),
 )
 
@@ -130,7 +130,7 @@ def test_a_wrong_baseline_is_named_and_not_timed():
 
 def test_our_own_wrong_numbers_stop_everything():
     kernel = KERNELS["norm"]._replace(
-        ours=lambda k, x: lambda: [[k.norm(x.grads) * (2 if x.dtype.itemsize < 8 else 1)]]
+        ours=lambda k, x: lambda: [[k.norm(x.grads, (), x.every(None), None) * (2 if x.dtype.itemsize < 8 else 1)]]
     )
     with pytest.raises(ArithmeticError, match="result 0 is off by"):
         kernels.prepare(kernel, torch.float32, [], PLAN)

@@ -222,7 +222,7 @@ def test_methods_of_the_graph_regime_can_be_captured(name, monkeypatch, choose):
     choose("triton")
     weights = []
     for is_captured in (False, True):
-        work = RecordedWork(monkeypatch)
+        work = RecordedWork()
         monkeypatch.setattr(recorders, "recorder_for", lambda params, batch, work=work: work)
         problem = make_problem(dtype=torch.float32)
         problem.is_captured = is_captured

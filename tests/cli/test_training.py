@@ -357,7 +357,7 @@ def test_captured_training_goes_on_over_epochs_and_resumes_bit_for_bit(method, m
     replays = []
     replay = RecordedWork.replay
     monkeypatch.setattr(RecordedWork, "replay", lambda self: (replays.append(self), replay(self)))
-    monkeypatch.setattr(recorders, "recorder_for", lambda params, batch: RecordedWork(monkeypatch))
+    monkeypatch.setattr(recorders, "recorder_for", lambda params, batch: RecordedWork())
     through, broken = make("through"), make("broken")
     expected = train(wanted, through)
     assert len(replays) == {"esam": 3 * 4 - 3, "saf": 1 + 3 + 3}[method]  # of 4 full batches each

@@ -154,7 +154,7 @@ def recorder(monkeypatch, choose):
         return None
     from recorded_work import RecordedWork
 
-    made = RecordedWork(monkeypatch)
+    made = RecordedWork()
     monkeypatch.setattr(recorders, "recorder_for", lambda params, batch: made)
     return made
 

@@ -18,7 +18,9 @@ def import_kernels(device):
         if device == "cuda" and (kernels is None or not torch.cuda.is_available()):
             raise pytest.UsageError("--device cuda needs a GPU that torch finds, and triton")
         if kernels is not None and kernels.INTERPRETED:
-            kernels.norm([torch.ones(1)])  # a first launch imports the rest of the interpreter
+            ops.set_backend("triton")
+            ops.norm([torch.ones(1)])  # a first launch imports the rest of the interpreter
+            ops.set_backend(None)
             _mend_interpreter()
 
 

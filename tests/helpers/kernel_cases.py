@@ -4,7 +4,28 @@ import torch
 
 from fastsam.kernels import ops
 
-kernels = ops._triton_backend()
+
+class Implementation:
+    """The stages of `ops` on one backend, whatever is chosen elsewhere."""
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def __getattr__(self, stage):
+        def run(*args, **kwargs):
+            before, ops._chosen = ops._chosen, self.backend
+            try:
+                return getattr(ops, stage)(*args, **kwargs)
+            finally:
+                ops._chosen = before
+
+        return run
+
+
+reference = Implementation("torch")
+kernels = None if ops._triton_backend() is None else Implementation("triton")
+if kernels is not None:
+    kernels.INTERPRETED = ops._triton_backend().INTERPRETED
 DEVICE = "cpu" if kernels is None or kernels.INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LISTS = [[dtype] for dtype in DTYPES] + [DTYPES]

@@ -13,20 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastsam.kernels import (
-    ema,
-    launch,
-    norm,
-    perturb,
-    restore_adam_step,
-    restore_step,
-    select,
-    trajectory_loss,
-)
+from fastsam.kernels import launch
 from fastsam.two_pass import capture
 
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
-MODULES = (ema, norm, perturb, restore_adam_step, restore_step, select, trajectory_loss)
 
 
 def storage_of(tensor):
@@ -70,8 +60,7 @@ class Recording(TorchDispatchMode):
 class RecordedWork:
     """A `capture.Recorder` on the CPU."""
 
-    def __init__(self, monkeypatch):
-        self.monkeypatch = monkeypatch
+    def __init__(self):
         self.work, self.memory, self.recordings, self.is_recording = [], [], 0, False
 
     @contextmanager
@@ -81,9 +70,7 @@ class RecordedWork:
     @contextmanager
     def recording(self):
         self.work, recorded, self.recordings = [], None, self.recordings + 1
-        with everything_undone(), self.monkeypatch.context() as patch:
-            for module in MODULES:
-                patch.setattr(module, "launch", self.launch)
+        with everything_undone(), launch.observed_by(self.launch):
             self.is_recording = True
             try:
                 with Recording(self.work) as recorded:
@@ -95,7 +82,7 @@ class RecordedWork:
 
     def launch(self, kernel, n_programs, *args, **constants):
         # not run: its tables are empty until the recording is over
-        self.work.append(lambda: launch.launch(kernel, n_programs, *args, **constants))
+        self.work.append(lambda: launch.run(kernel, n_programs, *args, **constants))
 
     @torch.no_grad()
     def replay(self):

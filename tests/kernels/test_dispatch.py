@@ -37,27 +37,27 @@ def triton(monkeypatch):
 def test_the_default_on_a_gpu_is_triton_and_on_a_cpu_torch(triton):
     compiled = stand_in(False)
     triton(compiled, has_gpu=True)
-    assert ops.pick(CUDA) is compiled
-    assert ops.pick(CPU + CUDA) is compiled  # it leaves the former to the references
-    assert ops.pick(CPU) is reference
-    assert ops.pick([]) is reference
+    assert ops._pick(CUDA) is compiled
+    assert ops._pick(CPU + CUDA) is compiled  # it leaves the former to the references
+    assert ops._pick(CPU) is reference
+    assert ops._pick([]) is reference
 
 
 def test_a_gpu_without_triton_or_before_ampere_is_served_by_torch(triton, choose):
     triton(None)
-    assert ops.pick(CUDA) is reference
+    assert ops._pick(CUDA) is reference
     old = stand_in(False)
     triton(old, has_gpu=True, capability=(7, 5))
-    assert ops.pick(CUDA) is reference
+    assert ops._pick(CUDA) is reference
     choose("triton")
-    assert ops.pick(CUDA) is old
-    assert ops.pick(CPU) is reference
+    assert ops._pick(CUDA) is old
+    assert ops._pick(CPU) is reference
 
 
 def test_a_choice_is_respected(triton, choose):
     triton(stand_in(False), has_gpu=True)
     choose("torch")
-    assert ops.pick(CUDA) is reference
+    assert ops._pick(CUDA) is reference
 
 
 def test_a_choice_that_cannot_run_says_why(triton):
@@ -76,11 +76,11 @@ def test_the_interpreter_serves_the_cpu_and_refuses_a_gpu(triton, choose):
     interpreted = stand_in(True)
     triton(interpreted)
     choose("triton")
-    assert ops.pick(CPU) is interpreted
+    assert ops._pick(CPU) is interpreted
     with pytest.raises(RuntimeError, match=r"a tensor is on cuda:0, but Triton interprets .* set_backend\('torch'\)"):
-        ops.pick(CUDA)
+        ops._pick(CUDA)
     choose("torch")
-    assert ops.pick(CUDA) is reference
+    assert ops._pick(CUDA) is reference
 
 
 SCRIPT = """
@@ -90,7 +90,7 @@ imported = {"triton", "fastsam.kernels.triton_backend"} & sys.modules.keys()
 p = torch.nn.Parameter(torch.ones(3))
 opt = fastsam.SAM([p], torch.optim.SGD, lr=0.1)
 opt.step(lambda x: (p * x).sum(1), torch.ones(2, 3))
-print(len(imported), "fastsam.kernels.triton_backend" in sys.modules, ops.pick([p]).__name__)
+print(len(imported), "fastsam.kernels.triton_backend" in sys.modules, ops._pick([p]).__name__)
 """
 
 

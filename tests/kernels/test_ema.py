@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, LISTS, assert_as_exact, assert_same_bits, copies, kernels, tensors
+from kernel_cases import DEVICE, DTYPES, LISTS, assert_as_exact, assert_same_bits, copies, kernels, reference, tensors
 from test_kernel_launches import Operations
 
-from fastsam.kernels import reference, reference_common
+from fastsam.kernels import reference_common
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -105,11 +105,7 @@ def test_bad_decay(ema_, decay):
 
 @pytest.mark.skipif(kernels is None, reason="triton is not installed")
 @pytest.mark.parametrize(("dtypes", "count"), [([torch.float32], 1), ([torch.float32, torch.bfloat16], 2)])
-def test_one_launch_for_each_dtype(monkeypatch, dtypes, count):
-    from fastsam.kernels import ema
-
-    launches = []
-    monkeypatch.setattr(ema, "launch", lambda kernel, *args, **constants: launches.append(kernel.__name__))
+def test_one_launch_for_each_dtype(launches, dtypes, count):
     lists = [[t for t in tensors(dtypes, seed) if t.stride() != (6, 2)] for seed in (0, 1)]
     kernels.ema_(*lists, 0.9)  # uploads its tables once
     del launches[:]

@@ -18,7 +18,7 @@ from fastsam.kernels.tensor_list import Backup
 
 if kernels is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-from fastsam.kernels import launch
+from fastsam.kernels import launch, launch_tables
 
 
 class Operations(TorchDispatchMode):
@@ -37,13 +37,13 @@ class Operations(TorchDispatchMode):
 
 def forget():
     """Clear all tables that other tests may have left."""
-    for cache in (launch._splits, launch._hyperparameter_rows, launch._chunk_map):
+    for cache in (launch_tables._splits, launch_tables._hyperparameter_rows, launch_tables._chunk_map):
         getattr(cache, "cache_clear", getattr(cache, "clear", None))()
 
 
 def uploads():
     """How often pointers, chunks and hyperparameters were uploaded."""
-    return [launch.uploads[kind] for kind in ("rows", "chunks", "hyperparameters")]
+    return [launch_tables.uploads[kind] for kind in ("rows", "chunks", "hyperparameters")]
 
 
 def lists(n_lists, dtypes=(torch.float32,), sizes=(63, 300)):
@@ -102,9 +102,9 @@ def test_the_same_memory_seen_in_another_way_is_not_mistaken():
 
 def test_chunks_cover_every_element_once():
     lengths = [0, 1, 64, 65, 0, 200]
-    pairs = launch.chunks_of(lengths, 64).tolist()
+    pairs = launch_tables.chunks_of(lengths, 64).tolist()
     assert pairs == [[1, 0], [2, 0], [3, 0], [3, 1], [5, 0], [5, 1], [5, 2], [5, 3]]
-    assert launch.chunks_of([], 64).shape == (0, 2)
+    assert launch_tables.chunks_of([], 64).shape == (0, 2)
 
 
 @pytest.mark.parametrize(("dtypes", "launched"), [((torch.float32,), 1), ((torch.float32, torch.bfloat16), 2)])

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, LISTS, assert_as_exact, assert_same_bits, copies, kernels, tensors
+from kernel_cases import DEVICE, DTYPES, LISTS, assert_as_exact, assert_same_bits, copies, kernels, reference, tensors
 
-from fastsam.kernels import reference
 from fastsam.kernels.reference import AdamOptions, SGDOptions
 
 if kernels is None:

@@ -7,9 +7,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, DTYPES, LISTS, SIZES, UNIT, assert_as_exact, assert_same_bits, copies, kernels, tensors
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    LISTS,
+    SIZES,
+    UNIT,
+    assert_as_exact,
+    assert_same_bits,
+    copies,
+    kernels,
+    reference,
+    tensors,
+)
 
-from fastsam.kernels import philox, reference, reference_common
+from fastsam.kernels import philox, reference_common
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.tensor_list import Backup, in_memory_order
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import reference
 
-from fastsam.kernels import philox, reference, reference_common, reference_norm, reference_perturb
+from fastsam.kernels import philox, reference_common, reference_norm, reference_perturb
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import AdamOptions, SGDOptions
 from fastsam.kernels.tensor_list import Backup, in_memory_order, is_dense, same_layout
@@ -142,7 +143,7 @@ def test_perturb_and_restore(dtypes, adaptive):
         # one rounding of the sum, and one of each factor in the dtype of the arithmetic
         exact = torch.finfo(w.dtype).eps / 2 * truth.abs()
         arithmetic = (
-            4 * torch.finfo(reference.arithmetic_dtype(w.dtype)).eps * ((truth - b.double()).abs() + truth.abs())
+            4 * torch.finfo(reference_common.arithmetic_dtype(w.dtype)).eps * ((truth - b.double()).abs() + truth.abs())
         )
         assert ((w.double() - truth).abs() <= exact + arithmetic + torch.finfo(w.dtype).tiny).all()
     assert all(map(torch.equal, backup.tensors, before))

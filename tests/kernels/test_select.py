@@ -5,10 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import kernels
+from kernel_cases import kernels, reference
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from fastsam.kernels import reference
 
 if kernels is None:  # there is only the reference
     select = None
@@ -33,11 +31,11 @@ def chosen(request):
 def by_kernel(after, before, k, shape="usual"):
     if select is None:
         pytest.skip("triton is not installed")
-    device = "cpu" if select.INTERPRETED else "cuda"
+    device = "cpu" if kernels.INTERPRETED else "cuda"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "_BLOCK_SIZES", SHAPES[shape][0])
         patch.setattr(select, "_BYTES_IN_REGISTERS", SHAPES[shape][1])
-        return select.select_largest_increase(after.to(device), before.to(device), k).cpu()
+        return kernels.select_largest_increase(after.to(device), before.to(device), k).cpu()
 
 
 def by_numpy(after, before, k):
@@ -259,7 +257,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("after", "before", "k", "message"), BAD)
-@pytest.mark.parametrize("implementation", [reference, select], ids=["torch", "triton"])
+@pytest.mark.parametrize("implementation", [reference, kernels], ids=["torch", "triton"])
 def test_bad_arguments(implementation, after, before, k, message):
     if implementation is None:
         pytest.skip("triton is not installed")
