@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastsam.distributed.dtensor import all_reduce, is_dtensor, loaded, refuse_partial
+from fastsam.distributed.dtensor import all_reduce, is_dtensor, loaded, refuse_flattened, refuse_partial
 from fastsam.kernels.tensor_list import buckets
 
 PerturbSync = Literal["global", "replica"] | int
@@ -45,11 +45,13 @@ class ParallelModel:
             ranks must then set up together.
 
     Raises:
-        ValueError: perturb_sync is unknown, does not divide the ranks, or cannot be had with this model.
+        ValueError: perturb_sync is unknown, does not divide the ranks, or cannot be had with this model; or weights are
+            sharded by FSDP1.
     """
 
     def __init__(self, model: nn.Module | None, params: Sequence[Tensor], perturb_sync: PerturbSync) -> None:
         refuse_partial(params)
+        refuse_flattened(params)
         modules = list(model.modules()) if model is not None else []
         self._ddp = [m for m in modules if isinstance(m, DistributedDataParallel)]
         self._fsdp = [m for m in modules if isinstance(m, loaded("torch.distributed.fsdp", "FSDPModule"))]

@@ -50,6 +50,16 @@ def refuse_partial(params: Sequence[Any]) -> None:
             )
 
 
+def refuse_flattened(params: Sequence[Tensor]) -> None:
+    """Raise ValueError if a parameter belongs to FSDP1, whose ranks hold stretches that do not say how they lie."""
+    for p in params:
+        if getattr(p, "_fsdp_flattened", False):
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is sharded by FullyShardedDataParallel (FSDP1), where every "
+                "rank would perturb by the norm of its own shard; use torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
+
+
 class Placement(NamedTuple):
     """How a tensor lies on several ranks: split along these dimensions of the mesh, copied along the others."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsam.distributed.ddp import ParallelModel, PerturbSync
+from fastsam.distributed.dtensor import refuse_flattened
 from fastsam.two_pass.gradients import copies, flat, take
 from fastsam.two_pass.state import Pass, ScalerTarget, Stage, StepState
 from fastsam.two_pass.wrapper import STEP, WrappedOptimizer
@@ -202,6 +203,7 @@ class PassOptimizer(WrappedOptimizer):
             )
         try:
             run.params, run.ascent_is_local = self._params(), False
+            refuse_flattened(run.params)
             # zero_grad() may write zeros into them
             run.ascent_grads = copies(run.params) if self._combines() else take(run.params)
             perturb = self._perturb_params if self.has_second_pass() else self._perturb_none

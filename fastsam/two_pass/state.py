@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsam.distributed.ddp import ParallelModel
+from fastsam.distributed.dtensor import refuse_flattened
 from fastsam.kernels import ops
 from fastsam.kernels.tensor_list import Backup
 from fastsam.two_pass.ascent import Ascent
@@ -92,6 +93,7 @@ class StepState:
         self.replicas = replicas
         self.ascent_is_local = False
         self.is_first_forward = False
+        self.looked_at_params = False
         self.base_stepped = False
         self.unreduced = ExitStack()
         self.statistics = RunningStatistics(model)
@@ -180,6 +182,9 @@ class StepState:
 
     def _start_pass(self, groups: Sequence[dict[str, Any]], unreduced: bool) -> None:
         self.params = flat(groups)
+        if not self.looked_at_params:  # frameworks wrap the model when the optimizer is there
+            refuse_flattened(self.params)
+            self.looked_at_params = True
         self.statistics.begin()
         overwrites = self.replicas.overwrites_gradients(unreduced)
         if not self.pairs and self.consumed.covers(groups) and (overwrites or not self.consumed.zeroed):
