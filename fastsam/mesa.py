@@ -24,7 +24,8 @@ from fastsam.kernels.past import Past
 from fastsam.trajectory.loss import Trajectory, check_number, uncompiled
 from fastsam.two_pass import capture
 from fastsam.two_pass.batch import tensors_of
-from fastsam.two_pass.state import Stage, found_inf_of, under_way
+from fastsam.two_pass.stage import Stage, under_way
+from fastsam.two_pass.state import found_inf_of
 
 
 class MESA(Trajectory):

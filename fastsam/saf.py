@@ -24,7 +24,7 @@ from fastsam.trajectory.loss import Trajectory, check_integer, uncompiled
 from fastsam.trajectory.samples import SampleToRankSampler
 from fastsam.trajectory.storage import DTYPES, Fields, Layout
 from fastsam.two_pass import capture
-from fastsam.two_pass.state import Stage, under_way
+from fastsam.two_pass.stage import Stage, under_way
 
 logger = logging.getLogger("fastsam")
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from fastsam import SampleToRankSampler
 from fastsam.cli.errors import InputError
 from fastsam.methods import METHODS
-from fastsam.two_pass.state import Stage, under_way
+from fastsam.two_pass.stage import Stage, under_way
 
 
 class Criterion(nn.Module):

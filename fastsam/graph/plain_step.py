@@ -12,7 +12,7 @@ from fastsam.two_pass.batch import batch_size, check_losses
 from fastsam.two_pass.capture import Capturable
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 from fastsam.two_pass.restore_step import not_in_a_kernel, restore_and_step, steps_in_a_kernel
-from fastsam.two_pass.state import ScalerTarget
+from fastsam.two_pass.scaler_target import ScalerTarget
 
 
 def as_stepper(optimizer: Optimizer, fused: bool = False) -> Any:

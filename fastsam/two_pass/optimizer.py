@@ -30,7 +30,7 @@ from fastsam.two_pass.gradients import ConsumedMark, clear, put, refuse_fresh, t
 from fastsam.two_pass.hooks import MethodHooks, Pair
 from fastsam.two_pass.module_state import MeanUpdate
 from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel, update
-from fastsam.two_pass.state import Stage
+from fastsam.two_pass.stage import Stage
 from fastsam.two_pass.wrapper import FROM_BASE, SEED, STEP, TAKEN
 
 

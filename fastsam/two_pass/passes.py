@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from fastsam.distributed.ddp import ParallelModel, PerturbSync
 from fastsam.distributed.dtensor import refuse_flattened
 from fastsam.two_pass.gradients import copies, flat, take
-from fastsam.two_pass.state import Pass, ScalerTarget, Stage, StepState
+from fastsam.two_pass.scaler_target import ScalerTarget
+from fastsam.two_pass.stage import Stage
+from fastsam.two_pass.state import Pass, StepState
 from fastsam.two_pass.wrapper import STEP, WrappedOptimizer
 
 _UNDER_WAY = (Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)

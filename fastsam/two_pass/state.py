@@ -1,9 +1,6 @@
 """The passes of one step: what is set aside around each, and how everything is put back whatever happens."""
 
-import enum
 import sys
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -19,38 +16,7 @@ from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.gradients import ConsumedMark, clear, copies, flat, put, sums, take
 from fastsam.two_pass.module_state import RunningStatistics
 from fastsam.two_pass.rng import RandomState
-
-
-class Stage(enum.Enum):
-    """Where a step is."""
-
-    IDLE = "between steps"
-    ASCENT = "inside ascent()"
-    ASCENDED = "after ascent(), before its descent()"
-    DESCENT = "inside descent()"
-    FIRST = "after first_step(), before second_step()"
-
-
-_EXECUTING = (Stage.ASCENT, Stage.DESCENT, Stage.FIRST)
-
-
-class _Passes(threading.local):
-    """The passes that a thread is in, the innermost last; an optimizer that is dropped takes its pass with it."""
-
-    def __init__(self) -> None:
-        self.steps: list[weakref.ref[StepState]] = []
-
-
-_passes = _Passes()
-
-
-def under_way() -> "StepState | None":
-    """Return the state of the step whose pass this thread executes, for losses that tell passes apart.
-
-    Between the passes of a step, and in other threads, a forward is a plain one.
-    """
-    steps = (ref() for ref in reversed(_passes.steps))
-    return next((step for step in steps if step is not None and step.stage in _EXECUTING), None)
+from fastsam.two_pass.stage import WAYS_IN, WAYS_OUT, Stage, execute
 
 
 def found_inf_of(optimizer: Any) -> Tensor | None:
@@ -117,8 +83,7 @@ class StepState:
     @stage.setter
     def stage(self, stage: Stage) -> None:
         self._stage = stage
-        others = [ref for ref in _passes.steps if ref() not in (None, self)]
-        _passes.steps = [*others, weakref.ref(self)] if stage in _EXECUTING else others
+        execute(self, stage)
 
     def finish(self) -> None:
         """The step has been taken: do what waited for it."""
@@ -136,14 +101,14 @@ class StepState:
     def refuse(self, call: str, *stages: Stage) -> None:
         """Raise RuntimeError if the step is in one of these stages."""
         if self.stage in stages:
-            raise RuntimeError(f"{call} cannot be called {self.stage.value}; {_WAYS_OUT[self.stage]}")
+            raise RuntimeError(f"{call} cannot be called {self.stage.value}; {WAYS_OUT[self.stage]}")
 
     def require(self, call: str, stage: Stage) -> None:
         """Raise RuntimeError unless the step is in this stage and no pass of it has failed."""
         if self.failed:
             raise RuntimeError(f"{call} after a failed pass; call zero_grad() and start the step again")
         if self.stage is not stage:
-            way_out = _WAYS_IN[stage] if self.stage is Stage.IDLE else _WAYS_OUT[self.stage]
+            way_out = WAYS_IN[stage] if self.stage is Stage.IDLE else WAYS_OUT[self.stage]
             raise RuntimeError(f"{call} cannot be called {self.stage.value}; {way_out}")
 
     # the first pass
@@ -343,45 +308,6 @@ class StepState:
         self.before_single, self.pending = None, {}
         self.at_end = []
         self.stage = Stage.IDLE
-
-
-_WAYS_OUT = {
-    Stage.ASCENT: "leave the ascent() context first",
-    Stage.ASCENDED: "run `with opt.descent(): ...` first, or drop the ascent with restore()",
-    Stage.DESCENT: "leave the descent() context first",
-    Stage.FIRST: "call second_step() first, or undo first_step() with restore()",
-}
-_WAYS_IN = {
-    Stage.ASCENDED: "run `with opt.ascent(): ...` first",
-    Stage.FIRST: "call first_step() first",
-}
-
-
-class ScalerTarget:
-    """What a GradScaler steps within `step(loss_fn, ..., scaler=)`: the groups, and an update in place of a step."""
-
-    _step_supports_amp_scaling = True
-
-    def __init__(self, optimizer: Any) -> None:
-        self._reference = weakref.ref(optimizer)  # whose own part this is
-
-    @property
-    def _optimizer(self) -> Any:
-        return self._reference()
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups, for the scaler to unscale."""
-        return self._optimizer.param_groups
-
-    def forget(self) -> None:
-        """Drop what a scaler has set."""
-        self.__dict__.pop("grad_scale", None)
-        self.__dict__.pop("found_inf", None)
-
-    def step(self) -> None:
-        """Called by the scaler, with its scale and its finding set as attributes."""
-        self._optimizer._update(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
 
 
 class Pass(ExitStack):

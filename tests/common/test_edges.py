@@ -8,7 +8,7 @@ import torch
 from problems import assert_same, batches, losses_of, mlp, snapshot
 
 from fastsam import ESAM, GSAM, MESA, MSAM, SAF, SAM, LookSAM
-from fastsam.two_pass.state import under_way
+from fastsam.two_pass.stage import under_way
 
 SGD = torch.optim.SGD
 IDS = torch.arange(12)

@@ -9,7 +9,7 @@ from test_exactness import with_closure, with_contexts, with_loss_function
 from torch import nn
 
 from fastsam import SAM
-from fastsam.two_pass.state import under_way
+from fastsam.two_pass.stage import under_way
 
 X, Y = batches(1)[0]
 
