@@ -17,8 +17,8 @@ THREADS = 256
 """Threads of a program, whatever the width of a warp."""
 # Of the widest tensor: with two 128-bit accesses a thread, a kernel needs about 40 registers.
 _BYTES_PER_PROGRAM = 8192
-# In the interpreter a program costs about the same whatever its size.
-_INTERPRETED_BLOCK_SIZE = 16384
+# Most of what the interpreter runs are small models, and a program there computes whole blocks.
+_INTERPRETED_BLOCK_SIZE = 4096
 
 
 def block_size(*dtypes: torch.dtype, vectors: int = 2) -> int:

@@ -39,16 +39,60 @@ def _patch_once(patch, scope, language):
 
     It does so again in every call inside a kernel, and spends two thirds of its time on that.
     """
-    done = set()
+    modules_seen, done = set(), set()
 
     def patched(function):
-        modules = frozenset(id(m) for m in function.__globals__.values() if m is language or m is language.core)
-        if modules not in done:
-            done.add(modules)
-            patch(function)
+        if function.__module__ not in modules_seen:
+            modules_seen.add(function.__module__)
+            modules = frozenset(id(m) for m in function.__globals__.values() if m is language or m is language.core)
+            if modules not in done:
+                done.add(modules)
+                patch(function)
         return scope()
 
     return patched
+
+
+def _built_once(build, key_of, own=()):
+    """`__init__` of a class whose attributes, but for its `own`, are the same wherever `key_of(*arguments)` is.
+
+    The interpreter makes an object for every operand of every operation, and spends half of its time on that.
+    """
+    built = {}
+
+    def init(self, *arguments):
+        key = key_of(*arguments)
+        if key in built:
+            vars(self).update(built[key], **dict(zip(own, arguments, strict=False)))
+        else:
+            build(self, *arguments)
+            built[key] = {name: value for name, value in vars(self).items() if name not in own}
+
+    return init
+
+
+def _remembered(function):
+    """`function` of a Triton type, which cannot be hashed but by its name."""
+    results = {}
+
+    def remembered(dtype):
+        if dtype.name not in results:
+            results[dtype.name] = function(dtype)
+        return results[dtype.name]
+
+    return remembered
+
+
+def _unwrap_quickly(unwrap, language):
+    """Unwrap constants, and leave what is none, without a look at each kind of sequence."""
+
+    def quickly(value):
+        kind = type(value)
+        if kind is language.constexpr:
+            return value.value
+        return value if kind in (int, language.dtype, language.tensor) else unwrap(value)
+
+    return quickly
 
 
 def _mend_interpreter():
@@ -57,4 +101,9 @@ def _mend_interpreter():
     interpreter._convert_float = _cast
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _patch_once(interpreter._patch_lang, interpreter._LangPatchScope, interpreter.tl)
+    interpreter._get_np_dtype = _remembered(interpreter._get_np_dtype)
+    core = interpreter.tl.core
+    core.tensor.__init__ = _built_once(core.tensor.__init__, lambda handle, dtype: dtype.name, own=("handle",))
+    core.block_type.__init__ = _built_once(core.block_type.__init__, lambda dtype, shape: (dtype.name, *shape))
+    core._unwrap_if_constexpr = _unwrap_quickly(core._unwrap_if_constexpr, core)
     np.seterr(all="ignore")  # no GPU warns of an overflow
