@@ -93,15 +93,15 @@ def find(data_set: Cifar, directory: Path) -> Path:
     """
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory; {remedy(data_set)}")
-    found = list(_candidates(data_set, directory))
-    if not found:
+    firsts = list(_candidates(data_set, directory))
+    if not firsts:
         raise InputError(f"{directory} holds no {data_set.name}{_other(data_set, directory)}; {remedy(data_set)}")
-    if len(found) > 1:
+    if len(firsts) > 1:
         raise InputError(
-            f"{data_set.name} is there more than once, as {found[0]} and {found[1]}; "
+            f"{data_set.name} is there more than once, as {firsts[0]} and {firsts[1]}; "
             "name the folder of one, or remove the other's files"
         )
-    folder = found[0].parent
+    folder = firsts[0].parent
     for name, records in data_set.files.items():
         _check_size(folder / name, data_set.size(records), data_set)
     return folder

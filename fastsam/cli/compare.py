@@ -42,7 +42,13 @@ class Plan:
     threads: int
 
     def config(self, method: str, noise: float, seed: int) -> Config:
-        """Return the config of one run with the method's default for what is tuned."""
+        """Return the config of one run with the method's default for what is tuned.
+
+        Args:
+            method: a key of METHODS.
+            noise: share of training labels that are redrawn, 0 to 1.
+            seed: of the weights, the label noise and the order.
+        """
         shared = {f.name: getattr(self, f.name) for f in fields(Config) if f.name in asdict(self)} | {
             "options": options_for(method, {k: v for k, v in self.options.items() if k in options_of(method)}),
             "label_noise": noise,
@@ -96,7 +102,12 @@ class Comparison:
     results: list[Result]
 
     def of(self, noise: float, method: str) -> list[Result]:
-        """Return the results of one method at one noise level, one for each seed."""
+        """Return the results of one method at one noise level, one for each seed.
+
+        Args:
+            noise: share of redrawn labels, one of the plan's.
+            method: a key of METHODS, one of the plan's.
+        """
         return [r for r in self.results if r.config.label_noise == noise and r.config.method == method]
 
     @property

@@ -64,6 +64,10 @@ def options_of(name: str) -> dict[str, Any]:
 def options_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options of a method: those given, and the defaults for those that are None or absent.
 
+    Args:
+        name: a key of METHODS.
+        given: values by option.
+
     Raises:
         InputError: a given option is none of the method's.
     """
@@ -85,7 +89,15 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def read_config(checkpoint: dict[str, Any], path: Path) -> Config:
-    """Return a checkpoint's config, or raise InputError if another version of fastsam wrote it."""
+    """Return a checkpoint's config.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+        path: where it was read, for the message.
+
+    Raises:
+        InputError: another version of fastsam wrote it.
+    """
     saved = with_options(checkpoint["config"])
     if set(saved) != {field.name for field in fields(Config)}:
         raise InputError(f"{path} was written by another version of fastsam; resume it with that one")
@@ -98,7 +110,16 @@ def with_options(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_differences(path: Path, started_with: dict[str, Any], asked_for: dict[str, Any]) -> None:
-    """Raise InputError that names every entry of `asked_for` which is another in `started_with`."""
+    """Refuse to go on with other settings than those that a run began with.
+
+    Args:
+        path: the checkpoint or plan, for the message.
+        started_with: its settings.
+        asked_for: settings, some or all.
+
+    Raises:
+        InputError: names every entry of `asked_for` that is another in `started_with`.
+    """
     different = [
         f"{key.replace('_', '-')} {value} (it has {started_with.get(key)})"
         for key, value in asked_for.items()

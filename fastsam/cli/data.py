@@ -33,7 +33,12 @@ SCORED_ON = {"test": "test", "held_out": "held-out"}
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """Return a CPU generator for one purpose, so that no two purposes of a run share their random numbers."""
+    """Return a CPU generator for one purpose, so that no two purposes of a run share their random numbers.
+
+    Args:
+        seed: any integer.
+        purpose: a text that says what is drawn.
+    """
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -55,7 +60,12 @@ class Pictures(NamedTuple):
 
 
 def digits(argument: str, split_seed: int) -> Pictures:
-    """Return scikit-learn's 1797 real handwritten digits of 8x8 pixels, 30 % of each class for the test set."""
+    """Return scikit-learn's 1797 real handwritten digits of 8x8 pixels, 30 % of each class for the test set.
+
+    Args:
+        argument: not used.
+        split_seed: of the choice of the test set.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -68,14 +78,30 @@ def digits(argument: str, split_seed: int) -> Pictures:
 
 
 def read_cifar(data_set: Cifar, directory: str) -> Pictures:
-    """Return CIFAR-10 or CIFAR-100 from its unpacked archive; its test set is its own."""
+    """Return CIFAR-10 or CIFAR-100 from its unpacked archive; its test set is its own.
+
+    Args:
+        data_set: which of them.
+        directory: the folder that the archive unpacks to, or its parent.
+
+    Raises:
+        InputError: it is not there, or broken.
+    """
     train, test = cifar.read(data_set, Path(directory))
     train_x, train_y, test_x, test_y = map(torch.from_numpy, (*train, *test))
     return Pictures(train_x, train_y, test_x, test_y, data_set.classes, data_set.mean, data_set.std)
 
 
 def fake(shape: str, split_seed: int) -> Pictures:
-    """Return pictures and labels of 10 classes drawn uniformly, a fifth as many to test on; for benchmarks."""
+    """Return pictures and labels of 10 classes drawn uniformly, a fifth as many to test on; for benchmarks.
+
+    Args:
+        shape: "NxCxHxW", with N pictures to train on.
+        split_seed: of pictures and labels.
+
+    Raises:
+        InputError: they do not fit into memory.
+    """
     n, *size = map(int, shape.split("x"))
     random = generator(split_seed, "fake pictures")
     try:
@@ -233,14 +259,14 @@ class Split(NamedTuple):
     mean: Tensor | None
     std: Tensor | None
 
-    def augmented(self, rows: Tensor, moves: Tensor) -> Tensor:
+    def augmented(self, samples: Tensor, moves: Tensor) -> Tensor:
         """Return the inputs for a training step, float32 of shape [n, channels, height, width].
 
         Args:
-            rows: int64 indices into `x`, shape [n].
+            samples: int64 indices into `x`, shape [n].
             moves: how each is cropped and flipped, shape [n, 3].
         """
-        x = self.x[rows]
+        x = self.x[samples]
         return x if self.mean is None else self.normalised(crop_and_flip(x, moves))
 
     def normalised(self, x: Tensor) -> Tensor:

@@ -47,13 +47,29 @@ def make_directory(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file."""
+    """Write a UTF-8 text file.
+
+    Args:
+        path: where; a file that is there is replaced.
+        text: what.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON; numbers that are not finite become null, since JSON has no word for them."""
+    """Write JSON; numbers that are not finite become null, since JSON has no word for them.
+
+    Args:
+        path: where; a file that is there is replaced.
+        value: dicts, lists, tuples, strings, numbers, booleans and None.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     write_text(path, json.dumps(_finite(value), indent=2) + "\n")
 
 
@@ -66,7 +82,15 @@ def _finite(value: Any) -> Any:
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write what `read_checkpoint` reads, or leave the file that is there if that fails or is interrupted."""
+    """Write what `read_checkpoint` reads, or leave the file that is there if that fails or is interrupted.
+
+    Args:
+        path: where; a file that is there is replaced.
+        checkpoint: config, history and states, tensors among them.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(checkpoint, file)

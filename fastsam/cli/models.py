@@ -42,7 +42,13 @@ def cnn(shape: Shape, classes: int, width: int = 32) -> nn.Module:
 
 
 def mlp(shape: Shape, classes: int, width: int = 256) -> nn.Module:
-    """Return two hidden layers of `width` with ReLU, no batch norm, for pictures of `shape` in `classes` classes."""
+    """Return two hidden layers of `width` with ReLU, no batch norm, for pictures of any shape.
+
+    Args:
+        shape: of one picture, [channels, height, width].
+        classes: number of classes.
+        width: of each hidden layer.
+    """
     inputs = 1
     for size in shape:
         inputs *= size

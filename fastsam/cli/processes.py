@@ -21,7 +21,7 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 

@@ -44,7 +44,15 @@ def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def write_run(out: Path, result: Result) -> None:
-    """Write history.csv, result.json and curve.png of a finished run."""
+    """Write history.csv, result.json and curve.png.
+
+    Args:
+        out: an existing directory.
+        result: a finished run.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
     scored = result.config.scored_on
     columns = {"accuracy": f"{scored}_accuracy"}
     epochs = [asdict(epoch) for epoch in result.history]
@@ -101,7 +109,15 @@ def _curve(result: Result) -> Figure:
 
 
 def write_comparison(out: Path, comparison: Comparison) -> None:
-    """Write results.json, results.csv, comparison.png and table.md of a finished comparison."""
+    """Write results.json, results.csv, comparison.png and table.md.
+
+    Args:
+        out: an existing directory.
+        comparison: a finished one.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
     about = environment(comparison.plan.device)
     runs = [_run_row(result) for result in comparison.results]
     chosen = [asdict(choice) for choice in comparison.choices]
@@ -130,7 +146,12 @@ def _run_row(result: Result) -> list[Any]:
 
 
 def cells(row: Row, seeds: int) -> list[str]:
-    """Return a row of the table, one text for each of `headers`."""
+    """Return a row of the table, one text for each of `headers`.
+
+    Args:
+        row: its numbers.
+        seeds: number of runs that they are over.
+    """
     spread = f" ± {row.std_last:.1f}" if seeds > 1 else ""
     ratio = f" ({row.step_ratio:.2f}x {row.base})" if row.step_ratio is not None else ""
     return [

@@ -54,13 +54,29 @@ class Result:
 
 
 class Watcher:
-    """Hears how a run gets on; this one keeps quiet."""
+    """Is told how a run gets on; this one does nothing."""
 
     def started(self, config: Config, history: list[Epoch], steps_per_epoch: int) -> None:
-        """A run begins, or goes on after the epochs in `history`."""
+        """A run begins, or goes on.
+
+        Args:
+            config: of the run.
+            history: its epochs so far.
+            steps_per_epoch: of this process.
+        """
 
     def step(self, loss: Tensor, note: str) -> None:
-        """A step was taken, with this mean loss, 0-dim on the run's device, and what the method says of it."""
+        """A step was taken.
+
+        Args:
+            loss: mean of the batch, 0-dim on the run's device.
+            note: what the method says of the step.
+        """
 
     def epoch(self, config: Config, epoch: Epoch) -> None:
-        """An epoch is over and its checkpoint written."""
+        """An epoch is over and its checkpoint written.
+
+        Args:
+            config: of the run.
+            epoch: its numbers.
+        """

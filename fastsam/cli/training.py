@@ -2,7 +2,7 @@
 
 Everything random (weights, split, label noise, order, crops and flips of the samples) comes from the seeds in the
 config, so a run repeats bit for bit on one machine. With several processes each trains on its own part of the samples,
-under DistributedDataParallel, and the first one scores, writes and speaks.
+under DistributedDataParallel, and the first one scores, writes files and prints.
 """
 
 import time
@@ -124,15 +124,15 @@ class TrainingRun:
         self.model.train()
         self.criterion.set_epoch(len(self.history) + 1)
         begin = time.perf_counter()
-        for rows, how in zip(order[:n].split(size), moves[:n].split(size), strict=True):
-            batch = self._inputs(self.data.augmented(rows, how)), self.data.y[rows], rows
+        for samples, how in zip(order[:n].split(size), moves[:n].split(size), strict=True):
+            batch = self._inputs(self.data.augmented(samples, how)), self.data.y[samples], samples
             start = clock.now()
             loss = self._step(batch)
             if self.scaler is not None:
                 self.scaler.update()
             clock.events.append((start, clock.now()))
             self.schedule.step()
-            total += loss * len(rows)
+            total += loss * len(samples)
             watcher.step(loss, note_of(self.optimizer))
         step_ms = clock.median_ms()
         seconds = time.perf_counter() - begin
@@ -165,7 +165,7 @@ class TrainingRun:
             raise InputError(f"--graph: {error}") from error
 
     def _order(self) -> Tensor:
-        """Return the rows of this process's samples in this epoch's order."""
+        """Return this process's samples in this epoch's order, int64 indices into the training set."""
         if self.sampler is None:
             return torch.randperm(len(self.data.x), generator=self.shuffle)
         self.sampler.set_epoch(len(self.history))

@@ -1,5 +1,7 @@
 """A training run: repeats and resumes bit for bit, noise as specified, and nothing is ever chosen on the test set."""
 
+import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,7 +12,7 @@ from fastsam.cli import compare, training
 from fastsam.cli.config import Config, options_for
 from fastsam.cli.data import DATA_SETS, DataSet, Pictures, digits, draw_moves, generator, load, with_label_noise
 from fastsam.cli.errors import InputError
-from fastsam.cli.files import CHECKPOINT, read_checkpoint
+from fastsam.cli.files import CHECKPOINT, read_checkpoint, write_checkpoint
 from fastsam.cli.results import Epoch, Result, Watcher
 from fastsam.cli.steps import BatchLosses, Criterion, build
 from fastsam.cli.training import TrainingRun, train
@@ -115,6 +117,25 @@ def test_interrupted_in_the_first_epoch_resumes_from_the_start(make):
     with pytest.raises(KeyboardInterrupt):
         train(config(), out, watcher=Stop(after=1))
     assert numbers(train(config(), out, resume=True)) == numbers(train(config(), make("through")))
+
+
+@pytest.mark.parametrize("method", ["sgd", "esam"])
+def test_a_checkpoint_from_before_the_scheduler_resumes_bit_for_bit(method, make):
+    """Its config said knobs, and its groups held the rate of the last step taken alone."""
+    through, broken = make("through"), make("broken")
+    wanted = config(method, epochs=3)
+    steps = TrainingRun(wanted).steps_per_epoch
+    expected = train(wanted, through)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, broken, watcher=Stop(after=steps + 1))
+    checkpoint = read_checkpoint(broken / CHECKPOINT)
+    checkpoint["config"]["knobs"] = checkpoint["config"].pop("options")
+    for group in checkpoint["optimizer"]["param_groups"]:
+        del group["initial_lr"]
+        group["lr"] = 0.5 * wanted.options["lr"] * (1 + math.cos(math.pi * (steps - 1) / steps / 3))
+    write_checkpoint(broken / CHECKPOINT, checkpoint)
+    assert numbers(train(wanted, broken, resume=True)) == numbers(expected)
+    assert_equal(state(broken), state(through))
 
 
 def test_resume_refuses_another_config_and_names_what_differs(make):
@@ -429,3 +450,12 @@ def test_a_given_value_is_not_chosen(make):
     done = compare.run(plan(options={"rho": 0.3}, seeds=1), make("out"), Watcher())
     assert done.choices == []
     assert [row.value for row in done.rows] == [None, 0.3]
+
+
+def test_a_plan_from_before_its_options_had_that_name_is_read(make):
+    out = make("out")
+    compare.prepare(plan(options={"rho": 0.3}), out, overwrite=False)
+    saved = json.loads((out / compare.PLAN).read_text())
+    saved["knobs"] = saved.pop("options")
+    (out / compare.PLAN).write_text(json.dumps(saved))
+    assert compare.read_plan(out) == plan(options={"rho": 0.3})
