@@ -171,7 +171,7 @@ class ESAM(SAM):
 
     def _masked_norm(self, ascent: Ascent) -> Tensor:
         draw, etas = self._draw(ascent), self.etas(ascent)
-        masks = self.norm != "full" and draw is not None and draw.keep is not None
+        masks = self.norm != "full" and draw is not None and draw.keep_probability is not None
         betas = [self.option(group, "beta") for group in ascent.groups]
         if self.norm != "estimated":
             return ascent.norm(etas, draw if masks else None)
@@ -190,7 +190,7 @@ class ESAM(SAM):
         is_whole = self.mask == "tensor"
         if all(beta == 1 for beta in betas) or (is_whole and capture.recorder() is None):
             return ascent.rounding()
-        return ascent.draw(rounding=bool(self.stochastic_rounding), keep=betas, whole=is_whole)
+        return ascent.draw(rounding=bool(self.stochastic_rounding), keep_probability=betas, whole=is_whole)
 
     # sharpness-sensitive data selection
 

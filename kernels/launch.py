@@ -50,7 +50,7 @@ def t_of(eta: float | None) -> tuple[float, float]:
 
 def mask_constants(draw: Draw | None) -> dict[str, bool]:
     """Return what a kernel with a random mask is compiled for: whether it is of elements, or of the whole tensor."""
-    is_masked = draw is not None and draw.keep is not None
+    is_masked = draw is not None and draw.keep_probability is not None
     return {"MASKED": is_masked and not draw.whole, "WHOLE": is_masked and draw.whole}  # type: ignore[union-attr]
 
 

@@ -141,7 +141,7 @@ def norm(launches: Sequence[Launch], etas: tuple[float | None, ...], draw: Draw 
 
     Two launches on each, and one more for each further combination of dtypes.
     """
-    used = None if draw is None or draw.keep is None else draw
+    used = None if draw is None or draw.keep_probability is None else draw
     return [_norm_on_one_device(some, etas, used) for some in by_device(launches)]
 
 
@@ -165,10 +165,10 @@ def _norm_on_one_device(launches: Sequence[Launch], etas: tuple[float | None, ..
         }
         advance = None if draw is None else draw.advance
         arguments = partials[next(firsts) :], advance, *random_arguments(draw)
-        keep = None if draw is None or draw.keep is None else each.of(draw.keep)
+        keep_probability = None if draw is None or draw.keep_probability is None else each.of(draw.keep_probability)
         no_weights = () if is_adaptive else ((0,) * len(each.positions),)
         columns = *no_weights, *random_columns(draw, each)
-        return Work(constants, arguments, _sets(each.of(etas), keep), columns=columns)
+        return Work(constants, arguments, _sets(each.of(etas), keep_probability), columns=columns)
 
     result = torch.empty((), dtype=torch.float64, device=device)
     launch_lists(_squares_kernel, launches, work_of)
@@ -179,9 +179,9 @@ def _norm_on_one_device(launches: Sequence[Launch], etas: tuple[float | None, ..
 
 @lru_cache(32)
 def _sets(
-    etas: tuple[float | None, ...], keep: tuple[float, ...] | None
+    etas: tuple[float | None, ...], keep_probability: tuple[float, ...] | None
 ) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
-    thresholds = [0.0] * len(etas) if keep is None else [float(threshold(k)) for k in keep]
+    thresholds = [0.0] * len(etas) if keep_probability is None else [float(threshold(k)) for k in keep_probability]
     return distinct([(*t_of(eta), limit) for eta, limit in zip(etas, thresholds, strict=True)])
 
 

@@ -40,7 +40,7 @@ def norm(
         grads: floating-point tensors of any shapes, dtypes and devices; at least one.
         weights: tensors of the same shapes; needed only with `adaptive`.
         adaptive: for each tensor eta of T = |w| + eta, or None for T = 1; None altogether means T = 1.
-        draw: random numbers of the mask, if it has `keep`; None means m = 1.
+        draw: random numbers of the mask, if it has `keep_probability`; None means m = 1.
 
     Returns:
         0-dim float64 tensor on the first tensor's device. Squares are summed in float64, so entries from 1e-20 to

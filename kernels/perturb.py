@@ -155,7 +155,7 @@ def perturb_(
     The host is never told how far a device came, so no copy is known complete before the weights change: after an
     interrupt the marks that the kernel leaves tell which are.
     """
-    keep = None if draw is None else draw.keep
+    keep_probability = None if draw is None else draw.keep_probability
     tick = next(_ticks)
     marked: list[tuple[Launch, int, Tensor]] = []
     backup.begin(partial(_copied, backup, marked, tick))
@@ -164,8 +164,8 @@ def perturb_(
         dtype, grad_dtype, _ = each.dtypes
         size = block_size(*each.dtypes)
         stochastic = draw is not None and draw.rounding and dtype.itemsize == 2
-        used = draw if stochastic or keep is not None else None
-        own = each.of(etas), None if keep is None else each.of(keep), e0
+        used = draw if stochastic or keep_probability is not None else None
+        own = each.of(etas), None if keep_probability is None else each.of(keep_probability), e0
         marks = _marks(backup, each, size)
         marked.append((each, size, marks))
         constants = {
@@ -198,9 +198,9 @@ def _marks(backup: Backup, each: Launch, size: int) -> Tensor:
 
 
 def _lines(
-    rho: tuple[float, ...], etas: tuple[float | None, ...], keep: tuple[float, ...] | None, e0: float
+    rho: tuple[float, ...], etas: tuple[float | None, ...], keep_probability: tuple[float, ...] | None, e0: float
 ) -> list[tuple[float, ...]]:
-    thresholds = [0.0] * len(rho) if keep is None else [float(threshold(k)) for k in keep]
+    thresholds = [0.0] * len(rho) if keep_probability is None else [float(threshold(k)) for k in keep_probability]
     return [(r, e0, *t_of(eta), limit) for r, eta, limit in zip(rho, etas, thresholds, strict=True)]
 
 

@@ -27,7 +27,7 @@ class Draw(NamedTuple):
     """Which random numbers a launch uses, and what for.
 
     `seed`, `step` and one tensor index for every tensor of its list address them. `rounding` rounds 16-bit weights
-    stochastically; `keep`, for every tensor the probability of keeping an element, masks the others out; with `whole`
+    stochastically. `keep_probability`, for every tensor that of keeping an element, masks the others out; with `whole`
     the word of a tensor's first element decides on all of it. `starts` says which element of the whole each tensor's
     first one is, where tensors are parts; None means 0 for all. `advance`, a 0-dim int64 tensor on the device, is added
     to the step where the launch runs, so that replays of one launch draw other numbers.
@@ -37,16 +37,16 @@ class Draw(NamedTuple):
     step: int
     indices: tuple[int, ...]
     rounding: bool = True
-    keep: tuple[float, ...] | None = None
+    keep_probability: tuple[float, ...] | None = None
     starts: tuple[int, ...] | None = None
     whole: bool = False
     advance: Tensor | None = None
 
     def take(self, positions: Sequence[int]) -> "Draw":
         """Return the draw for the tensors at these positions of the list alone."""
-        keep = None if self.keep is None else tuple(self.keep[i] for i in positions)
+        keep_probability = None if self.keep_probability is None else tuple(self.keep_probability[i] for i in positions)
         indices, starts = (tuple(column[i] for i in positions) for column in self.addresses())
-        return self._replace(indices=indices, keep=keep, starts=starts)
+        return self._replace(indices=indices, keep_probability=keep_probability, starts=starts)
 
     def addresses(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return every tensor's index and its first element."""
@@ -94,9 +94,9 @@ def _first_words(n_tensors: int, block: int, seed: int) -> list[list[int]]:
     return _rounds(torch.zeros_like(indices), indices, steps, seed)[0].view(_STEPS_AT_ONCE, n_tensors).tolist()
 
 
-def threshold(keep: float) -> int:
-    """Words below this number keep their element with probability `keep`; all words do for 1."""
-    return math.floor(keep * 2**32) if keep < 1 else 2**32
+def threshold(keep_probability: float) -> int:
+    """Return the number below which a word keeps its element, with this probability; for 1 all words do."""
+    return math.floor(keep_probability * 2**32) if keep_probability < 1 else 2**32
 
 
 def _rounds(quads: Tensor, indices: Tensor, steps: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

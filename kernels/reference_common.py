@@ -44,7 +44,7 @@ def random_words(draw: Draw, position: int, like: Tensor) -> Tensor:
 
 def mask_of(draw: Draw, position: int, like: Tensor) -> Tensor:
     """Which elements are kept, in the tensor's shape; 0-dim where one draw decides on all of them."""
-    limit = philox.threshold(1.0 if draw.keep is None else draw.keep[position])
+    limit = philox.threshold(1.0 if draw.keep_probability is None else draw.keep_probability[position])
     if draw.whole:
         return philox.words(1, draw.indices[position], _step(draw), draw.seed, device=like.device)[0] < limit
     return random_words(draw, position, like) < limit

@@ -22,7 +22,7 @@ def norm(grads: Sequence[Tensor], weights: Sequence[Tensor], etas: Sequence[floa
     for i, eta in enumerate(etas):
         if eta is not None:
             measured[i] = weights[i].double().abs().add_(eta).mul_(grads[i])
-        if draw is not None and draw.keep is not None:
+        if draw is not None and draw.keep_probability is not None:
             measured[i] = torch.where(mask_of(draw, i, grads[i]), measured[i], 0)
     parts = [_norm_of([measured[i] for i in positions]) for positions in buckets(map(place, measured))]
     if len(parts) == 1:

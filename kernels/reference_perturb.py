@@ -31,7 +31,7 @@ def perturb_(
     torch._foreach_copy_(backup.tensors, list(weights))
     backup.mark_complete()
     reciprocal = _reciprocal(norm, e0)
-    is_masked = draw is not None and draw.keep is not None
+    is_masked = draw is not None and draw.keep_probability is not None
     keys = zip(map(place, weights), map(_dtype, grads), rho, [eta is None for eta in etas], strict=True)
     for positions in buckets(keys):
         first = weights[positions[0]]
@@ -64,7 +64,7 @@ def _perturb_one(
     wide = arithmetic_dtype(weight.dtype)
     w = weight.to(wide)
     # The scale goes first: scale * g is moderate where g alone times w^2 may leave float32's range.
-    if draw is not None and draw.keep is not None and draw.whole:
+    if draw is not None and draw.keep_probability is not None and draw.whole:
         scale = torch.where(mask_of(draw, position, weight), scale, 0.0)
     eps = grad.to(wide) * (scale.to(wide) if isinstance(scale, Tensor) else scale)
     if isinstance(scale, Tensor):
@@ -72,7 +72,7 @@ def _perturb_one(
     if eta is not None:
         t = w.abs().add_(eta)
         eps = eps * t * t
-    if draw is not None and draw.keep is not None and not draw.whole:
+    if draw is not None and draw.keep_probability is not None and not draw.whole:
         eps = torch.where(mask_of(draw, position, weight), eps, 0)
     moved = w + eps
     if draw is not None and draw.rounding and weight.dtype in (torch.float16, torch.bfloat16):

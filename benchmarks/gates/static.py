@@ -66,7 +66,7 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     def ones(dtype: Any) -> list[Any]:
         return [torch.ones(64, dtype=dtype)]
 
-    draw, masked = Draw(0, 0, (0,)), Draw(0, 0, (0,), keep=(0.5,))
+    draw, masked = Draw(0, 0, (0,)), Draw(0, 0, (0,), keep_probability=(0.5,))
     advance = torch.zeros((), dtype=torch.int64)
     captured, whole = masked._replace(advance=advance), masked._replace(advance=advance, whole=True)
     for dtype in (f32, bf16, f64):

@@ -101,7 +101,7 @@ class Ascent:
 
         Args:
             etas: for each tensor eta of ASAM's `T = |w| + eta`, or None for T = 1; None altogether means T = 1.
-            draw: random numbers of ESAM's mask m, if it has `keep`; None means m = 1.
+            draw: random numbers of ESAM's mask m, if it has `keep_probability`; None means m = 1.
 
         Returns:
             0-dim float64 tensor on the first tensor's device.
@@ -206,7 +206,7 @@ class Ascent:
         A shard that is no single stretch of its tensor has numbers of its own.
 
         Args:
-            options: of `Draw`: `keep` and `whole` for a mask, `rounding`.
+            options: of `Draw`: `keep_probability` and `whole` for a mask, `rounding`.
         """
         starts = [first_element(p) for p in self.params]
         indices = [

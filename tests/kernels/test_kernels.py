@@ -96,7 +96,7 @@ def test_norm(dtypes, adaptive, scale):
 @pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
 def test_norm_of_a_mask(keep):
     grads, weights = tensors(DTYPES, sizes=(63, 4096)), tensors(DTYPES, seed=1, sizes=(63, 4096))
-    draw = Draw(5, 6, tuple(range(len(grads))), keep=(keep,) * len(grads))
+    draw = Draw(5, 6, tuple(range(len(grads))), keep_probability=(keep,) * len(grads))
     for adaptive in (False, True):
         etas = etas_of(grads, adaptive)
         expected = reference.norm(grads, weights, etas, draw).item()
@@ -108,7 +108,7 @@ def test_norm_of_a_mask(keep):
 @pytest.mark.parametrize("rounding", [True, False])
 def test_one_draw_for_each_tensor(rounding):
     n = len(tensors(DTYPES))
-    draw = Draw(5, 6, tuple(range(n)), rounding, keep=(0.5,) * n, whole=True)
+    draw = Draw(5, 6, tuple(range(n)), rounding, keep_probability=(0.5,) * n, whole=True)
     first = philox.first_words(n, 6, 5)
     kept = [word < philox.threshold(0.5) for word in first]
     assert any(kept)
@@ -141,7 +141,7 @@ def test_a_launch_whose_step_moves_on_draws_what_a_later_step_does(whole):
     grads, n = tensors(DTYPES, sizes=(63, 4096)), len(tensors(DTYPES, sizes=(63, 4096)))
     norm = torch.ones((), dtype=torch.float64, device=DEVICE)
     advance = torch.tensor(2**31 + 3, device=DEVICE)
-    later = Draw(5, 2**31 + 9, tuple(range(n)), keep=(0.5,) * n, whole=whole)
+    later = Draw(5, 2**31 + 9, tuple(range(n)), keep_probability=(0.5,) * n, whole=whole)
     moved_on = later._replace(step=6, advance=advance)
     for launcher in (kernels, reference):
         found = []
@@ -299,7 +299,7 @@ def test_words_are_those_of_the_contract(seed, step, index):
         weights = [torch.zeros(1000 + skip, device=DEVICE)[skip:]]
         grads = [torch.ones(1000 + skip, device=DEVICE)[skip:]]
         keep = words.sort().values[500].item() / 2**32
-        draw = Draw(seed, step, (index,), keep=(keep,), starts=(start,))
+        draw = Draw(seed, step, (index,), keep_probability=(keep,), starts=(start,))
         kernels.perturb_(weights, grads, Backup(weights), torch.ones((), device=DEVICE), [1.0], None, draw)
         assert torch.equal(weights[0].cpu() != 0, words < philox.threshold(keep))
 
@@ -316,7 +316,7 @@ def test_parts_draw_what_the_whole_does(launcher, cuts):
             return [part.clone() for part in tensor.tensor_split(cuts)]
 
         n = len(cuts) + 1
-        draw = Draw(5, 6, (7,) * n, keep=(0.5,) * n, starts=(0, *cuts))
+        draw = Draw(5, 6, (7,) * n, keep_probability=(0.5,) * n, starts=(0, *cuts))
         cut = parts(weights)
         launcher.perturb_(cut, parts(grads), Backup(cut), norm, [0.3] * n, None, draw)
         masked = launcher.norm(parts(grads), draw=draw)
@@ -376,7 +376,7 @@ def test_only_aligned_tensors_are_taken_in_wide_accesses(stretches):
 def test_parts_are_taken_in_wide_accesses_where_they_start_with_a_counter(stretches):
     for start, draws, is_wide in ((0, True, True), (8, True, True), (6, True, False), (6, False, True)):
         weights = [torch.ones(208)]
-        draw = Draw(1, 2, (3,), keep=(0.5,) if draws else None, starts=(start,))
+        draw = Draw(1, 2, (3,), keep_probability=(0.5,) if draws else None, starts=(start,))
         stretches.clear()
         kernels.perturb_(weights, [torch.ones(208)], Backup(weights), torch.ones(()), [1.0], None, draw)
         assert {wide == length for length, _, wide in stretches} == {is_wide}

@@ -42,7 +42,7 @@ for step, (n, odd) in enumerate([(1, 0), (16, 0), (5000, 1), (2**17, 1)]):
     length, scalar = scalars[0][step], scalars[1][step]  # not always aligned to 16 bytes
     ops.norm(grads)
     backup = Backup(weights)
-    numbers = Draw(seed=2 ** (15 * step) - 1, step=16 * step, indices=(step,), keep=(0.5,))
+    numbers = Draw(seed=2 ** (15 * step) - 1, step=16 * step, indices=(step,), keep_probability=(0.5,))
     ops.perturb_(weights, grads, backup, length, [0.1 * step], None, numbers)
     ops.found_nonfinite(grads)
     lists = weights, backup.tensors, grads, means
