@@ -1,4 +1,4 @@
-"""Lists of tensors to try kernels on, and the numeric rule they are held to."""
+"""Lists of tensors to try kernels on, and their comparison bit by bit."""
 
 import torch
 
@@ -71,21 +71,3 @@ def bits(t):
 def assert_same_bits(some, others):
     for i, (a, b) in enumerate(zip(some, others, strict=True)):
         assert torch.equal(bits(a), bits(b)), f"tensor {i} of shape {tuple(a.shape)} and dtype {a.dtype}"
-
-
-def assert_as_exact(fused, plain, truth, arithmetic=None):
-    """Error against float64 at most that of plain torch in the same dtype, and a floor far below one rounding.
-
-    Errors are summed over all tensors of a dtype: of a single element either side may be rounded the luckier way.
-    `arithmetic` is the dtype that both compute in where it is not that of the result.
-    """
-    for dtype in {t.dtype for t in fused}:
-        rows = [i for i, t in enumerate(fused) if t.dtype == dtype]
-
-        def error(found, rows=rows):
-            return sum(((found[i].double() - truth[i]) ** 2).sum().item() for i in rows) ** 0.5
-
-        size = sum((truth[i] ** 2).sum().item() for i in rows) ** 0.5
-        in_double = (arithmetic or dtype) == torch.float64
-        floor = 2 * torch.finfo(torch.float64).eps if in_double else UNIT / 8  # the truth is itself rounded to float64
-        assert error(fused) <= error(plain) + floor * size, f"{dtype}: {error(fused)} > {error(plain)} + {floor * size}"

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, LISTS, assert_as_exact, assert_same_bits, copies, kernels, reference, tensors
+from error_bounds import assert_as_exact
+from exact_formulas import moving_average
+from kernel_cases import DEVICE, DTYPES, LISTS, assert_same_bits, copies, kernels, reference, tensors
 from test_kernel_launches import Operations
 
 from fastsam.kernels import reference_common
@@ -16,12 +18,8 @@ def ema_(request):
     return (kernels if request.param == "triton" else reference).ema_
 
 
-def in_float64(averages, values, decay):
-    return [decay * v.double() + (1 - decay) * w.double() for v, w in zip(averages, values, strict=True)]
-
-
-def in_plain_torch(averages, values, decay):
-    return [v.mul(decay).add(w.to(v.dtype), alpha=1 - decay) for v, w in zip(averages, values, strict=True)]
+def moved(averages, values, decay):
+    return [moving_average(v, w, decay) for v, w in zip(averages, values, strict=True)]
 
 
 @pytest.mark.parametrize("decay", [0.9998, 0.9, 0.3])
@@ -29,9 +27,9 @@ def in_plain_torch(averages, values, decay):
 def test_lists_of_tensors(ema_, dtypes, decay):
     averages, values = tensors(dtypes, 0), tensors(dtypes, 1)
     kept = copies(values)
-    truth, plain = in_float64(averages, values, decay), in_plain_torch(averages, values, decay)
+    expected = moved(averages, values, decay)
     ema_(averages, values, decay)
-    assert_as_exact(averages, plain, truth)
+    assert_as_exact(averages, expected)
     assert_same_bits(values, kept)
 
 
@@ -39,9 +37,9 @@ def test_lists_of_tensors(ema_, dtypes, decay):
 @pytest.mark.parametrize("average", [torch.float32, torch.bfloat16])
 def test_averages_of_another_dtype(ema_, average, value):
     averages, values = tensors([average], 0), tensors([value], 1)
-    truth, plain = in_float64(averages, values, 0.99), in_plain_torch(averages, values, 0.99)
+    expected = moved(averages, values, 0.99)
     ema_(averages, values, 0.99)
-    assert_as_exact(averages, plain, truth)
+    assert_as_exact(averages, expected)
 
 
 @pytest.mark.parametrize("dtypes", LISTS, ids=str)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, LISTS, assert_as_exact, assert_same_bits, copies, kernels, reference, tensors
+from error_bounds import assert_as_exact
+from exact_formulas import adam_step, sgd_step
+from kernel_cases import DEVICE, DTYPES, LISTS, assert_same_bits, copies, kernels, reference, tensors
 
 from fastsam.kernels.reference import AdamOptions, SGDOptions
 
@@ -29,30 +31,6 @@ def scalar(value):
     return None if value is None else torch.tensor(value, device=DEVICE)
 
 
-def sgd_in(dtype, w, g, m, o, scale):
-    """torch.optim.SGD's step in arithmetic of one dtype."""
-    w, g = w.to(dtype), g.to(dtype) / (scale or 1.0)
-    divided, g = g, (-g if o.maximize else g) + o.weight_decay * w
-    if m is not None:
-        m = o.momentum * m.to(dtype) + (1 - o.dampening) * g
-        g = g + o.momentum * m if o.nesterov else m
-    return w - o.lr * g, divided, m
-
-
-def adam_in(dtype, w, g, m, v, step, o, scale):
-    """torch.optim.Adam's step in arithmetic of one dtype, its scalars in float64."""
-    w, g = w.to(dtype), g.to(dtype) / (scale or 1.0)
-    divided, g = g, -g if o.maximize else g
-    if o.decoupled:
-        w = w * (1 - o.lr * o.weight_decay)
-    else:
-        g = g + o.weight_decay * w
-    m = o.beta1 * m.to(dtype) + (1 - o.beta1) * g
-    v = o.beta2 * v.to(dtype) + (1 - o.beta2) * g * g
-    denominator = v.sqrt() / (1 - o.beta2**step) ** 0.5 + o.eps
-    return w - o.lr / (1 - o.beta1**step) * m / denominator, divided, m, v
-
-
 def dense(ts):
     return [t for t in ts if t.stride() != (6, 2)]
 
@@ -77,11 +55,10 @@ def test_sgd(dtypes, options, scaler):
         assert_same_bits(buffers, before[3])
         return
     rows = list(zip(before[1], before[2], before[3] if o.momentum else momentum, strict=True))
-    truth = [sgd_in(torch.float64, *row, o, scale) for row in rows]
-    plain = [sgd_in(row[0].dtype, *row, o, scale) for row in rows]
-    for i, found in enumerate((weights, grads, momentum)):
+    expected = [sgd_step(*row, o, scale) for row in rows]
+    for found, own in zip((weights, grads, momentum), zip(*expected, strict=True), strict=True):
         if found[0] is not None:
-            assert_as_exact(found, [p[i] for p in plain], [t[i] for t in truth])
+            assert_as_exact(found, own)
     if scale is None:
         assert_same_bits(grads, before[2])
 
@@ -109,10 +86,9 @@ def test_adam(dtypes, options, scaler):
         return
     assert [s.item() for s in steps] == [7.0 * i + 1 for i in range(len(weights))]
     rows = [(*row, 7 * i + 1) for i, row in enumerate(zip(*before[1:5], strict=True))]
-    truth = [adam_in(torch.float64, *row, o, scale) for row in rows]
-    plain = [adam_in(row[0].dtype, *row, o, scale) for row in rows]
-    for i, found in enumerate((weights, grads, means, squares)):
-        assert_as_exact(found, [p[i] for p in plain], [t[i] for t in truth])
+    expected = [adam_step(*row, o, scale) for row in rows]
+    for found, own in zip((weights, grads, means, squares), zip(*expected, strict=True), strict=True):
+        assert_as_exact(found, own)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -128,15 +104,13 @@ def test_states_and_gradients_of_other_dtypes(optimizer, state_dtype):
         n = len(weights)
         if optimizer == "sgd":
             kernels.restore_sgd_step_(*lists, [SGD["nesterov"]] * n)
-            truth = [sgd_in(torch.float64, *row, SGD["nesterov"], None) for row in zip(*before[1:], strict=True)]
-            plain = [sgd_in(row[0].dtype, *row, SGD["nesterov"], None) for row in zip(*before[1:], strict=True)]
+            expected = [sgd_step(*row, SGD["nesterov"]) for row in zip(*before[1:], strict=True)]
         else:
             steps = [torch.zeros((), device=DEVICE) for _ in weights]
             kernels.restore_adam_step_(*lists, [None] * n, steps, [ADAM["adam"]] * n)
-            truth = [adam_in(torch.float64, *row, 1, ADAM["adam"], None) for row in zip(*before[1:], strict=True)]
-            plain = [adam_in(row[0].dtype, *row, 1, ADAM["adam"], None) for row in zip(*before[1:], strict=True)]
+            expected = [adam_step(*row, 1, ADAM["adam"]) for row in zip(*before[1:], strict=True)]
         for found, column in ((weights, 0), *zip(lists[3:], (2, 3), strict=False)):
-            assert_as_exact(found, [p[column].to(found[0].dtype) for p in plain], [t[column] for t in truth], dtype)
+            assert_as_exact(found, [own[column] for own in expected])
 
 
 def test_groups_share_a_launch_and_keep_their_own_options(launches):
@@ -149,8 +123,7 @@ def test_groups_share_a_launch_and_keep_their_own_options(launches):
     kernels.restore_sgd_step_(weights, sources, grads, buffers, options)
     assert launches == ["_restore_sgd_step_kernel"]
     for i, row in enumerate(zip(*before, strict=True)):
-        o = options[i]._replace(lr=float(options[i].lr))
-        torch.testing.assert_close(weights[i], sgd_in(torch.float32, *row, o, None)[0])
+        assert_as_exact(weights[i : i + 1], sgd_step(*row, options[i])[:1])
 
 
 @pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

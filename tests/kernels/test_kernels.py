@@ -2,24 +2,13 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
+from error_bounds import assert_as_exact
+from exact_formulas import perturbed, scaled_norm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import (
-    DEVICE,
-    DTYPES,
-    LISTS,
-    SIZES,
-    UNIT,
-    assert_as_exact,
-    assert_same_bits,
-    copies,
-    kernels,
-    reference,
-    tensors,
-)
+from kernel_cases import DEVICE, DTYPES, LISTS, SIZES, assert_same_bits, copies, kernels, reference, tensors
 
 from fastsam.kernels import philox, reference_common
 from fastsam.kernels.philox import Draw
@@ -67,13 +56,6 @@ def draw_of(draw, n, step=2**31 + 7, seed=2**63 + 5):
     )
 
 
-def perturbed_in(dtype, w, g, rho, eta, norm):
-    """SAM's and ASAM's perturbed weight in arithmetic of one dtype."""
-    w, g = w.to(dtype), g.to(dtype)
-    t = 1.0 if eta is None else w.abs() + eta
-    return w + rho * t**2 * g / (norm.to(dtype) + 1e-12)
-
-
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("dtypes", LISTS, ids=str)
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
@@ -82,13 +64,9 @@ def test_norm(dtypes, adaptive, scale):
         dtypes = [d for d in dtypes if d != torch.float16] or [torch.float32]
     grads, weights = tensors(dtypes, scale=scale), tensors(dtypes, seed=1, scale=scale)
     etas = etas_of(grads, adaptive)
-    products = [g.double() * (w.double().abs() + etas[i] if etas and etas[i] is not None else 1.0)
-                for i, (g, w) in enumerate(zip(grads, weights, strict=True))]  # fmt: skip
-    truth = float(np.sqrt(sum((p.cpu().numpy().astype(np.longdouble) ** 2).sum() for p in products)))
     norm = kernels.norm(grads, weights, etas)
     assert (norm.shape, norm.dtype) == ((), torch.float64)
-    plain = torch.linalg.vector_norm(torch.cat([p.flatten() for p in products]).to(dtypes[0])).item()
-    assert abs(norm.item() / truth - 1) <= max(min(abs(plain / truth - 1), 2 * UNIT), UNIT)
+    assert_as_exact([norm], [scaled_norm(grads, weights, etas)])
     again = kernels.norm(copies(grads), copies(weights), etas)
     assert_same_bits([again], [norm])
 
@@ -99,9 +77,10 @@ def test_norm_of_a_mask(keep):
     draw = Draw(5, 6, tuple(range(len(grads))), keep_probability=(keep,) * len(grads))
     for adaptive in (False, True):
         etas = etas_of(grads, adaptive)
-        expected = reference.norm(grads, weights, etas, draw).item()
-        assert kernels.norm(grads, weights, etas, draw).item() == pytest.approx(expected, rel=UNIT)
-        assert (expected == 0) == (keep == 0)
+        kept = [torch.where(reference_common.mask_of(draw, i, g), g, 0) for i, g in enumerate(grads)]
+        expected = scaled_norm(kept, weights, etas)
+        assert_as_exact([launcher.norm(grads, weights, etas, draw) for launcher in (kernels, reference)], [expected] * 2)
+        assert (expected.value == 0) == (keep == 0)
 
 
 @pytest.mark.usefixtures("no_scalars")
@@ -119,8 +98,7 @@ def test_one_draw_for_each_tensor(rounding):
         if not is_kept:
             g.fill_(torch.nan)  # counts in nothing
     norm = kernels.norm(grads, draw=draw)
-    assert norm.item() == pytest.approx(reference.norm(chosen).item(), rel=UNIT)
-    assert norm.item() == pytest.approx(reference.norm(grads, draw=draw).item(), rel=UNIT)
+    assert_as_exact([norm, reference.norm(grads, draw=draw)], [scaled_norm(chosen)] * 2)
     found = []
     for launcher in (kernels, reference):
         weights = tensors(DTYPES, seed=1)
@@ -163,7 +141,7 @@ def test_any_list_of_lengths_and_offsets(cases):
 
     weights, grads = made(), made()
     norm = kernels.norm(grads)
-    assert norm.item() == pytest.approx(reference.norm(grads).item(), rel=UNIT)
+    assert_as_exact([norm], [scaled_norm(grads)])
     assert kernels.found_nonfinite(grads).item() == 0
     before, expected = copies(weights), copies(weights)
     draw = Draw(1, 2, tuple(range(len(cases))))
@@ -212,11 +190,8 @@ def test_perturb_and_restore(dtypes, adaptive, draw):
     reference.perturb_(expected, grads, Backup(expected), norm, rho, etas, draw)
     assert_same_bits(weights, expected)  # the same operations, in the same order, rounded alike
     if draw is None:
-        rows = list(zip(before, grads, rho, etas or [None] * len(rho), strict=True))
-        assert_as_exact(
-            weights, [perturbed_in(w.dtype, w, *row, norm) for w, *row in rows],
-            [perturbed_in(torch.float64, *row, norm) for row in rows],
-        )  # fmt: skip
+        rows = zip(before, grads, rho, etas or [None] * len(rho), strict=True)
+        assert_as_exact(weights, [perturbed(*row, norm) for row in rows])
     kernels.restore_(backup)
     assert_same_bits(weights, before)
     for w in weights:
@@ -233,7 +208,7 @@ def test_gradients_of_another_dtype(dtype, grad_dtype):
     weights, grads = tensors([dtype], sizes=(63, 4096)), tensors([grad_dtype], seed=1, sizes=(63, 4096))
     expected, etas = copies(weights), etas_of(grads, True)
     norm = kernels.norm(grads, weights, etas)
-    assert norm.item() == pytest.approx(reference.norm(grads, weights, etas).item(), rel=UNIT)
+    assert_as_exact([norm], [scaled_norm(grads, weights, etas)])
     kernels.perturb_(
         weights, grads, Backup(weights), norm, [0.3] * len(weights), etas, draw_of((True, None), len(weights))
     )
@@ -321,7 +296,8 @@ def test_parts_draw_what_the_whole_does(launcher, cuts):
         launcher.perturb_(cut, parts(grads), Backup(cut), norm, [0.3] * n, None, draw)
         masked = launcher.norm(parts(grads), draw=draw)
         whole, before = draw.take([0]), weights.clone()
-        assert masked.item() == pytest.approx(launcher.norm([grads], draw=whole).item(), rel=UNIT)
+        kept = torch.where(reference_common.mask_of(whole, 0, grads), grads, 0)
+        assert_as_exact([masked, launcher.norm([grads], draw=whole)], [scaled_norm([kept])] * 2)
         launcher.perturb_([weights], [grads], Backup([weights]), norm, [0.3], None, whole)
         assert_same_bits([torch.cat(cut)], [weights])
         assert 0.4 < (weights != before).double().mean() < 0.6

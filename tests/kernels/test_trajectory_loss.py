@@ -3,12 +3,14 @@
 import itertools
 import math
 
+import exact_formulas
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, UNIT, assert_as_exact, assert_same_bits, kernels, reference
+from error_bounds import Bounded, assert_as_exact
+from kernel_cases import DEVICE, UNIT, assert_same_bits, kernels, reference
 from test_kernel_launches import Operations
 
 from fastsam.kernels import ops, reference_common
@@ -76,26 +78,34 @@ def who_takes_part(past, targets):
     return part, found
 
 
-def past_logits(past, n_classes):
-    """The past of each row of the batch in float64, NaN where it has none."""
-    if past.ids is None:
-        return past.rows.double()
-    values = past.rows[:, :n_classes].double() * (1 if past.scales is None else past.scales.double()[:, None])
-    return values[past.ids.clamp(0, len(past.rows) - 1)]
+def past_of(past, n_classes):
+    """The past logits of each row of the batch in float64, NaN where it has none, and what int8 is to be scaled by."""
+    ids = past.ids.clamp(0, len(past.rows) - 1)
+    return past.rows[ids, :n_classes].double(), None if past.scales is None else past.scales[ids]
 
 
-def by_torch(logits, targets, t, found, *, tau, weight, label_smoothing=0.0, dtype=F64):
-    """Each row's loss and its gradient, by torch's own losses in a dtype; rows `found` have a past."""
-    z = logits.detach().to(dtype).requires_grad_()
-    y = targets if targets.dim() == 1 else targets.to(dtype)
+def by_torch(logits, targets, t, found, *, tau, weight, label_smoothing=0.0):
+    """Each row's loss and its gradient, by torch's own losses in float64; rows `found` have a past."""
+    z = logits.detach().to(F64).requires_grad_()
+    y = targets if targets.dim() == 1 else targets.to(F64)
     losses = F.cross_entropy(z, y, reduction="none", label_smoothing=label_smoothing, ignore_index=IGNORED)
     if len(found):
-        log_p = F.log_softmax(t[found].to(dtype) / tau, 1)
+        log_p = F.log_softmax(t[found].to(F64) / tau, 1)
         log_q = F.log_softmax(z[found] / tau, 1)
         divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
         losses = losses.index_add(0, torch.tensor(found, device=z.device), weight * divergence)
     losses.sum().backward()
     return losses.detach(), z.grad
+
+
+def bounded(logits, targets, t, found, scales=None, **options):
+    """The same, with a bound on the errors of the arithmetic that the logits call for."""
+    has_past = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    has_past[found] = True
+    counted = targets != IGNORED if targets.dim() == 1 else torch.ones_like(has_past)
+    truth = by_torch(logits, targets, t if scales is None else t * scales.double()[:, None], found, **options)
+    made = exact_formulas.trajectory_loss(logits, targets, t, has_past, counted, scales=scales, **options)
+    return [Bounded(value, bound.error, bound.dtype) for value, bound in zip(truth, made, strict=True)]
 
 
 def ids_for(n, seed=0):
@@ -107,8 +117,7 @@ def ids_for(n, seed=0):
 
 
 def check(module, numbers_of_classes, dtype, history_dtype, sizes, soft=False, **options):
-    """Loss, gradient, record and tags of batches of these sizes; errors are judged of all of them together."""
-    fused, plain, truth = [], [], []
+    """Loss, gradient, record and tags of batches of these sizes."""
     options = {"tau": 5.0, "weight": 7.5, **options}
     for n_classes, n in itertools.product(numbers_of_classes, sizes):
         logits = randn(n, n_classes, seed=n).to(DEVICE, dtype)
@@ -118,22 +127,18 @@ def check(module, numbers_of_classes, dtype, history_dtype, sizes, soft=False, *
         past = history(n_classes, history_dtype, ids=ids_for(n), record=True)
         past.tags[past.ids[-1:]] = 0
         part, found = who_takes_part(past, targets)
-        t, before = past_logits(past, n_classes), clone(past)
+        (t, scales), before = past_of(past, n_classes), clone(past)
         losses, gradient, scale = module.trajectory_loss(
             logits, targets, past, reduction="none", ignore_index=IGNORED, **options
         )
         assert losses.dtype == (F64 if dtype == F64 else F32)
         assert gradient.dtype == dtype
         assert scale.item() == 1
-        fused.append((losses, gradient))
-        plain.append(by_torch(logits, targets, t, found, dtype=dtype, **options))
-        truth.append(by_torch(logits, targets, t, found, **options))
+        assert_as_exact([losses, gradient], bounded(logits, targets, t, found, scales, **options))
         check_record(logits, before, past, part)
         n_outside = 2 if n >= 7 else 0
         assert past.errors[0] == n_outside
         assert past.errors[1] in ((-1, N_SAMPLES) if n_outside else (0,))
-    for found, by_plain, exact in zip(*(zip(*pairs, strict=True) for pairs in (fused, plain, truth)), strict=True):
-        assert_as_exact(found, by_plain, exact, arithmetic=dtype)
 
 
 def check_record(logits, before, after, part):
@@ -207,10 +212,7 @@ def test_teacher(module, n_classes, dtype):
     found = [0, 1, 2, 4, 5, 6]
     kept = rows.clone()
     *fused, _ = module.trajectory_loss(logits, targets, Past(rows), tau=2.0, weight=3.0, reduction="none")
-    plain = by_torch(logits, targets, rows, found, tau=2.0, weight=3.0, dtype=dtype)
-    truth = by_torch(logits, targets, rows, found, tau=2.0, weight=3.0)
-    for kind in zip(fused, plain, truth, strict=True):
-        assert_as_exact(*([one] for one in kind), arithmetic=dtype)
+    assert_as_exact(fused, bounded(logits, targets, rows, found, tau=2.0, weight=3.0))
     assert torch.equal(rows, kept)
     assert fused[0][3] == 0
     assert (fused[1][3] == 0).all()
