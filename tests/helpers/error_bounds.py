@@ -18,8 +18,9 @@ class Bounded:
     Formulas written with these numbers give the truth and the bound at once (a running error analysis: Higham,
     "Accuracy and Stability of Numerical Algorithms", section 3.3). With u half a unit in the last place of `dtype`:
 
-    - +, -, * and sqrt carry over the errors of their operands, at their worst and all of one sign, and make one
+    - +, - and * carry over the errors of their operands, at their worst and all of one sign, and make one
       rounding, u times the size of the result; so what cancels keeps the errors of the terms, relative to their size.
+      So does sqrt with two roundings, since a library's need not be the nearest number.
     - A Python number is rounded once when it enters, unless `dtype` has it.
     - exp, log and / make 4 roundings, 2 units in the last place. exp(x) may be 2^(x log2(e)): its argument is rounded
       twice more, for the factor and for the product, which gives 2 |x| u exp(x).
@@ -42,6 +43,13 @@ class Bounded:
         """A tensor that is given, for arithmetic in `dtype`; one that is wider is rounded to it first."""
         value = tensor.double()
         return cls(value, (tensor.to(dtype).double() - value).abs(), dtype)
+
+    def to(self, dtype):
+        """The same for arithmetic in `dtype`; where that is narrower the numbers are rounded to it."""
+        made = Bounded(self.value, self.error, dtype)
+        return (
+            made if torch.finfo(dtype).bits >= torch.finfo(self.dtype).bits else made._rounded(made.value, made.error)
+        )
 
     def _rounded(self, value, error, roundings=1.0):
         return Bounded(value, error + roundings * self.unit * (value.abs() + error), self.dtype)
@@ -78,12 +86,15 @@ class Bounded:
     def __rsub__(self, other):
         return -self + other
 
+    def __rtruediv__(self, other):
+        return self._of(other) / self
+
     def abs(self):
         return Bounded(self.value.abs(), self.error, self.dtype)
 
     def sqrt(self):
         value = self.value.sqrt()
-        return self._rounded(value, value - (self.value - self.error).clamp(min=0).sqrt())
+        return self._rounded(value, value - (self.value - self.error).clamp(min=0).sqrt(), 2)
 
     def exp(self):
         value = self.value.exp()

@@ -1,5 +1,7 @@
 """What the launchers compute, in numbers that carry a bound on their error: the truth for tests of exactness."""
 
+import math
+
 import torch
 from error_bounds import Bounded, average, norm
 
@@ -51,6 +53,12 @@ def sgd_step(w, g, m, o, scale=None):
     return w - float(o.lr) * g, unscaled, m
 
 
+def _correction(beta, step, device):
+    """1 - beta^step in float64, which a beta near 1 makes a difference of near numbers."""
+    power = Bounded.exact(torch.tensor(0.0 if beta == 0 else float(step), device=device), torch.float64)
+    return 1 - (power * math.log(beta)).exp() if beta else 1 - power
+
+
 def adam_step(w, g, m, v, step, o, scale=None, largest=None):
     """torch.optim.Adam's and AdamW's step number `step`: the weight, the unscaled gradient and both moments."""
     dtype, lr = arithmetic_of(w), float(o.lr)
@@ -65,8 +73,9 @@ def adam_step(w, g, m, v, step, o, scale=None, largest=None):
         is_old = largest.double() > v.value
         old = Bounded.exact(largest, dtype)
         peak = Bounded(torch.where(is_old, old.value, v.value), v.error, dtype)
-    denominator = peak.sqrt() / (1 - o.beta2**step) ** 0.5 + o.eps
-    return w - lr / (1 - o.beta1**step) * m / denominator, unscaled, m, v
+    denominator = peak.sqrt() / _correction(o.beta2, step, w.value.device).sqrt().to(dtype) + o.eps
+    step_size = (lr / _correction(o.beta1, step, w.value.device)).to(dtype)
+    return w - step_size * m / denominator, unscaled, m, v
 
 
 def moving_average(v, w, decay):

@@ -1,5 +1,9 @@
 """Triton's interpreter for the tests: kernels that run on CPU tensors, with casts as a GPU makes them."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -107,3 +111,66 @@ def _mend_interpreter():
     core.block_type.__init__ = _built_once(core.block_type.__init__, lambda dtype, shape: (dtype.name, *shape))
     core._unwrap_if_constexpr = _unwrap_quickly(core._unwrap_if_constexpr, core)
     np.seterr(all="ignore")  # no GPU warns of an overflow
+
+
+_FAST = {"create_exp": np.exp, "create_exp2": np.exp2, "create_log": np.log, "create_fdiv": np.divide}
+"""Operations for which a GPU has fast instructions that are not correctly rounded."""
+
+
+def plant_errors(patch, direction):
+    """Let exp, exp2, log and division in the interpreter err by up to 2 units in the last place, as a GPU's may.
+
+    Args:
+        patch: a MonkeyPatch, which undoes it.
+        direction: "either" for errors that are random and uniform, "up" or "down" for the largest, always to one side.
+    """
+    from triton.runtime import interpreter
+
+    generator = np.random.default_rng(0)
+
+    def erring(operation):
+        def computed(*operands):
+            exact = operation(*(np.asarray(x).astype(np.float64) for x in operands))
+            rounded = exact.astype(np.result_type(*operands))
+            # with half a unit that rounding adds, 2
+            units = {"either": generator.uniform(-1.5, 1.5, np.shape(exact)), "up": 1.5, "down": -1.5}[direction]
+            wrong = (exact + units * np.spacing(np.abs(rounded))).astype(rounded.dtype)
+            # a GPU's exp of 0 is exactly 1, and that of -inf exactly 0
+            return np.where(np.isfinite(rounded) & (rounded != 1) & (rounded != 0), wrong, rounded)
+
+        return computed
+
+    for name, operation in _FAST.items():
+        wrong = erring(operation)
+        run = "binary_op" if name == "create_fdiv" else "unary_op"
+        patch.setattr(
+            interpreter.InterpreterBuilder, name, lambda self, *x, run=run, wrong=wrong: getattr(self, run)(*x, wrong)
+        )
+
+
+def plant_fault(patch, folder, module, old, new):
+    """Replace a piece of a kernel module's text, wherever the package uses what the text defines.
+
+    Args:
+        patch: a MonkeyPatch, which undoes it.
+        folder: where to write the changed text, an empty directory.
+        module: a module of fastsam.kernels.
+        old: a text that occurs in it exactly once.
+        new: the text in its place.
+    """
+    text = Path(module.__file__).read_text()
+    assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {module.__name__}"
+    path = folder / f"faulty_{Path(module.__file__).name}"
+    path.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    faulty = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as interpreting:
+        interpreting.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(faulty)
+    users = [m for name, m in sys.modules.items() if name.startswith("fastsam.kernels.")]
+    for name, original in vars(module).items():
+        function = getattr(original, "fn", original)  # of a kernel
+        if not isinstance(original, type) and getattr(function, "__module__", None) == module.__name__:
+            for user in users:
+                if vars(user).get(name) is original:
+                    patch.setattr(user, name, getattr(faulty, name))

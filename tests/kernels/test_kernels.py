@@ -79,7 +79,9 @@ def test_norm_of_a_mask(keep):
         etas = etas_of(grads, adaptive)
         kept = [torch.where(reference_common.mask_of(draw, i, g), g, 0) for i, g in enumerate(grads)]
         expected = scaled_norm(kept, weights, etas)
-        assert_as_exact([launcher.norm(grads, weights, etas, draw) for launcher in (kernels, reference)], [expected] * 2)
+        assert_as_exact(
+            [launcher.norm(grads, weights, etas, draw) for launcher in (kernels, reference)], [expected] * 2
+        )
         assert (expected.value == 0) == (keep == 0)
 
 

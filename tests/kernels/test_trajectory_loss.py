@@ -7,9 +7,9 @@ import exact_formulas
 import pytest
 import torch
 import torch.nn.functional as F
+from error_bounds import Bounded, assert_as_exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from error_bounds import Bounded, assert_as_exact
 from kernel_cases import DEVICE, UNIT, assert_same_bits, kernels, reference
 from test_kernel_launches import Operations
 
