@@ -1,8 +1,10 @@
 """The reference implementations against a float64 truth."""
 
+import exact_formulas
 import numpy as np
 import pytest
 import torch
+from error_bounds import assert_as_exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import reference
@@ -137,15 +139,8 @@ def test_perturb_and_restore(dtypes, adaptive):
     for t in backup.tensors:
         t.fill_(float("nan"))
     reference.perturb_(weights, grads, backup, norm, rho, etas)
-    for i, (w, b, g) in enumerate(zip(weights, before, grads, strict=True)):
-        t = b.double().abs() + etas[i] if etas and etas[i] is not None else 1.0
-        truth = b.double() + rho[i] * t**2 * g.double() / (norm + 1e-12)
-        # one rounding of the sum, and one of each factor in the dtype of the arithmetic
-        exact = torch.finfo(w.dtype).eps / 2 * truth.abs()
-        arithmetic = (
-            4 * torch.finfo(reference_common.arithmetic_dtype(w.dtype)).eps * ((truth - b.double()).abs() + truth.abs())
-        )
-        assert ((w.double() - truth).abs() <= exact + arithmetic + torch.finfo(w.dtype).tiny).all()
+    rows = zip(before, grads, rho, etas or [None] * len(rho), strict=True)
+    assert_as_exact(weights, [exact_formulas.perturbed(*row, norm) for row in rows])
     assert all(map(torch.equal, backup.tensors, before))
     reference.restore_(backup)
     assert all(map(torch.equal, weights, before))
@@ -209,14 +204,6 @@ def test_random_words_follow_memory_order():
     assert not torch.equal(contiguous, strided)
 
 
-def sgd_by_hand(w, g, m, o):
-    g = (-g if o.maximize else g) + o.weight_decay * w
-    if o.momentum:
-        m = o.momentum * m + (1 - o.dampening) * g
-        g = g + o.momentum * m if o.nesterov else m
-    return w - o.lr * g, m
-
-
 @pytest.mark.parametrize("dtypes", [[d] for d in DTYPES] + [DTYPES])
 @pytest.mark.parametrize("skip", [None, False, True])
 @pytest.mark.parametrize("perturbed", [False, True])
@@ -241,21 +228,15 @@ def test_restore_and_sgd_step(o, perturbed, skip, dtypes):
     given = [g * 4 if scale is not None else g for g in copies(grads)]
     args = (weights, sources if perturbed else weights, given, buffers if o.momentum else [None] * len(weights))
     reference.restore_sgd_step_(*args, [o] * len(weights), grad_scale=scale, found_inf=found)
-    for w, t, g, m, m0 in zip(weights, truth, grads, buffers, before_m, strict=True):
-        if skip:
-            assert torch.equal(w, t)
-            assert torch.equal(m, m0)
-            continue
-        wide = o._replace(lr=float(o.lr))
-        expected, expected_m = sgd_by_hand(t.double(), g.double(), m0.double(), wide)
-        eps = torch.finfo(w.dtype).eps
-        size = t.double().abs() + g.double().abs() + m0.double().abs()
-        assert ((w.double() - expected).abs() <= 2 * eps * size).all()
-        if o.momentum:
-            assert ((m.double() - expected_m).abs() <= 2 * eps * size).all()
-    if scale is not None and not skip:
-        assert all(((a - b).double().abs() <= torch.finfo(a.dtype).eps * b.double().abs()).all()
-                   for a, b in zip(given, grads, strict=True))  # fmt: skip
+    if skip:
+        assert all(map(torch.equal, weights + buffers, truth + before_m))
+        return
+    rows = zip(truth, grads, before_m if o.momentum else [None] * len(truth), strict=True)
+    expected = [exact_formulas.sgd_step(*row, o) for row in rows]
+    assert_as_exact(weights, [own[0] for own in expected])
+    if o.momentum:
+        assert_as_exact(buffers, [own[2] for own in expected])
+    assert all(map(torch.equal, given, grads))  # a scale that is a power of two is taken back exactly
 
 
 @pytest.mark.parametrize("dtypes", [[d] for d in DTYPES] + [DTYPES])
@@ -277,24 +258,12 @@ def test_restore_and_adam_step(o, skip, dtypes):
     found = None if skip is None else torch.tensor(float(skip))
     reference.restore_adam_step_(weights, sources, grads, m, v, largest, steps, [o] * len(weights), found_inf=found)
     assert all(s.item() == (3 if skip else 4) for s in steps)
-    for i, (w, t) in enumerate(zip(weights, truth, strict=True)):
-        if skip:
-            assert torch.equal(w, t)
-            assert torch.equal(m[i], m0[i])
-            continue
-        lr, x = float(o.lr), t.double()
-        g = -grads[i].double() if o.maximize else grads[i].double()
-        if o.decoupled:
-            x = x * (1 - lr * o.weight_decay)
-        else:
-            g = g + o.weight_decay * x
-        m1 = o.beta1 * m0[i].double() + (1 - o.beta1) * g
-        v1 = o.beta2 * v0[i].double() + (1 - o.beta2) * g**2
-        peak = torch.maximum(v0[i].double(), v1) if o.amsgrad else v1
-        update = lr * (m1 / (1 - o.beta1**4)) / ((peak / (1 - o.beta2**4)).sqrt() + o.eps)
-        eps = torch.finfo(w.dtype).eps
-        size = x.abs() + update.abs() + (lr * m0[i].double() / peak.sqrt().clamp_min(1e-30)).abs()
-        assert ((w.double() - (x - update)).abs() <= 8 * eps * size + 1e-9).all(), (w.dtype, i)
+    if skip:
+        assert all(map(torch.equal, weights + m + v, truth + m0 + v0))
+        return
+    rows = zip(truth, grads, m0, v0, v0 if o.amsgrad else largest, strict=True)
+    expected = [exact_formulas.adam_step(*row[:4], 4, o, largest=row[4]) for row in rows]
+    assert_as_exact(weights + m + v, [own[i] for i in (0, 2, 3) for own in expected])
 
 
 @pytest.mark.parametrize(
