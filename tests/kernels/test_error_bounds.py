@@ -190,9 +190,7 @@ FAULTS = {
     "loss, bfloat16": (
         "loss_blocks", "gradient = tl.exp(shifted)", f"gradient = {bf16('tl.exp(shifted)')}", loss_case, {}
     ),
-    "loss, bfloat16 past": (
-        "loss_blocks", "p = tl.exp(past_shifted * rate)", f"p = {bf16('tl.exp(past_shifted * rate)')}", loss_case, {}
-    ),
+    "loss, bfloat16 past": ("loss_blocks", "- p * p_factor", f"- {bf16('p')} * p_factor", loss_case, {}),
     "loss, no smoothing": ("loss_blocks", " + smoothing / n_classes.to(COMPUTE)", "", loss_case, {}),
     "loss, no quotient": ("trajectory_loss", " - tl.log(p_sum / q_sum)", "", loss_case, {}),
     "loss, float32 in float64": (
