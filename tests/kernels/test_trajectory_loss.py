@@ -269,7 +269,7 @@ def test_repeats_bit_for_bit(module, n_classes):
 
 
 def test_worked_numbers(module):
-    """SPEC 4.2, to 1e-12 in float64."""
+    """docs/algorithms.md#trajectory-loss, to 1e-12 in float64."""
     rows, logits = (torch.tensor([v], dtype=F64, device=DEVICE) for v in ([2.0, 0.0, -1.0], [1.0, 0.5, -0.5]))
     y = torch.tensor([0], device=DEVICE)
     close = {"rtol": 0, "atol": 1e-12}
@@ -297,7 +297,7 @@ def test_worked_numbers(module):
 
 
 def test_invariants_of_the_divergence(module):
-    """SPEC's invariant 22."""
+    """docs/algorithms.md#invariant-22."""
     tau, logits, rows = 5.0, randn(6, 10).to(DEVICE), randn(6, 10, seed=1).to(DEVICE)
     rows[0] = logits[0] + 3
     y = classes_of(6, 10).to(DEVICE)
