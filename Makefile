@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 OUT ?= runs/compare-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: compare test test-wheel test-versions lint gate count-gate cpu-gate bench bench-gpu readme docs clean
+.PHONY: compare test test-all test-wheel test-versions lint gate count-gate cpu-gate bench bench-gpu readme docs clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,9 @@ bench-gpu: $(VENV)/.ready  ## with a GPU: the kernels' tests, their bandwidth an
 	-$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks.gates.gpu $(ARGS)
 
+test-all: $(VENV)/.ready  ## every law of the methods in the full product of methods, bases and ways
+	$(BIN)/python -m pytest -n auto --all-cells tests/common $(ARGS)
+
 test-wheel: $(VENV)/.ready  ## build the wheel and run the optimizer tests on it, outside the tree
 	rm -rf build/wheel && mkdir -p build/wheel && cp -r pyproject.toml README.md LICENSE fastsam kernels build/wheel/
 	cd build/wheel && $(abspath $(BIN))/pip wheel --quiet --no-deps --no-build-isolation -w . .
@@ -63,7 +66,7 @@ test-wheel: $(VENV)/.ready  ## build the wheel and run the optimizer tests on it
 		> $$(build/wheel/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
 	outside=$$(mktemp -d) && cp -r tests $$outside/ && cp pyproject.toml $$outside/options.toml && cd $$outside && \
 		$(abspath build/wheel/venv/bin/python) -m pytest -n auto -q -c options.toml --rootdir . \
-		tests/common/test_exactness.py tests/common/test_restore.py tests/common/test_checkpoints.py tests/common/test_protocols.py -k "not triton" && \
+		tests/common/test_equation.py tests/common/test_restore.py tests/common/test_resume.py tests/common/test_protocols.py -k "not triton" && \
 		rm -rf $$outside
 
 test-versions:  ## the tests on the lowest versions that pyproject.toml claims and on some between; needs Python 3.10 and 3.12

@@ -16,6 +16,18 @@ def pytest_addoption(parser):
         default="cpu",
         help="where the Triton kernels run: on CPU tensors, in Triton's interpreter, or compiled, on a GPU",
     )
+    parser.addoption(
+        "--all-cells",
+        action="store_true",
+        help="meet every law of tests/common in the full product of methods, bases and ways, not in a covering set",
+    )
+
+
+def pytest_generate_tests(metafunc):
+    """Hand a law its cells."""
+    law = getattr(metafunc.function, "law", None)
+    if law is not None:
+        metafunc.parametrize("cell", law.cells(metafunc.config.getoption("all_cells")), indirect=True, ids=str)
 
 
 def pytest_configure(config):
@@ -34,6 +46,15 @@ def backend(request, choose):
     if request.param == "triton" and ops._triton_backend() is None:
         pytest.skip("triton is not installed")
     choose(request.param)
+    return request.param
+
+
+@pytest.fixture
+def cell(request, choose):
+    """A cell of a law, on its backend."""
+    if request.param.backend == "triton" and ops._triton_backend() is None:
+        pytest.skip("triton is not installed")
+    choose(request.param.backend)
     return request.param
 
 

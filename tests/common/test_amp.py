@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from methods import WAYS, by_loss_function
 from problems import batches, largest_difference, losses_of, mlp
-from test_exactness import WAYS, with_loss_function
 
 from fastsam import ESAM, MSAM, SAM
 
@@ -163,10 +163,10 @@ def test_training_under_autocast(backend, dtype):
 @pytest.mark.parametrize(
     ("build", "way"),
     [
-        *((SAM, way) for way in WAYS),
-        (partial(ESAM, beta=1.0), with_loss_function),
-        (partial(MSAM, num_shards=3), with_loss_function),
-        (partial(MSAM, num_shards=3, execution="batched"), with_loss_function),
+        *((SAM, way) for way in WAYS.values()),
+        (partial(ESAM, beta=1.0), by_loss_function),
+        (partial(MSAM, num_shards=3), by_loss_function),
+        (partial(MSAM, num_shards=3, execution="batched"), by_loss_function),
     ],
 )
 def test_autocast_may_be_inside_the_loss_function_or_around_the_steps(backend, build, way):

@@ -1,24 +1,23 @@
-"""Checkpoints: exact resume, exchange with the plain base, other formats, copies."""
+"""Checkpoints: other formats, options and hooks; that training resumes is a law, in test_resume.py."""
 
 import copy
 import io
-import pickle
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from methods import ALL_BASES, by_two_steps
 from oracle import Davda54SAM
-from problems import assert_same, batches, largest_difference, losses_of, mlp, snapshot
-from test_exactness import BASES, with_two_steps
+from problems import assert_same, batches, losses_of, mlp, snapshot
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fastsam import SAM
 
-STATEFUL = {name: BASES[name] for name in ("sgd", "damped", "adamw", "amsgrad", "rmsprop")}
+STATEFUL = ("sgd", "damped", "adamw", "amsgrad", "rmsprop")
 
 
 def build(base, model, **keywords):
-    cls, kwargs = BASES[base]
+    cls, kwargs = ALL_BASES[base]
     return SAM(model.parameters(), cls, model=model, **{"rho": 0.1, **kwargs, **keywords})
 
 
@@ -34,80 +33,12 @@ def through_a_file(state_dict):
     return torch.load(file)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("base", STATEFUL)
-def test_resume_goes_on_bit_for_bit(backend, base, dtype):
-    data = batches(8, dtype=dtype)
-    whole = mlp(dtype)
-    opt = build(base, whole, seed=5)
-    train(opt, whole, data)
-
-    half = mlp(dtype)
-    opt = build(base, half, seed=5)
-    train(opt, half, data[:4])
-    saved, weights = through_a_file(opt.state_dict()), snapshot(half)
-
-    resumed = mlp(dtype, seed=9)
-    resumed.load_state_dict(weights)
-    opt = build(base, resumed, rho=0.7, lr=9.0)  # the checkpoint's options count; bf16 draws go on where they were
-    opt.load_state_dict(saved)
-    train(opt, resumed, data[4:])
-    assert_same(resumed, snapshot(whole))
-
-
-@pytest.mark.parametrize("load_on_base", [False, True])
-@pytest.mark.parametrize("base", STATEFUL)
-def test_a_plain_bases_checkpoint_loads(backend, base, load_on_base):
-    cls, kwargs = BASES[base]
-    plain = mlp()
-    base_opt = cls(plain.parameters(), **kwargs)
-    for x, y in batches(3):
-        base_opt.zero_grad()
-        losses_of(plain)(x, y).mean().backward()
-        base_opt.step()
-    saved = through_a_file(base_opt.state_dict())
-    base_opt.zero_grad()
-    wrapped = SAM.wrap(base_opt, rho=0.3)
-
-    model = mlp(seed=9)
-    model.load_state_dict(plain.state_dict())
-    groups = [{"params": list(model.parameters()), "rho": 0.3}]
-    opt = SAM(groups, cls, rho=0.1, **kwargs)
-    (opt.base_optimizer if load_on_base else opt).load_state_dict(saved)
-    assert opt.param_groups[0]["rho"] == 0.3, "a group keeps its own option"
-    assert opt.param_groups is opt.base_optimizer.param_groups
-    data = batches(3, seed=1)
-    train(opt, model, data)
-    train(wrapped, plain, data)
-    assert_same(model, snapshot(plain))
-
-
-@pytest.mark.parametrize("base", STATEFUL)
-def test_a_plain_base_loads_a_sam_checkpoint(backend, base):
-    cls, kwargs = BASES[base]
-    model = mlp()
-    opt = build(base, model)
-    train(opt, model, batches(3))
-    plain = mlp(seed=9)
-    plain.load_state_dict(model.state_dict())
-    base_opt = cls(plain.parameters(), **kwargs)
-    base_opt.load_state_dict(through_a_file(opt.state_dict()))
-    x, y = batches(1, seed=1)[0]
-    opt.zero_grad()
-    for m in (model, plain):
-        losses_of(m)(x, y).mean().backward()
-    base_opt.step()
-    with pytest.warns(UserWarning, match="plain"):
-        opt.step()
-    assert largest_difference(model, plain) < 1e-12
-
-
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_davda54_checkpoint_loads(backend, cls):
     theirs, ours = mlp(), mlp()
     old = Davda54SAM(theirs.parameters(), cls, rho=0.4, adaptive=True, lr=0.01)
     for x, y in batches(2):
-        with_two_steps(old, losses_of(theirs), x, y)
+        by_two_steps(old, losses_of(theirs), x, y)
     saved = through_a_file(old.state_dict())
     assert any("old_p" in entries for entries in saved["state"].values())
     opt = SAM(ours.parameters(), cls, lr=0.5)
@@ -180,23 +111,6 @@ def test_distributed_checkpoint_round_trip(backend, base, tmp_path):
     assert opt.param_groups[0]["fastsam_step"] == 4
     train(opt, resumed, data[4:])
     assert_same(resumed, snapshot(whole))
-
-
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-@pytest.mark.parametrize("base", STATEFUL)
-def test_copies_go_on_by_themselves(backend, base, copier):
-    model = mlp(batchnorm=True)
-    opt = build(base, model)
-    train(opt, model, batches(3))
-    twin, twin_opt = copier((model, opt))
-    assert twin_opt.param_groups is twin_opt.base_optimizer.param_groups
-    assert twin_opt.param_groups[0]["params"][0] is next(twin.parameters())
-    before = snapshot(model)
-    train(twin_opt, twin, batches(3, seed=1))
-    assert_same(model, before)
-    train(opt, model, batches(3, seed=1))
-    assert_same(model, snapshot(twin))
-    twin_opt.load_state_dict(opt.state_dict())
 
 
 def test_a_scheduler_before_a_copy_does_not_tie_the_copy_to_the_original(backend):

@@ -4,8 +4,8 @@ import gc
 
 import pytest
 import torch
+from methods import by_closure, by_contexts, by_loss_function
 from problems import batches, largest_difference, losses_of, mlp
-from test_exactness import with_closure, with_contexts, with_loss_function
 from torch import nn
 
 from fastsam import SAM
@@ -41,7 +41,7 @@ def test_a_call_that_comes_too_early_says_what_is_missing(pair, call, needle):
     model, opt = pair
     with pytest.raises(RuntimeError, match=needle):
         call(opt)
-    with_loss_function(opt, losses_of(model), X, Y)  # and nothing is broken
+    by_loss_function(opt, losses_of(model), X, Y)  # and nothing is broken
 
 
 INSIDE = {
@@ -91,7 +91,7 @@ def test_an_ascent_waits_for_its_descent(pair, name):
         INSIDE[name](opt)
     opt.state_dict()  # weights are true ones
     opt.restore()
-    with_contexts(opt, losses_of(model), X, Y)
+    by_contexts(opt, losses_of(model), X, Y)
 
 
 @pytest.mark.parametrize("name", [n for n in INSIDE if n != "second_step"] + ["state_dict"])
@@ -134,7 +134,7 @@ def test_a_closure_after_a_backward_raises_and_names_the_ways_out(pair):
     opt.zero_grad()
     opt.step(closure)  # a closure without zero_grad is as good
     other = mlp()
-    with_loss_function(SAM(other.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9), losses_of(other), X, Y)
+    by_loss_function(SAM(other.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9), losses_of(other), X, Y)
     assert largest_difference(model, other) < 1e-15
 
 
@@ -142,15 +142,15 @@ def test_gradients_filled_with_zeros_do_not_stop_a_closure(pair):
     model, opt = pair
     backward(model)
     model.zero_grad(set_to_none=False)
-    with_closure(opt, losses_of(model), X, Y)
+    by_closure(opt, losses_of(model), X, Y)
 
 
 def test_gradients_already_there_are_discarded_by_a_loss_function(pair):
     model, opt = pair
     other = mlp()
-    with_loss_function(SAM(other.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9), losses_of(other), X, Y)
+    by_loss_function(SAM(other.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9), losses_of(other), X, Y)
     (100 * losses_of(model)(X, Y).sum()).backward()
-    with_loss_function(opt, losses_of(model), X, Y)
+    by_loss_function(opt, losses_of(model), X, Y)
     assert largest_difference(model, other) == 0
 
 
@@ -213,7 +213,7 @@ def test_every_place_of_zero_grad_gives_the_same_numbers(pair, loop):
     other = SAM(expected.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
     for _ in range(4):
         loop(opt, model)
-        with_loss_function(other, losses_of(expected), X, Y)
+        by_loss_function(other, losses_of(expected), X, Y)
     assert largest_difference(model, expected) < 1e-15
 
 
@@ -223,7 +223,7 @@ def test_optimizer_zero_grad_inside_the_first_ascent_clears_what_was_set_aside(p
     zero_by_optimizer_inside(opt, model)
     expected = mlp()
     other = SAM(expected.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
-    with_loss_function(other, losses_of(expected), X, Y)
+    by_loss_function(other, losses_of(expected), X, Y)
     assert largest_difference(model, expected) < 1e-15
 
 
@@ -251,7 +251,7 @@ def test_a_closure_on_top_of_a_finished_pair_runs_once(pair):
     assert calls == [1]
     expected = mlp()
     other = SAM(expected.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
-    with_loss_function(other, losses_of(expected), X, Y)
+    by_loss_function(other, losses_of(expected), X, Y)
     assert largest_difference(model, expected) < 1e-15
 
 

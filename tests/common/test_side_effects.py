@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from methods import WAYS, by_closure, by_contexts, by_loss_function, by_two_steps
 from problems import batches, cnn, largest_difference, losses_of, mlp
-from test_exactness import WAYS, with_closure, with_contexts, with_loss_function, with_two_steps
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +33,7 @@ class Normed(nn.Module):
         return self.head(torch.tanh(self.frozen(self.norm(self.inner(x)))))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS.values())
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("track", [True, False])
 def test_batch_norm_statistics_are_those_of_one_forward_at_the_true_weights(backend, way, momentum, track):
@@ -53,11 +53,11 @@ def test_batch_norm_statistics_are_those_of_one_forward_at_the_true_weights(back
 def test_without_model_the_statistics_are_the_users(backend):
     model = Normed(0.1).train()
     opt = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
-    with_loss_function(opt, losses_of(model), *batches(1)[0])
+    by_loss_function(opt, losses_of(model), *batches(1)[0])
     assert model.norm.num_batches_tracked == 2
 
 
-@pytest.mark.parametrize("way", [with_loss_function, with_closure, with_contexts])
+@pytest.mark.parametrize("way", [by_loss_function, by_closure, by_contexts])
 @pytest.mark.parametrize("same_rng", [True, False])
 def test_both_passes_draw_the_same_dropout_masks(backend, way, same_rng):
     model, draws = mlp(dropout=0.5), []
@@ -78,7 +78,7 @@ def test_draws_after_a_step_are_those_of_a_plain_step(backend):
         x, y = batches(1)[0]
         torch.manual_seed(7)
         if optimizer is None:
-            with_loss_function(SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1), losses_of(model), x, y)
+            by_loss_function(SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1), losses_of(model), x, y)
         else:
             losses_of(model)(x, y)
         ends.append(torch.rand(3))
@@ -96,7 +96,7 @@ def test_several_backwards_in_a_pair_replay_all_their_draws(backend):
     assert all(map(torch.equal, draws[:3], draws[3:]))
 
 
-@pytest.mark.parametrize("way", [with_loss_function, with_contexts, with_two_steps])
+@pytest.mark.parametrize("way", [by_loss_function, by_contexts, by_two_steps])
 def test_compiled_models_run_without_recompiling(backend, way):
     torch._dynamo.reset()
     model, eager = cnn(), cnn()
@@ -137,7 +137,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("on_base", [False, True])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS.values())
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_schedulers_on_either_object_work_without_warnings(backend, kind, way, on_base):
     model, plain = mlp(), mlp()
@@ -171,7 +171,7 @@ def test_a_tensor_learning_rate_keeps_its_identity(backend):
     assert largest_difference(model, plain) < 1e-7
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS.values())
 def test_hooks_of_both_optimizers_fire_once(backend, way):
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -198,7 +198,7 @@ def test_a_patched_base_step_is_the_one_that_runs(backend):
     original = base.step
     base.step = lambda *args: calls.append(1) or original(*args)
     opt = SAM.wrap(base, rho=0.1)
-    with_loss_function(opt, losses_of(model), *batches(1)[0])
+    by_loss_function(opt, losses_of(model), *batches(1)[0])
     assert calls == [1]
 
 
@@ -210,7 +210,7 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("way", "scaled"), [*((way, False) for way in WAYS), (with_contexts, True)])
+@pytest.mark.parametrize(("way", "scaled"), [*((way, False) for way in WAYS.values()), (by_contexts, True)])
 @pytest.mark.parametrize("kwargs", [{"momentum": 0.9}, {}])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_step_reads_nothing_on_the_host(backend, monkeypatch, way, scaled, kwargs, adaptive):

@@ -5,18 +5,26 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ddp_steps import assert_equal_on_ranks, rows_of_rank, wrap
-from oracle import gsam_gradient, looksam_gradient, looksam_vector, perturbed_gradients
+from methods import (
+    by_closure,
+    by_contexts,
+    by_loss_function,
+    by_two_steps,
+    gsam_gradient,
+    looksam_gradient,
+    looksam_vector,
+)
+from oracle import perturbed_gradients
 from problems import batches, losses_of, mlp
 from sharding import error_of, gathered, shard
-from test_exactness import with_closure, with_contexts, with_loss_function, with_two_steps
 
 from fastsam import GSAM, LookSAM
 
 WAYS = {
-    "loss function": with_loss_function,
-    "closure": with_closure,
-    "contexts": with_contexts,
-    "two steps": with_two_steps,
+    "loss function": by_loss_function,
+    "closure": by_closure,
+    "contexts": by_contexts,
+    "two steps": by_two_steps,
 }
 METHODS = {"gsam": (GSAM, {"rho": 0.2}), "looksam": (LookSAM, {"rho": 0.2, "k": 2})}
 SGD = {"lr": 0.1, "momentum": 0.9}

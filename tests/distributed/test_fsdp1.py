@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
+from methods import by_contexts, by_loss_function, by_two_steps
 from problems import batches, losses_of, mlp
-from test_exactness import with_contexts, with_loss_function, with_two_steps
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fastsam import ESAM, MSAM, SAM
@@ -31,7 +31,7 @@ def test_the_constructor_refuses(cls, use_orig_params):
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("way", [with_loss_function, with_contexts, with_two_steps])
+@pytest.mark.parametrize("way", [by_loss_function, by_contexts, by_two_steps])
 def test_the_first_step_refuses_a_model_that_was_wrapped_later(way):
     model = mlp()
     opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1)

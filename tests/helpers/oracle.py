@@ -127,25 +127,3 @@ def perturbed_gradients(params, loss, rho, buffers=()):
         for b, k in zip(buffers, kept, strict=True):
             b.copy_(k)
     return list(g), list(g_adv)
-
-
-def _dot(some, others):
-    return sum((a * b).sum() for a, b in zip(some, others, strict=True))
-
-
-def gsam_gradient(g, g_adv, alpha=0.4):
-    """GSAM's d = g_adv - alpha g_perp, g_perp = g - (g . g_adv / ||g_adv||^2) g_adv."""
-    along = _dot(g, g_adv) / _dot(g_adv, g_adv)
-    return [v - alpha * (u - along * v) for u, v in zip(g, g_adv, strict=True)]
-
-
-def looksam_vector(g, g_adv):
-    """LookSAM's g_v = g_adv - (g . g_adv / ||g||^2) g."""
-    along = _dot(g, g_adv) / _dot(g, g)
-    return [v - along * u for u, v in zip(g, g_adv, strict=True)]
-
-
-def looksam_gradient(g, g_v, alpha=0.7):
-    """LookSAM's d of a step without a second pass."""
-    factor = alpha * _dot(g, g).sqrt() / (_dot(g_v, g_v).sqrt() + 1e-8)
-    return [u + factor * v for u, v in zip(g, g_v, strict=True)]

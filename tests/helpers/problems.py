@@ -52,3 +52,26 @@ def assert_same(model, expected, what=""):
 def largest_difference(a, b):
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return max((s.double() - t.double()).abs().max().item() for s, t in pairs)
+
+
+class Quadratic(nn.Module):
+    """L(w) = w'Aw/2 - b'w of docs/algorithms.md, split over two tensors so that norms must be global."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+        self.b = torch.tensor([1.0, -1.0], dtype=torch.float64)
+        self.u = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+        self.v = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+
+    def forward(self):
+        w = torch.cat([self.u, self.v])
+        return w @ self.a @ w / 2 - self.b @ w
+
+    @property
+    def w(self):
+        return torch.cat([self.u, self.v]).detach()
+
+    @property
+    def grad(self):
+        return torch.cat([self.u.grad, self.v.grad])

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import assert_same, batches, cnn, largest_difference, losses_of, mlp, snapshot
-from test_exactness import with_closure, with_contexts, with_loss_function, with_two_steps
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -79,20 +78,6 @@ def test_masked_tensors_are_not_touched_and_the_others_by_rho_over_beta(backend,
             assert all(p.grad is not None for p in params)
         opt.step()
         opt.zero_grad()
-
-
-@pytest.mark.parametrize("way", [with_loss_function, with_closure, with_contexts, with_two_steps])
-@pytest.mark.parametrize("mask", ["tensor", "element"])
-def test_all_ways_give_the_same_numbers_without_selection(backend, way, mask):
-    model, other = mlp(), mlp()
-    opt, expected = esam(model, gamma=1.0, mask=mask, seed=4), esam(other, gamma=1.0, mask=mask, seed=4)
-    empty = 0
-    for x, y in batches(8):
-        empty += not any(masks(opt))
-        way(opt, losses_of(model), x, y)
-        with_loss_function(expected, losses_of(other), x, y)
-    assert largest_difference(model, other) < 1e-13
-    assert empty == 0, "choose a seed that keeps a tensor in every step"
 
 
 class Quadratic(nn.Module):
@@ -188,29 +173,6 @@ def test_convolutions_skip_their_weight_gradient_too(backend, monkeypatch):
     assert count.conv_weights == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("failing_pass", [1, 2, 3])
-def test_requires_grad_and_weights_survive_any_exception(backend, error, failing_pass):
-    model = mlp(batchnorm=True)
-    model[0].weight.requires_grad_(False)
-    opt = esam(model, seed=4)
-    wanted = [p.requires_grad for p in model.parameters()]
-    before = [p.detach().clone() for p in model.parameters()]
-    calls = []
-
-    def losses(x, y):
-        calls.append([p.requires_grad for p in model.parameters()])
-        if len(calls) == failing_pass:
-            raise error
-        return losses_of(model)(x, y)
-
-    with pytest.raises(error):
-        opt.step(losses, X, Y)
-    assert [p.requires_grad for p in model.parameters()] == wanted
-    assert all(map(torch.equal, (p.detach() for p in model.parameters()), before))
-    opt.step(losses_of(model), X, Y)
-
-
 def test_an_empty_mask_is_a_plain_base_step_in_one_pass(backend, monkeypatch):
     model, plain, passes = mlp(batchnorm=True), mlp(batchnorm=True), []
     opt = esam(model)
@@ -249,25 +211,6 @@ def test_a_non_finite_ascent_skips_the_step(backend):
         assert torch.equal(entries["momentum_buffer"], opt.state_dict()["state"][i]["momentum_buffer"])
     opt.step(losses_of(model), X, Y)
     assert opt.skipped_steps == 1
-
-
-@pytest.mark.parametrize("mask", ["tensor", "element"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_resume_continues_the_masks(backend, mask, dtype):
-    data = batches(8, dtype=dtype)
-    whole, half, resumed = mlp(dtype), mlp(dtype), mlp(dtype, seed=9)
-    opt = esam(whole, mask=mask, seed=2)
-    for x, y in data:
-        opt.step(losses_of(whole), x, y)
-    opt = esam(half, mask=mask, seed=2)
-    for x, y in data[:4]:
-        opt.step(losses_of(half), x, y)
-    resumed.load_state_dict(half.state_dict())
-    again = esam(resumed, mask=mask)
-    again.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for x, y in data[4:]:
-        again.step(losses_of(resumed), x, y)
-    assert_same(resumed, snapshot(whole))
 
 
 # sharpness-sensitive data selection

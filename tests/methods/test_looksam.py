@@ -5,83 +5,70 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import looksam_gradient, looksam_vector, perturbed_gradients
-from problems import assert_same, batches, largest_difference, losses_of, mlp, snapshot
-from test_exactness import Quadratic, with_closure, with_contexts, with_loss_function, with_two_steps
+from laws import Cell, Subject
+from methods import looksam_vector
+from oracle import perturbed_gradients
+from problems import Quadratic, assert_same, batches, largest_difference, losses_of, mlp, snapshot
+from training import Training
 
 from fastsam import SAM, LookSAM
 
-SGD, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop
+SGD, RMSPROP = torch.optim.SGD, torch.optim.RMSprop
 
 
-def with_the_passes_it_needs(opt, losses, x, y):
+def with_the_passes_it_needs(opt, losses, *batch):
     """Contexts, the second one only where it is needed."""
     needed = opt.needs_second_pass
     with opt.ascent():
-        losses(x, y).mean().backward()
+        losses(*batch).mean().backward()
     if needed:
         with opt.descent():
-            losses(x, y).mean().backward()
+            losses(*batch).mean().backward()
     opt.step()
     opt.zero_grad()
 
 
-def with_plain_steps_between(opt, losses, x, y):
+def with_plain_steps_between(opt, losses, *batch):
     """Two calls where a second pass is needed, and else a plain backward and step()."""
-    losses(x, y).mean().backward()
+    losses(*batch).mean().backward()
     if opt.needs_second_pass:
         opt.first_step(zero_grad=True)
-        losses(x, y).mean().backward()
+        losses(*batch).mean().backward()
         opt.second_step(zero_grad=True)
     else:
         opt.step()
         opt.zero_grad()
 
 
-WAYS = [
-    with_loss_function,
-    with_closure,
-    with_contexts,
-    with_two_steps,
-    with_the_passes_it_needs,
-    with_plain_steps_between,
-]
+@pytest.mark.parametrize("way", [with_the_passes_it_needs, with_plain_steps_between])
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+def test_loops_that_ask_which_passes_are_needed_train_alike(backend, base, way):
+    cell = Cell(Subject("looksam"), base, "loss_fn")
+    expected, asking = Training(cell), Training(cell)
+    for step in range(7):
+        asking.begin()
+        assert asking.opt.needs_second_pass == (step % 3 == 0)
+        way(asking.opt, asking.losses, *asking.batch)
+        asking.taken += 1
+        expected.step()
+    assert_same(asking.model, snapshot(expected.model))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "base", [(SGD, {"lr": 0.1, "momentum": 0.9}), (SGD, {"lr": 0.1}), (ADAMW, {"lr": 0.01}), (RMSPROP, {"lr": 0.01})]
-)
-def test_trajectory_equals_the_papers_equations(backend, base, way):
-    cls, kwargs = base
-    expected, model = mlp(batchnorm=True), mlp(batchnorm=True)
-    plain, opt = cls(expected.parameters(), **kwargs), LookSAM(model.parameters(), cls, k=3, model=model, **kwargs)
-    params, buffers, g_v = list(expected.parameters()), list(expected.buffers()), None
-    for t, (x, y) in enumerate(batches(8)):
-        loss = lambda: F.cross_entropy(expected(x), y)  # noqa: E731, B023
-        if t % 3 == 0:
-            g, d = perturbed_gradients(params, loss, 0.1, buffers)
-            g_v = looksam_vector(g, d)
-        else:
-            d = looksam_gradient(torch.autograd.grad(loss(), params), g_v)
-        for p, di in zip(params, d, strict=True):
-            p.grad = di
-        plain.step()
-        assert opt.needs_second_pass == (t % 3 == 0)
-        way(opt, losses_of(model), x, y)
-    weights = zip(model.parameters(), expected.parameters(), strict=True)
-    assert max((p - q).abs().max().item() for p, q in weights) < 1e-10
-    assert largest_difference(model, mlp(batchnorm=True)) > 1e-2, "nothing was trained"
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_statistics_move_once_a_step(backend, way):
-    expected, model = mlp(batchnorm=True), mlp(batchnorm=True)
-    opt = LookSAM(model.parameters(), SGD, k=2, model=model, lr=0.0)
-    for x, y in batches(4):
-        expected(x)
-        way(opt, losses_of(model), x, y)
-    assert_same(model, snapshot(expected))
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_resumes_around_a_base_that_keeps_no_state(backend, after):
+    model = mlp()
+    opt = LookSAM(model.parameters(), SGD, k=3, lr=0.01)
+    data = batches(8)
+    for x, y in data[:after]:
+        opt.step(losses_of(model), x, y)
+    resumed = mlp()
+    resumed.load_state_dict(model.state_dict())
+    again = LookSAM(resumed.parameters(), SGD, k=3, lr=0.01)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for x, y in data[after:]:
+        opt.step(losses_of(model), x, y)
+        again.step(losses_of(resumed), x, y)
+    assert_same(resumed, snapshot(model))
 
 
 def test_passes_are_counted(backend):
@@ -124,39 +111,6 @@ def test_k_one_is_sam_bit_for_bit(backend):
         for opt, model in zip(opts, models, strict=True):
             opt.step(losses_of(model), x, y)
     assert_same(models[1], snapshot(models[0]))
-
-
-def test_a_scope_of_tensors_takes_each_by_itself(backend):
-    model = mlp()
-    opt = LookSAM(model.parameters(), SGD, scope="tensor", lr=0.0)
-    x, y = batches(1)[0]
-    g, g_adv = perturbed_gradients(list(model.parameters()), lambda: F.cross_entropy(model(x), y), 0.1)
-    opt.step(losses_of(model), x, y)
-    for p, u, v in zip(model.parameters(), g, g_adv, strict=True):
-        torch.testing.assert_close(opt.state[p]["fastsam_g_v"], looksam_vector([u], [v])[0], rtol=1e-10, atol=1e-15)
-    opt.step(losses_of(model), x, y)
-    for p, u in zip(model.parameters(), g, strict=True):
-        d = looksam_gradient([u], [opt.state[p]["fastsam_g_v"]])[0]
-        torch.testing.assert_close(p.grad, d, rtol=1e-10, atol=1e-15)
-
-
-@pytest.mark.parametrize("base", [(SGD, {"momentum": 0.9}), (SGD, {}), (ADAMW, {}), (RMSPROP, {})])
-@pytest.mark.parametrize("after", [1, 2, 4])
-def test_resumes_bit_for_bit(backend, base, after):
-    cls, kwargs = base
-    model = mlp()
-    opt = LookSAM(model.parameters(), cls, k=3, lr=0.01, **kwargs)
-    data = batches(8)
-    for x, y in data[:after]:
-        opt.step(losses_of(model), x, y)
-    resumed = mlp()
-    resumed.load_state_dict(model.state_dict())
-    again = LookSAM(resumed.parameters(), cls, k=3, lr=0.01, **kwargs)
-    again.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for x, y in data[after:]:
-        opt.step(losses_of(model), x, y)
-        again.step(losses_of(resumed), x, y)
-    assert_same(resumed, snapshot(model))
 
 
 def test_a_first_step_that_is_skipped_leaves_no_correction(backend):

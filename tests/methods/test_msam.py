@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from problems import assert_same, batches, cnn, largest_difference, losses_of, mlp, snapshot
 from test_esam import LABELS, POINTS, Logistic
-from test_exactness import BASES
-from test_restore import Interrupt
 from test_side_effects import SCHEDULERS, NoHostReads
 from torch import nn
 
@@ -114,20 +112,6 @@ def test_trajectory_equals_the_papers_equations(backend, cut, sizes, weighting):
         assert opt.step(losses_of(model), x, y).item() == pytest.approx(mean_before, rel=1e-12)
     assert largest_difference(model, expected) < 1e-12
     assert largest_difference(model, mlp()) > 1e-2, "nothing was trained"
-
-
-@pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("base", BASES)
-def test_any_base_takes_the_step(backend, base, adaptive):
-    """One shard is SAM, which equals the equations for every base; several are held against pairs of SAM."""
-    cls, kwargs = BASES[base]
-    model, other = mlp(), mlp()
-    opt = MSAM(model.parameters(), cls, rho=0.1, adaptive=adaptive, num_shards=3, **kwargs)
-    pairs = SAM(other.parameters(), cls, rho=0.1, adaptive=adaptive, **kwargs)
-    for x, y in batches(2, rows=7):
-        opt.step(losses_of(model), x, y)
-        with_pairs(pairs, losses_of(other), x, y, [3, 2, 2])
-    assert_same(model, snapshot(other))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -348,23 +332,6 @@ def test_a_layer_that_some_shards_leave_out_counts_one_update(backend):
     assert model[1].num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("failing_call", [1, 2, 3, 4])
-def test_statistics_of_a_failed_step_are_those_of_before(backend, failing_call):
-    model, calls = mlp(batchnorm=True), []
-    before = snapshot(model)
-
-    def losses(x, y):
-        calls.append(1)
-        values = losses_of(model)(x, y)
-        if len(calls) == failing_call:
-            raise torch.OutOfMemoryError
-        return values
-
-    with pytest.raises(torch.OutOfMemoryError):
-        msam(model).step(losses, X, Y)
-    assert_same(model, before)
-
-
 @pytest.mark.parametrize("same_rng", [True, False])
 def test_a_shards_passes_share_their_draws_and_shards_do_not(backend, same_rng):
     model, masks = mlp(dropout=0.5), []
@@ -470,42 +437,6 @@ def test_schedulers_see_one_step(kind):
 # what goes wrong
 
 
-@pytest.mark.parametrize("cls", [SGD, torch.optim.RMSprop])
-def test_an_interrupt_at_any_call_boundary_leaves_the_weights_of_before_or_after(backend, cls):
-    model = mlp(torch.float32, batchnorm=True, dropout=0.3)
-    opt = MSAM(model.parameters(), cls, rho=0.5, num_shards=2, model=model, lr=0.01)
-    x, y = batches(1, rows=8, dtype=torch.float32)[0]
-    opt.step(losses_of(model), x, y)
-    start, state, saved = snapshot(model), torch.get_rng_state(), copy.deepcopy(opt.state_dict())
-
-    def rewind():
-        model.load_state_dict(start)
-        opt.load_state_dict(copy.deepcopy(saved))
-        torch.set_rng_state(state)
-
-    def weights():
-        return [p.detach().clone() for p in model.parameters()]
-
-    rewind()
-    before = weights()
-    with Interrupt() as count:
-        opt.step(losses_of(model), x, y)
-    after, outcomes = weights(), []
-    assert not torch.equal(before[0], after[0])
-    for n in range(1, count.seen, 3 if backend == "torch" and cls is SGD else max(3, count.seen // 25)):
-        rewind()
-        try:
-            with Interrupt(n):
-                opt.step(losses_of(model), x, y)
-        except KeyboardInterrupt:
-            now = weights()
-            outcomes.append("before" if all(map(torch.equal, now, before)) else "after")
-            assert outcomes[-1] == "before" or all(map(torch.equal, now, after)), f"lost weights at {n}"
-            assert not opt._run.backup.valid
-    assert outcomes.count("before") > outcomes.count("after")
-    opt.step(losses_of(model), x, y)
-
-
 class Failing:
     """Losses that are multiplied or raise in one call."""
 
@@ -520,24 +451,6 @@ class Failing:
         if self.error is not None:
             raise self.error
         return values * self.factor
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError()])
-@pytest.mark.parametrize("call", [1, 2, 5, 6])
-def test_an_exception_in_any_pass_of_any_shard(backend, error, call):
-    model = mlp(torch.bfloat16, dropout=0.3)
-    opt = msam(model)
-    x, y = batches(1, rows=13, dtype=torch.bfloat16)[0]
-    opt.step(losses_of(model), x, y)
-    before, momenta = snapshot(model), copy.deepcopy(opt.state_dict()["state"])
-    with pytest.raises(type(error)):
-        opt.step(Failing(model, call, error=error), x, y)
-    assert_same(model, before)
-    assert all(p.grad is None for p in model.parameters())
-    for i, entries in momenta.items():
-        assert torch.equal(entries["momentum_buffer"], opt.state_dict()["state"][i]["momentum_buffer"])
-    opt.step(losses_of(model), x, y)
-    assert not torch.equal(model[0].weight, before["0.weight"])
 
 
 @pytest.mark.parametrize("factor", [float("inf"), float("nan")])
@@ -635,23 +548,6 @@ def test_the_norm_of_a_shard_without_perturbed_tensors_is_zero(backend):
 
 
 # checkpoints
-
-
-def test_resume_goes_on_bit_for_bit(backend):
-    data = batches(4, rows=7, dtype=torch.bfloat16)
-    whole, half, resumed = (mlp(torch.bfloat16, seed=s) for s in (1, 1, 9))
-    opt = msam(whole, seed=2)
-    for x, y in data:
-        opt.step(losses_of(whole), x, y)
-    opt = msam(half, seed=2)
-    for x, y in data[:2]:
-        opt.step(losses_of(half), x, y)
-    resumed.load_state_dict(half.state_dict())
-    again = msam(resumed, shard_size=2)  # the checkpoint's options count
-    again.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for x, y in data[2:]:
-        again.step(losses_of(resumed), x, y)
-    assert_same(resumed, snapshot(whole))
 
 
 def test_checkpoints_pass_to_and_from_the_base_and_sam(backend):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from methods import by_closure, by_contexts, by_loss_function
 from problems import assert_same, batches, losses_of, mlp, snapshot
-from test_exactness import with_closure, with_contexts, with_loss_function
 
 from fastsam import TwoPassOptimizer
 
@@ -51,7 +51,7 @@ def test_a_method_without_a_first_pass_runs_one(backend):
         assert torch.equal(value, expected[key]), key
 
 
-@pytest.mark.parametrize("way", [with_loss_function, with_closure, with_contexts])
+@pytest.mark.parametrize("way", [by_loss_function, by_closure, by_contexts])
 def test_it_steps_in_other_ways_too(backend, way):
     model = mlp()
     opt, before = RandomDirection(model.parameters(), SGD, model=model, lr=0.1), snapshot(model)

@@ -1,86 +1,22 @@
-"""SAM computes what the equations of docs/algorithms.md say: trajectories, worked numbers and invariants."""
+"""SAM and ASAM: worked numbers, invariants, groups, accumulation."""
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Davda54SAM, sam_step
-from problems import batches, largest_difference, losses_of, mlp, snapshot
+from methods import ALL_BASES, by_two_steps
+from oracle import Davda54SAM
+from problems import Quadratic, batches, largest_difference, losses_of, mlp, snapshot
 from torch import nn
 
 from fastsam import SAM
 
-BASES = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
-    "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    "damped": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
-    "plain sgd": (torch.optim.SGD, {"lr": 0.1}),
-    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.01}),
-    "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
-    "amsgrad": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
-    "adamw foreach": (torch.optim.AdamW, {"lr": 0.01, "foreach": True}),
-    "sgd fused": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 0.05}),
-    "adadelta": (torch.optim.Adadelta, {"lr": 1.0}),
-}
-
-
-def with_loss_function(opt, losses, x, y):
-    opt.step(losses, x, y)
-
-
-def with_closure(opt, losses, x, y):
-    def closure():
-        opt.zero_grad()
-        loss = losses(x, y).mean()
-        loss.backward()
-        return loss
-
-    opt.step(closure)
-
-
-def with_contexts(opt, losses, x, y):
-    with opt.ascent():
-        losses(x, y).mean().backward()
-    with opt.descent():
-        losses(x, y).mean().backward()
-    opt.step()
-    opt.zero_grad()
-
-
-def with_two_steps(opt, losses, x, y):
-    losses(x, y).mean().backward()
-    opt.first_step(zero_grad=True)
-    losses(x, y).mean().backward()
-    opt.second_step(zero_grad=True)
-
-
-WAYS = [with_loss_function, with_closure, with_contexts, with_two_steps]
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("batchnorm", [False, True])
-@pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("base", BASES)
-def test_trajectory_equals_the_papers_equations(backend, base, adaptive, batchnorm, way):
-    cls, kwargs = BASES[base]
-    expected, model = mlp(batchnorm=batchnorm), mlp(batchnorm=batchnorm)
-    base_opt = cls(expected.parameters(), **kwargs)
-    opt = SAM(model.parameters(), cls, rho=0.1, adaptive=adaptive, model=model, **kwargs)
-    for x, y in batches():
-        sam_step(expected, lambda: F.cross_entropy(expected(x), y), base_opt, 0.1, adaptive)  # noqa: B023
-        way(opt, losses_of(model), x, y)
-    assert largest_difference(model, expected) < 1e-10
-    assert largest_difference(model, mlp(batchnorm=batchnorm)) > 1e-2, "nothing was trained"
-
 
 @pytest.mark.parametrize("base", ["sgd", "damped", "adamw", "adadelta"])
 def test_rho_zero_is_the_base_optimizer(backend, base):
-    cls, kwargs = BASES[base]
+    cls, kwargs = ALL_BASES[base]
     plain, model = mlp(batchnorm=True), mlp(batchnorm=True)
     base_opt, opt = cls(plain.parameters(), **kwargs), SAM(model.parameters(), cls, rho=0.0, model=model, **kwargs)
     for x, y in batches():
@@ -99,32 +35,9 @@ def test_davda54_two_step_loop_needs_only_another_import(backend, cls, adaptive)
         model = mlp(torch.float32)
         opt = implementation(model.parameters(), cls, rho=0.5, adaptive=adaptive, lr=0.02)
         for x, y in batches(dtype=torch.float32):
-            with_two_steps(opt, losses_of(model), x, y)
+            by_two_steps(opt, losses_of(model), x, y)
         models.append(model)
     assert largest_difference(*models) < 1e-6
-
-
-class Quadratic(nn.Module):
-    """L(w) = w'Aw/2 - b'w of docs/algorithms.md#the-quadratic, in two tensors so that norms must be global."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
-        self.b = torch.tensor([1.0, -1.0], dtype=torch.float64)
-        self.u = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
-        self.v = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-
-    def forward(self):
-        w = torch.cat([self.u, self.v])
-        return w @ self.a @ w / 2 - self.b @ w
-
-    @property
-    def w(self):
-        return torch.cat([self.u, self.v]).detach()
-
-    @property
-    def grad(self):
-        return torch.cat([self.u.grad, self.v.grad])
 
 
 @pytest.mark.parametrize(

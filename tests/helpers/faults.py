@@ -1,0 +1,101 @@
+"""Faults that tests plant in a step: exceptions in passes, hooks and at call boundaries, and losses that overflow."""
+
+import sys
+from contextlib import contextmanager
+
+
+class PlantedError(Exception):
+    """What a planted fault raises."""
+
+
+class Losses:
+    """The losses of a training, with a fault in one call.
+
+    Args:
+        training: whose losses they are.
+        call: the number of the call, from 1; 0 for none, to count them all.
+        error: raised after that call's forward; None for nothing.
+        factor: what its losses are multiplied by.
+    """
+
+    def __init__(self, training, call=0, error=None, factor=1.0):
+        self.training, self.call, self.error, self.factor, self.calls = training, call, error, factor, 0
+
+    def __call__(self, *batch):
+        self.calls += 1
+        losses = self.training.losses(*batch)
+        if self.calls != self.call:
+            return losses
+        if self.error is not None:
+            raise self.error
+        return losses * self.factor
+
+
+@contextmanager
+def fault_after(holder, name, call=0, error=None):
+    """Raise after the given call of a method; yields a list with one entry for each call."""
+    method, calls = getattr(holder, name), []
+
+    def patched(*args, **keywords):
+        result = method(*args, **keywords)
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return result
+
+    setattr(holder, name, patched)
+    try:
+        yield calls
+    finally:
+        delattr(holder, name)
+
+
+@contextmanager
+def fault_in_base_step(opt, error):
+    """Raise when the base optimizer's own step begins."""
+
+    def fail(*_):
+        raise error
+
+    handle = opt.base_optimizer.register_step_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _inside_a_kernel(frame):
+    """Whether Triton's interpreter is running a kernel: on a GPU no interrupt comes half-way through one."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "triton.runtime.interpreter":
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the n-th call or return in the library's own code; counts them all for n = 0."""
+
+    def __init__(self, n=0):
+        self.n, self.seen = n, 0
+
+    def _profile(self, frame, event, arg):
+        # what is raised while Python disposes of a generator it swallows itself
+        if "fastsam" not in frame.f_globals.get("__name__", "") or frame.f_code.co_name == "<genexpr>":
+            return
+        if _inside_a_kernel(frame):
+            return
+        # no signal arrives between the return of __enter__ and the with block
+        if event == "return" and frame.f_code.co_name == "__enter__":
+            return
+        self.seen += 1
+        if self.seen == self.n:
+            sys.setprofile(None)
+            raise KeyboardInterrupt(f"{event} at {frame.f_code.co_name}:{frame.f_lineno}")
+
+    def __enter__(self):
+        sys.setprofile(self._profile)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
