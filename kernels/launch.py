@@ -92,8 +92,10 @@ def launch_lists(kernel: Any, launches: Sequence[Launch], work_of: Callable[[Lau
         work = work_of(each)
         table = each.table(work)
         arguments = [to_device(x, each.device) if isinstance(x, Tensor) and not x.dim() else x for x in work.arguments]
-        with on_device(each.device), counters(work.n_counters, each.device) as lent:
-            launch(kernel, len(table.chunks), *table.arguments(), *lent, *arguments, **work.constants)
+        lent = counters(work.n_counters, each.device) if work.n_counters else nullcontext()
+        with on_device(each.device), lent as zeros:
+            before = table.arguments() if zeros is None else (*table.arguments(), zeros)
+            launch(kernel, len(table.chunks), *before, *arguments, **work.constants)
 
 
 _observer: Callable[..., None] | None = None

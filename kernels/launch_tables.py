@@ -266,19 +266,13 @@ _counters: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
 @contextmanager
-def counters(n: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """Lend a tensor of `n` int64 zeros, none for 0, that the launch inside leaves as zeros.
-
-    Filling them once spares a launch every step.
-    """
-    if not n:
-        yield ()
-        return
+def counters(n: int, device: torch.device) -> Iterator[Tensor]:
+    """Lend `n` int64 zeros that the launch inside leaves as zeros; filling them once spares a launch every step."""
     key = device, _stream(device), n
     lent = _counters.pop(key, None)
     if lent is None:
         lent = torch.zeros(n, dtype=torch.int64, device=device)
     replay_tables.hold(lent)
-    yield (lent,)
+    yield lent
     # A launch that fails does not come here, so counters that it may have left half-way are not used again.
     _counters[key] = lent

@@ -147,7 +147,7 @@ def norm(launches: Sequence[Launch], etas: tuple[float | None, ...], draw: Draw 
 
 def _norm_on_one_device(launches: Sequence[Launch], etas: tuple[float | None, ...], draw: Draw | None) -> Tensor:
     device, mask = launches[0].device, mask_constants(draw)
-    is_adaptive = any(eta is not None for eta in etas)
+    is_adaptive = etas.count(None) < len(etas)
     # Masks of whole tensors leave the chunks as they are without a mask, so that the sums are the same bits.
     vectors = 2 if is_adaptive or mask["MASKED"] else _VECTORS
     counts = [each.n_programs(block_size(*each.dtypes, vectors=vectors)) for each in launches]
@@ -231,7 +231,7 @@ def _found_on_one_device(launches: Sequence[Launch]) -> Tensor:
     device = launches[0].device
     n_programs = sum(each.n_programs(block_size(*each.dtypes, vectors=_VECTORS)) for each in launches)
     found = torch.empty((), device=device) if n_programs else torch.zeros((), device=device)
-    with counters(1, device) as (arrivals,):
+    with counters(1, device) as arrivals:
 
         def work_of(each: Launch) -> Work:
             constants = {

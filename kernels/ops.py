@@ -6,7 +6,7 @@ here. The way of the data is gradients -> `norm` -> `perturb_` -> second gradien
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -51,7 +51,7 @@ def norm(
     """
     _check_any(grads)
     etas = _etas(adaptive, grads)
-    walked = (grads, weights) if any(eta is not None for eta in etas) else (grads,)
+    walked = (grads, weights) if etas.count(None) < len(etas) else (grads,)
     kernels, launches, rest = _split(*walked)
     parts = []
     if rest:
@@ -245,8 +245,12 @@ def restore_adam_step_(
         RuntimeError: in a capture, if the kernels cannot walk a tensor, or with amsgrad.
     """
     lists = weights, sources, grads, exp_avgs, exp_avg_sqs
-    # The last program of a parameter advances its step, and an empty parameter has no program.
-    refused = tuple([largest is not None or not w.numel() for largest, w in zip(max_exp_avg_sqs, weights, strict=True)])
+
+    def refused() -> tuple[bool, ...]:
+        # The last program of a parameter advances its step, and an empty parameter has no program.
+        pairs = zip(max_exp_avg_sqs, weights, strict=True)
+        return tuple([largest is not None or not w.numel() for largest, w in pairs])
+
     kernels, launches, rest = _split(*lists, refused=refused)
     if rest:
         replay_tables.refuse_reference(rest, weights)
@@ -410,19 +414,19 @@ def _pick_for_rows(logits: Tensor) -> ModuleType:
 
 
 def _split(
-    *lists: Sequence[Tensor | None], by_width: bool = False, refused: tuple[bool, ...] = ()
+    *lists: Sequence[Tensor | None], by_width: bool = False, refused: Callable[[], tuple[bool, ...]] = tuple
 ) -> tuple[Any, list[Any], Sequence[int]]:
     """Return the Triton kernels, the launches that they serve, and the positions that are left to the reference.
 
     Args:
         lists: the tensors of each parameter that a kernel walks side by side; None only behind the first list.
         by_width: whether dtypes of one width are alike, as for a kernel that moves bits.
-        refused: for each position whether to leave it to the reference in any case.
+        refused: returns for each position whether to leave it to the reference in any case, or nothing.
     """
     kernels = _pick(lists[0])  # type: ignore[arg-type]
     if kernels is reference:
         return None, [], range(len(lists[0]))
-    return kernels, *kernels.split(*lists, by_width=by_width, refused=refused)
+    return kernels, *kernels.split(*lists, by_width=by_width, refused=refused())
 
 
 def _take(positions: Sequence[int], *lists: Sequence[Any]) -> list[Any]:

@@ -173,7 +173,7 @@ def perturb_(
             "GRAD": ELEMENTS[grad_dtype],
             "WIDEST": widest(each.dtypes),
             "COMPUTE": wide(dtype),
-            "ADAPTIVE": any(eta is not None for eta in own[0]),
+            "ADAPTIVE": own[0].count(None) < len(own[0]),
             "STOCHASTIC": stochastic,
             "BLOCK_SIZE": size,
             **mask_constants(draw),

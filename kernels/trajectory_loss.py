@@ -236,7 +236,7 @@ def trajectory_loss(
     losses = torch.empty(n, dtype=dtype, device=device)
     gradient = torch.empty(n, n_classes, dtype=logits.dtype, device=device)
     loss, scale = torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
-    with on_device(device), counters(1, device) as (counter,):
+    with on_device(device), counters(1, device) as counter:
         launch(
             _trajectory_loss_kernel, n, *_arguments(logits, targets, past, ignore_index),
             numbers((1 / tau, weight, weight / tau, tau, label_smoothing), device),
