@@ -136,6 +136,10 @@ class LookSAM(SAM):
             return [ascent.dot(some, others)] * n
         return [ascent.take([i]).dot([some[i]], [others[i]]) for i in range(n)]
 
+    def is_warm(self) -> bool:
+        """Return whether the next step is one of a single pass, which a capture stands for; SAM's run as usual."""
+        return self.option(self.param_groups[0], "k") == 1 or not self.has_second_pass()
+
     def after_step(self, skipped: Tensor | None) -> None:
         """Keep the g_v that a SAM step has found, unless the step was skipped or its gradients were not finite.
 
