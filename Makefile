@@ -26,16 +26,16 @@ lint: $(VENV)/.ready  ## style and types; mypy sees kernels/ where it is install
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p fastsam
 
 gate: $(VENV)/.ready  ## compile every Triton kernel for GPUs that need not be here and compare with the baseline
-	$(BIN)/python -m benchmarks.gates.static $(ARGS)
+	$(BIN)/python -m benchmarks gate static $(ARGS)
 
 count-gate: $(VENV)/.ready  ## launches, operations and host reads of a step of every method, against the record
-	$(BIN)/python -m benchmarks.gates.count $(ARGS)
+	$(BIN)/python -m benchmarks gate count $(ARGS)
 
 cpu-gate: $(VENV)/.ready  ## CPU time and memory traffic beside eager SAM and the base optimizer, within bounds
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gates.cpu $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks gate cpu $(ARGS)
 
 readme: $(VENV)/.ready  ## write README's table anew from the recorded results
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks readme
 
 $(VENV)/.docs: $(VENV)/.ready
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
@@ -45,13 +45,13 @@ docs: $(VENV)/.docs  ## the site of docs/ and of the docstrings, into build/site
 	rm -rf build/site
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/site $(ARGS)
 
-bench: $(VENV)/.ready  ## pytest-benchmark suites
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+bench: $(VENV)/.ready  ## pytest-benchmark suites, each function beside a reference, against the record of their ratios
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=min,median,iqr $(ARGS)
 
 bench-gpu: $(VENV)/.ready  ## with a GPU: the kernels' tests, their bandwidth and whole steps, beside the record
 	# where it cannot be fetched its arms are listed as not run
 	-$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
-	$(BIN)/python -m benchmarks.gates.gpu $(ARGS)
+	$(BIN)/python -m benchmarks gate gpu $(ARGS)
 
 test-all: $(VENV)/.ready  ## every law of the methods in the full product of methods, bases and ways
 	$(BIN)/python -m pytest -n auto --all-cells tests/common $(ARGS)

@@ -2,10 +2,7 @@
 
 import platform
 import re
-import shlex
 import subprocess
-import sys
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,8 +14,13 @@ ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "benchmarks" / "results"
 
 
-def environment(device: str, module: str, arguments: Sequence[str] | None) -> dict[str, Any]:
-    """Describe the machine, the software and the command: `python -m module` with these or the process's arguments."""
+def environment(device: str, command: str) -> dict[str, Any]:
+    """Describe the machine, the software and the command.
+
+    Args:
+        device: "cpu" or "cuda".
+        command: the line that was typed.
+    """
     is_cuda = device == "cuda"
     return {
         "torch": torch.__version__,
@@ -30,7 +32,7 @@ def environment(device: str, module: str, arguments: Sequence[str] | None) -> di
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if is_cuda else "none",
         "commit": _output("git", "describe", "--always", "--dirty"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)]),
+        "command": command,
     }
 
 

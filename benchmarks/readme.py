@@ -1,15 +1,22 @@
-"""Writes the tables of README.md from the recorded results: python -m benchmarks.readme"""
+"""Writes the tables of README.md from the recorded results: python -m benchmarks readme"""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
+import click
+
+from benchmarks.arms.ours import ARMS
 from benchmarks.environment import RECORDED, ROOT
+from fastsam.cli.files import write_text
 
 BEGIN, END = "<!-- results: written by `make readme` from benchmarks/results -->\n", "<!-- /results -->\n"
-STEPS = ("base", "base again", "davda54 eager sam", "sam", "esam", "msam, 4 shards", "saf", "mesa")
+BASES = ("base", "base again", "base, fused")
+BESIDE = "davda54 eager sam"
+OURS = [name for name, arm in ARMS.items() if arm.is_ours and name not in BASES]
+"""Every method of the table and its variants; README shows those that were recorded."""
+STEPS = ("base", "base again", BESIDE, *OURS)
 ON_CPU = ("resnet18", "vit")
-ON_GPU = ("davda54 eager sam", "sam", "esam, element mask", "msam, 4 shards", "saf", "mesa")
 KERNELS = ("norm", "perturb_", "restore_sgd_step_", "restore_adam_step_")
 NOT_YET = "GPU: not measured yet; `make bench-gpu` measures and records."
 
@@ -31,7 +38,7 @@ def step_table(record: Mapping[str, Any]) -> str:
     note = (
         f"Whole training steps on random pictures, batch {_rows(record)}, medians of "
         f'{record["options"]["rounds"]} interleaved rounds; ESAM at beta 0.6, gamma 0.5; "base again" shows the noise. '
-        f"{about['device']}, torch {about['torch']}. Recorded by `python -m benchmarks.steps.run`, with more methods "
+        f"{about['device']}, torch {about['torch']}. Recorded by `python -m benchmarks steps`, with more methods "
         "and models in [step_cpu.json](benchmarks/results/step_cpu.json)."
     )
     return "\n".join([*lines, "", note])
@@ -46,7 +53,8 @@ def gpu_steps(record: Mapping[str, Any]) -> str:
     lines = ["| model | method | eager | compiled | graph | graph over stock eager base |",
              "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for name, model in record["models"].items():
-        for method in ON_GPU:
+        recorded = {method for found in model["regimes"].values() for method in found["arms"]}
+        for method in (method for method in (BESIDE, *OURS) if method in recorded):
             cells = [_ratio(model, regime, method, "over base") for regime in ("eager", "compiled", "graph")]
             cells.append(_ratio(model, "graph", method, "over stock"))
             lines.append(f"| {name} | {method} | {' | '.join(cells)} |")
@@ -88,11 +96,9 @@ def block() -> str:
     return f"{accuracy_table()}\n\n{step_table(steps)}\n\n{gpu_block()}\n"
 
 
-def main() -> None:
+@click.command("readme")
+def command() -> None:
+    """Write README's tables anew from the recorded results."""
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + block() + END + rest.split(END)[1])
-
-
-if __name__ == "__main__":
-    main()
+    write_text(readme, before + BEGIN + block() + END + rest.split(END)[1])

@@ -1,28 +1,33 @@
-"""Whole steps of the methods, base and eager SAM beside them, on the two smallest nets; on a GPU where there is one."""
+"""Whole steps of every method of the table beside the base's, on the two smallest nets; on a GPU where there is one."""
 
-import argparse
+from functools import cache
 
 import pytest
 import torch
 
-from benchmarks.arms.ours import METHODS
-from benchmarks.steps.run import Arm, Workload
+from benchmarks.arms.ours import ARMS
+from benchmarks.steps.options import Options
+from benchmarks.steps.run import Timed, Workload
 
-OPTIONS = argparse.Namespace(
-    device="cuda" if torch.cuda.is_available() else "cpu", rows=None, amp="off", channels_last="auto", compiler="eager"
-)
-CHOSEN = ("base", "davda54 eager sam", "sam", "esam", "msam, 4 shards", "saf", "mesa")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CHOSEN = ["davda54 eager sam", *(name for name, arm in ARMS.items() if arm.is_ours and arm.is_default)]
 
 
-@pytest.mark.parametrize("method", CHOSEN)
+@cache
+def workload(model):
+    return Workload(model, Options([model], [], [], device=DEVICE, compiler="eager"))
+
+
+@pytest.mark.parametrize("method", [name for name in CHOSEN if not name.startswith("base")])
 @pytest.mark.parametrize("model", ["cnn", "mlp"])
-def test_step(benchmark, model, method):
+def test_step(benchmark, beside, model, method):
     benchmark.group = f"step, {model}"
-    work = Workload(model, OPTIONS)
-    arm = Arm(work, METHODS[method], "eager")
+    work, period = workload(model), ARMS[method].period
+    arm, base = (Timed(work, ARMS[name], "eager") for name in (method, "base"))
 
-    def step():
-        arm.step()
+    def step(timed):
+        for _ in range(period):
+            timed.step()
         work.wait()
 
-    benchmark.pedantic(step, rounds=10, iterations=1)
+    beside(lambda: step(arm), lambda: step(base))

@@ -1,6 +1,6 @@
-"""The methods that `benchmarks.steps.run` times: how each takes its step, and where it cannot.
+"""The arms of the step benchmark: how each takes its step, and where it cannot.
 
-A new method is one more line of `METHODS`.
+fastsam's own are the rows of `fastsam.methods.METHODS` and their variants; baselines are listed here.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.arms import packages
 from benchmarks.arms.eager import EagerSAM, ForeachSAM, OfficialESAM, OfficialSAF
 from benchmarks.arms.tasks import RHO, Batch, Problem, Step
-from fastsam import ESAM, MESA, MSAM, SAF, SAM
+from fastsam import ESAM
+from fastsam.methods import METHODS as TABLE
 
 
 def single_pass(problem: Problem, opt: torch.optim.Optimizer, loss_of: Callable[[Tensor, Batch], Tensor]) -> Step:
@@ -49,10 +50,10 @@ def plain(problem: Problem, **options: Any) -> Step:
     return single_pass(problem, opt, lambda z, batch: F.cross_entropy(z, batch.y, reduction=reduction))
 
 
-def ours(problem: Problem, method: Callable, **options: Any) -> Step:
-    """One of fastsam's optimizers."""
+def ours(problem: Problem, method: str, **options: Any) -> Step:
+    """One of fastsam's optimizers, by its row in the table."""
     model, base, scaler = problem.model, problem.base, problem.precision.scaler
-    opt = method(model.parameters(), base.func, rho=RHO, model=model, **options, **base.keywords)
+    opt = TABLE[method].build(model.parameters(), base.func, model=model, base_options=base.keywords, **options)
     if problem.is_captured:
         return problem.capture(opt, problem.losses, parts=2)
 
@@ -82,9 +83,10 @@ def _by_epochs(problem: Problem, loss_of: Callable[[Tensor, Batch], Tensor], beg
     return counted
 
 
-def saf(problem: Problem, **options: Any) -> Step:
-    """SAF in an epoch whose rows all have a past."""
-    loss = SAF(problem.n_samples, problem.classes, lag=1, start_epoch=0, reduction=_reduction(problem), **options)
+def with_past(problem: Problem, method: str, **options: Any) -> Step:
+    """A loss of fastsam's that remembers samples, by its row, in an epoch whose rows all have a past."""
+    options |= {"lag": 1, "start_epoch": 0, "reduction": _reduction(problem)}
+    loss: Any = TABLE[method].build_loss(num_samples=problem.n_samples, num_classes=problem.classes, **options)
 
     def loss_of(z: Tensor, batch: Batch) -> Tensor:
         return loss(z, batch.y, batch.ids)
@@ -105,9 +107,10 @@ def official_saf(problem: Problem) -> Step:
     return _by_epochs(problem, loss_of, begin)
 
 
-def mesa(problem: Problem, **options: Any) -> Step:
-    """MESA with its teacher's forward and average."""
-    loss = MESA(problem.model, start_epoch=0, reduction=_reduction(problem), **options)
+def with_teacher(problem: Problem, method: str, **options: Any) -> Step:
+    """A loss of fastsam's that takes the inputs, by its row, with its teacher's forward and average."""
+    options |= {"start_epoch": 0, "reduction": _reduction(problem)}
+    loss: Any = TABLE[method].build_loss(model=problem.model, **options)
     if problem.compile:
         problem.compile(loss.teacher)
     opt = problem.base(problem.model.parameters())
@@ -147,48 +150,81 @@ def official_esam(problem: Problem) -> Step:
     return step
 
 
-_NOT_OURS = "not captured: fastsam.graph_step takes fastsam's optimizers and torch's own"
-_THEIRS = {"graph": _NOT_OURS, "fp16": "not run: its second step takes the base's without a GradScaler"}
-_RECOMPILES = {"compiled": "not compiled: other gradients are left out in each step; see 'esam, element mask'"}
-
-
-class Method(NamedTuple):
+class Arm(NamedTuple):
     """One line of the benchmark."""
 
     build: Callable[[Problem], Step]
     cannot: Mapping[str, str] = {}
     """Why it does not run in a regime or precision."""
     is_ours: bool = True
-    """Held to its recorded ratios by `benchmarks.gates.gpu`."""
+    """Held to its recorded ratios by the GPU gate."""
     period: int = 1
     """Steps after which it repeats; only whole periods are timed."""
+    is_default: bool = True
+    """Runs where no arms are named: a method's variants do not."""
 
 
-def _baseline(build: Callable[[Problem], Step], cannot: Mapping[str, str], period: int = 1) -> Method:
-    return Method(build, cannot, False, period)
+_NOT_OURS = {"graph": "not captured: fastsam.graph_step takes fastsam's optimizers and torch's own"}
+_THEIRS = {**_NOT_OURS, "fp16": "not run: its second step takes the base's without a GradScaler"}
+_RECOMPILES = {"compiled": "not compiled: other gradients are left out in each step; see 'esam, elements'"}
+_READS = {"graph": "not captured: the host reads how many rows are above the cut"}
+_VMAP = dict.fromkeys(("compiled", "graph"), "not run: torch.func.vmap runs the model as it is")
+
+LOSSES = {("sample_ids",): with_past, ("inputs",): with_teacher}
+"""What takes the step with a loss, by what that is called with."""
+RECORDED_AS = {"msam": "msam, 4 shards"}
+"""Rows of the table whose arm is recorded under a name that says more."""
 
 
-_ESAM = partial(ours, method=ESAM)
-METHODS: dict[str, Method] = {
-    "base": Method(plain),
-    "base again": Method(plain),
-    "base, fused": Method(partial(plain, fused=True)),
-    "davda54 eager sam": _baseline(partial(eager, sam=EagerSAM), {"graph": _NOT_OURS}),
-    "torch foreach sam": _baseline(partial(eager, sam=ForeachSAM, foreach=True), {"graph": _NOT_OURS}),
+def own_arm(row: str, variant: str = "default", **instead: Any) -> Arm:
+    """Return the arm of a row of the table in one of its variants.
+
+    Args:
+        row: its name in `fastsam.methods.METHODS`, of kind "optimizer" or "loss".
+        variant: one of the row's.
+        **instead: keywords of the constructor in place of those.
+    """
+    method = TABLE[row]
+    options = {**method.options, **method.fixed, **method.variants[variant].options, **instead}
+    build: Callable = ours if method.kind == "optimizer" else LOSSES[method.loss_needs]
+    cannot: dict[str, str] = {}
+    if method.cls is ESAM and options["mask"] == "tensor" and options["beta"] < 1:
+        cannot |= _RECOMPILES
+    if options.get("strict"):
+        cannot |= _READS
+    if options.get("execution") == "batched":
+        cannot |= _VMAP
+    # a LookSAM that is timed over a part of its period would be another one
+    period = options.get("k", 1)
+    return Arm(partial(build, method=row, **options), cannot, True, period, variant == "default")
+
+
+def own_arms() -> dict[str, Arm]:
+    """Return an arm for each variant of each method of the table, by the names of the row and the variant."""
+    return {
+        RECORDED_AS.get(row, row) if variant == "default" else f"{row}, {variant}": own_arm(row, variant)
+        for row, method in TABLE.items()
+        if method.kind != "base"
+        for variant in method.variants
+    }
+
+
+def _baseline(build: Callable[[Problem], Step], cannot: Mapping[str, str], period: int = 1) -> Arm:
+    return Arm(build, cannot, False, period)
+
+
+ARMS: dict[str, Arm] = {
+    "base": Arm(plain),
+    "base again": Arm(plain),
+    "base, fused": Arm(partial(plain, fused=True)),
+    "davda54 eager sam": _baseline(partial(eager, sam=EagerSAM), _NOT_OURS),
+    "torch foreach sam": _baseline(partial(eager, sam=ForeachSAM, foreach=True), _NOT_OURS),
     "pytorch_optimizer sam": _baseline(packages.sam, _THEIRS),
     "pytorch_optimizer gsam": _baseline(packages.gsam, _THEIRS),
     "pytorch_optimizer wsam": _baseline(packages.wsam, _THEIRS),
     "pytorch_optimizer looksam": _baseline(packages.looksam, _THEIRS, packages.LOOK),
-    "official-style esam": _baseline(official_esam, {**_RECOMPILES, "graph": _NOT_OURS}),
+    "official-style esam": _baseline(official_esam, {**_RECOMPILES, **_NOT_OURS}),
     "official-style saf": _baseline(official_saf, {"graph": "not captured: logits go to the host and back"}),
-    "sam": Method(partial(ours, method=SAM)),
-    "esam": Method(partial(_ESAM, beta=0.6, gamma=0.5), _RECOMPILES),
-    "esam, element mask": Method(partial(_ESAM, beta=0.6, gamma=0.5, mask="element")),
-    "esam, reuse": Method(partial(_ESAM, beta=0.6, gamma=0.5, selection="reuse"), _RECOMPILES),
-    "esam, perturbation only": Method(partial(_ESAM, beta=0.6, gamma=1.0), _RECOMPILES),
-    "esam, selection only": Method(partial(_ESAM, beta=1.0, gamma=0.5)),
-    "msam, 4 shards": Method(partial(ours, method=MSAM, num_shards=4)),
-    "saf": Method(saf),
-    "mesa": Method(mesa),
-    "mesa, bf16 teacher": Method(partial(mesa, teacher_dtype=torch.bfloat16)),
+    **own_arms(),
 }
+"""Every arm of the step benchmark, by name: bases, baselines, and fastsam's own."""

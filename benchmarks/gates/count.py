@@ -1,27 +1,27 @@
 """Count gate: what one step of every method asks of a device, held against a committed record. Needs no GPU.
 
-    python -m benchmarks.gates.count            count every method; 1 where a step asks for more than recorded
-    python -m benchmarks.gates.count --renew    write what it is now into the record
+    python -m benchmarks gate count            count every method; 1 where a step asks for more than recorded
+    python -m benchmarks gate count --renew    write what it is now into the record
 
-Counted are, in the third step of a small net on Triton's interpreter: launches of our kernels, by name; torch's
-operations outside forward and backward of the model, those that a GPU would run; and, in the whole step, reads that the
-host waits for. Reads are counted again on the plain-torch twins as they are on a GPU, with no scalar read. Where all
-tensors are on the CPU, a copy to it by `Tensor.to` cannot be seen.
+Methods and variants are the rows of `fastsam.methods.METHODS`; other bases and ways of stepping stand here. Counted
+are, in the third step of a small net on Triton's interpreter: launches of our kernels, by name; torch's operations
+outside forward and backward of the model, those that a GPU would run; and, in the whole step, reads that the host waits
+for. Reads are counted again on the plain-torch reference as they are on a GPU, with no scalar read. Where all tensors
+are on the CPU, a copy to it by `Tensor.to` cannot be seen.
 """
 
-import argparse
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,9 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsam
-from fastsam import ESAM, MESA, MSAM, SAF, SAM
+from fastsam.cli.files import write_text
 from fastsam.kernels import reference_common
+from fastsam.methods import METHODS
 
 RECORD = Path(__file__).with_name("counts.json")
 WARM_UP = 2
@@ -56,20 +57,20 @@ class Net(nn.Module):
         return logits if y is None else F.cross_entropy(logits, y, reduction="none")
 
 
-def optimizer(net: Net, method: Callable = SAM, base: type[Optimizer] = SGD, **options: Any) -> Any:
-    if base is SGD:
-        options["momentum"] = 0.9
-    return method(net.parameters(), base, model=net, lr=0.01, **options)
+INSTEAD = {"msam": {"num_shards": 2}, "saf": {"lag": 1, "start_epoch": 0}, "mesa": {"start_epoch": 0}}
+"""Hyperparameters for so small a batch, and for a third step that is like all later ones."""
 
 
-def ours(method: Callable = SAM, base: type[Optimizer] = SGD, **options: Any) -> Build:
+def optimizer(net: Net, row: str = "sam", base: type[Optimizer] = SGD, **options: Any) -> Any:
+    """Build an optimizer of the table."""
+    base_options = {"lr": 0.01, **({"momentum": 0.9} if base is SGD else {})}
+    return METHODS[row].build(net.parameters(), base, model=net, base_options=base_options, **options)
+
+
+def in_one_call(net: Net, x: Tensor, y: Tensor, ids: Tensor, **options: Any) -> Step:
     """One of our optimizers, which runs its passes itself."""
-
-    def build(net: Net, x: Tensor, y: Tensor, ids: Tensor) -> Step:
-        opt = optimizer(net, method, base, **options)
-        return lambda: opt.step(net, x, y)
-
-    return build
+    opt = optimizer(net, **options)
+    return lambda: opt.step(net, x, y)
 
 
 def scaled(net: Net, x: Tensor, y: Tensor, ids: Tensor) -> Step:
@@ -103,56 +104,66 @@ def plain(opt: Optimizer, loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def sgd(net: Net) -> SGD:
-    return SGD(net.parameters(), lr=0.01, momentum=0.9, foreach=True)  # as a GPU would have it
+def base_alone(net: Net, x: Tensor, y: Tensor, ids: Tensor, row: str) -> Step:
+    """A row of kind "base", with foreach as a GPU would have it."""
+    base_options = {"lr": 0.01, "foreach": True, **({"momentum": 0.9} if row == "sgd" else {})}
+    opt = METHODS[row].build(net.parameters(), SGD, base_options=base_options)
+    return plain(opt, lambda: net(x, y).mean())
 
 
-def saf(**options: Any) -> SAF:
-    loss = SAF(64, 10, lag=1, start_epoch=0, **options)
-    loss.set_epoch(2)  # the first that may have a past
+def loss_of(net: Net, row: str, **options: Any) -> Any:
+    """Build a loss of the table, in the first epoch that may have a past."""
+    loss: Any = METHODS[row].build_loss(model=net, num_samples=64, num_classes=10, **options)
+    if METHODS[row].loss_needs == ("sample_ids",):
+        loss.set_epoch(2)
     return loss
 
 
-def with_saf(net: Net, x: Tensor, y: Tensor, ids: Tensor) -> Step:
-    loss = saf()
-    return plain(sgd(net), lambda: loss(net(x), y, ids))
+def with_loss(net: Net, x: Tensor, y: Tensor, ids: Tensor, row: str, **options: Any) -> Step:
+    """A loss of ours beside SGD."""
+    loss = loss_of(net, row, **options)
+    base = SGD(net.parameters(), lr=0.01, momentum=0.9, foreach=True)
+    given = {"sample_ids": ids, "inputs": x}
+    if METHODS[row].loss_needs == ("inputs",):
+        loss.attach(base)
+    return plain(base, lambda: loss(net(x), y, *(given[need] for need in METHODS[row].loss_needs)))
 
 
 def sam_with_saf(net: Net, x: Tensor, y: Tensor, ids: Tensor) -> Step:
-    loss, opt = saf(reduction="none"), optimizer(net)
+    loss, opt = loss_of(net, "saf", reduction="none", **INSTEAD["saf"]), optimizer(net)
     return lambda: opt.step(lambda x, y, ids: loss(net(x), y, ids), x, y, ids)
 
 
-def with_mesa(net: Net, x: Tensor, y: Tensor, ids: Tensor) -> Step:
-    loss, base = MESA(net, start_epoch=0), sgd(net)
-    loss.attach(base)
-    return plain(base, lambda: loss(net(x), y, x))
+def rows_of_the_table() -> dict[str, Build]:
+    """Return how each variant of each method takes its step, by the names of the row and the variant."""
+    ways = {"base": base_alone, "optimizer": in_one_call, "loss": with_loss}
+    return {
+        row if name == "default" else f"{row}, {name}": partial(
+            ways[method.kind], row=row, **{**INSTEAD.get(row, {}), **variant.options}
+        )
+        for row, method in METHODS.items()
+        for name, variant in method.variants.items()
+    }
 
 
-METHODS: dict[str, Build] = {
-    "sgd": lambda net, x, y, ids: plain(sgd(net), lambda: net(x, y).mean()),
-    "sam": ours(),
-    "sam, adamw": ours(base=AdamW),
-    "sam, rmsprop": ours(base=RMSprop),
-    "sam, rmsprop, no check": ours(base=RMSprop, check_finite=False),
-    "sam, no check": ours(check_finite=False),
+CASES: dict[str, Build] = {
+    **rows_of_the_table(),
+    # the third step of LookSAM has no second pass; with every other one, it has
+    "looksam, second pass": partial(in_one_call, row="looksam", k=2),
+    "looksam, by tensor, second pass": partial(in_one_call, row="looksam", k=2, scope="tensor"),
+    "sam, adamw": partial(in_one_call, base=AdamW),
+    "sam, rmsprop": partial(in_one_call, base=RMSprop),
+    "sam, rmsprop, no check": partial(in_one_call, base=RMSprop, check_finite=False),
+    "sam, no check": partial(in_one_call, check_finite=False),
     "sam, scaler": scaled,
     "sam, contexts": in_contexts,
-    "asam": ours(adaptive=True),
-    "esam": ours(ESAM),
-    "esam, element mask": ours(ESAM, mask="element"),
-    "esam, reuse": ours(ESAM, selection="reuse"),
-    "esam, strict": ours(ESAM, strict=True),
-    "msam": ours(MSAM, num_shards=2),
-    "msam, batched": ours(MSAM, num_shards=2, execution="batched"),
-    "saf": with_saf,
     "sam, saf": sam_with_saf,
-    "mesa": with_mesa,
 }
 READS = {
+    "adamw": "torch's own counts of steps, which lie on the host wherever the weights do",
     "sam, rmsprop": "a base that cannot skip a step on the device",
     "esam, strict": "how many rows are above the cut",
-    "saf": "ids that are on the CPU are checked there",
+    **dict.fromkeys(("saf", "saf, int8 history", "saf, on the host"), "ids that are on the CPU are checked there"),
     "sam, saf": "as saf, in both passes",
 }
 """Which methods read, and what. The others read nothing."""
@@ -261,9 +272,9 @@ def count_step(build: Build, backend: str) -> Counts:
 
 def measure(name: str) -> dict[str, dict[str, int]]:
     """Return all counts of a method."""
-    ours = count_step(METHODS[name], "triton")
+    ours = count_step(CASES[name], "triton")
     with patch.object(reference_common, "READ_SCALARS", False):
-        twin = count_step(METHODS[name], "torch")
+        twin = count_step(CASES[name], "torch")
     found = {"launches": ours.launches, "operations": ours.operations, "reads": ours.reads, "twin reads": twin.reads}
     return {kind: dict(sorted(counter.items())) for kind, counter in found.items()}
 
@@ -287,40 +298,40 @@ def _as_text(found: dict[str, Any]) -> str:
 
 
 def print_row(name: str, cells: list[Any]) -> None:
-    print(f"{name:24}", *(f"{cell:>10}" for cell in cells), flush=True)
+    print(f"{name:32}", *(f"{cell:>10}" for cell in cells), flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the gate; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--renew", action="store_true", help="write the counts into the record")
-    renew = parser.parse_args(arguments).renew
+def run(renew: bool = False) -> int:
+    """Count every case; return the exit status, or write the record."""
     from fastsam.kernels import launch
 
     assert launch.INTERPRETED, "the kernels were imported without TRITON_INTERPRET=1"
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     print_row("", ["launches", "operations", "reads", "twin reads"])
     found = {}
-    for name in METHODS:
+    for name in CASES:
         found[name] = measure(name)
         print_row(name, [sum(counter.values()) for counter in found[name].values()])
     if renew:
-        RECORD.write_text(_as_text(found))
+        write_text(RECORD, _as_text(found))
         return 0
     n_more = 0
-    for name in METHODS:
+    for name in CASES:
         more, fewer = compare(found[name], known.get(name))
         for line in more:
             print(f"MORE {name}: {line}")
         for line in fewer:
             print(f"FEWER {name}: {line}: keep it so with --renew")
         n_more += len(more)
-    print(f"{len(METHODS)} methods, {n_more} findings")
+    print(f"{len(CASES)} methods, {n_more} findings")
     return int(n_more > 0)
 
 
-if __name__ == "__main__":
+@click.command("count")
+@click.option("--renew", is_flag=True, help="Write the counts into the record.")
+def command(renew: bool) -> int:
+    """Count launches, operations and host reads in a step of every method and hold them against the record."""
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     torch.set_num_threads(1)
     np.seterr(all="ignore")  # no GPU warns of an overflow
-    sys.exit(main())
+    return run(renew)

@@ -1,6 +1,6 @@
 """CPU gate: what fastsam may cost beside eager SAM and beside its base optimizer, measured in one run. Needs no GPU.
 
-    python -m benchmarks.gates.cpu               print every figure and its bound; 1 where one is exceeded
+    python -m benchmarks gate cpu               print every figure and its bound; 1 where one is exceeded
 
 Three kinds of time ratio. Optimizer side: everything but forward and backward, over ResNet-18's parameters, against a
 SAM in the style of davda54/sam. Host: the same with four numbers in each tensor, which leaves the time of Python and of
@@ -13,19 +13,19 @@ arms take turns, and each counts with its fastest round: noise only adds. A gate
 as many again, for that reason, and lets the fastest of all decide.
 """
 
-import argparse
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import click
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.harness import rounds_option
 from benchmarks.test_optimizer_side import parameters, steps
 from fastsam import SAM
 
@@ -150,12 +150,10 @@ def measure(ratio: Ratio, rounds: int) -> float:
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help="of each arm, before the first verdict (default: 10)")
-    rounds = parser.parse_args(arguments).rounds
-    if rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {rounds}")
+@click.command("cpu")
+@rounds_option(10, about="Of each arm, before the first verdict.")
+def command(rounds: int) -> int:
+    """Hold CPU time and memory traffic beside eager SAM and the base optimizer against their bounds."""
     torch.set_num_threads(1)
     print(f"{'':40} {'measured':>8} {'bound':>6}")
     verdicts = []
@@ -171,7 +169,3 @@ def report(name: str, found: float, bound: float) -> bool:
     holds = found <= bound
     print(f"{name:40} {found:8.3f} {bound:6.2f}  {'ok' if holds else 'TOO MUCH'}", flush=True)
     return holds
-
-
-if __name__ == "__main__":
-    sys.exit(main())

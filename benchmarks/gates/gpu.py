@@ -1,25 +1,26 @@
 """GPU gate: correctness, bandwidth of the kernels and time of whole steps, beside what was recorded for this GPU.
 
-    python -m benchmarks.gates.gpu              2 without a GPU, 1 where a test or a comparison is red, else 0
-    python -m benchmarks.gates.gpu --record     records what it finds in place of what was recorded
+    python -m benchmarks gate gpu              2 without a GPU, 1 where a test or a comparison is red, else 0
+    python -m benchmarks gate gpu --record     records what it finds in place of what was recorded
 
-Runs `benchmarks.kernels.run`, which runs the kernels' tests first and times nothing where one is red, and
-`benchmarks.steps.run` on the large models in all regimes. Both are compared with benchmarks/results; where nothing is
-recorded for this GPU, what was found is recorded. Only ratios taken within one run are compared, so that a slower clock
-or another driver alone turns nothing red.
+Runs `python -m benchmarks kernels`, which runs the kernels' tests first and times nothing where one is red, and
+`python -m benchmarks steps` on the large models in all regimes. Both are compared with benchmarks/results; where
+nothing is recorded for this GPU, what was found is recorded. Only ratios taken within one run are compared, so that a
+slower clock or another driver alone turns nothing red.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import click
 import torch
 
-from benchmarks.arms.ours import METHODS
+from benchmarks.arms.ours import ARMS
 from benchmarks.environment import ROOT, recorded
+from benchmarks.harness import write_record
 from benchmarks.kernels.run import OURS, cannot_run
 
 KERNEL_MARGIN = 0.10
@@ -32,8 +33,11 @@ STEP_MARGIN = 0.05
 which stands in every record, is to be well below this; it is not known for any GPU yet."""
 STEPS = [
     "--models", "resnet18,resnet50,vit_s16", "--regimes", "eager,compiled,graph", "--amp", "bf16",
-    "--rounds", "5", "--steps", "50", "--device", "cuda",
+    "--rounds", "5", "--steps", "50", "--device", "cuda", "--methods", ",".join(
+        name.replace(",", "+") for name, arm in ARMS.items() if arm.is_default or name == "esam, elements"
+    ),
 ]  # fmt: skip
+"""ESAM's element mask beside every method's default, since it alone of ESAM's can be compiled."""
 FRESH = ROOT / "runs" / "bench-gpu"
 
 Values = dict[str, float]
@@ -42,7 +46,8 @@ Values = dict[str, float]
 class Kind(NamedTuple):
     """One benchmark of the gate."""
 
-    module: str
+    command: str
+    """Of `python -m benchmarks`."""
     arguments: Sequence[str]
     values: Callable[[Mapping[str, Any]], Values]
     """The figures of a record that are compared, by what they are of."""
@@ -69,13 +74,13 @@ def step_values(record: Mapping[str, Any]) -> Values:
         for regime, found in of_model["regimes"].items()
         for name, row in found["arms"].items()
         for over in ("over stock", "over base")
-        if name in METHODS and METHODS[name].is_ours
+        if name in ARMS and ARMS[name].is_ours
     }
 
 
 KINDS = {
-    "kernels": Kind("benchmarks.kernels.run", [], kernel_values, KERNEL_MARGIN, KERNEL_FLOOR, True),
-    "steps": Kind("benchmarks.steps.run", STEPS, step_values, STEP_MARGIN, 0.0, False),
+    "kernels": Kind("kernels", [], kernel_values, KERNEL_MARGIN, KERNEL_FLOOR, True),
+    "steps": Kind("steps", STEPS, step_values, STEP_MARGIN, 0.0, False),
 }
 
 
@@ -95,7 +100,9 @@ def measured(name: str, kind: Kind) -> dict[str, Any] | None:
     """Run a benchmark in a process of its own, whose memory the next one finds free; None if it failed."""
     out = FRESH / f"{name}.json"
     out.unlink(missing_ok=True)
-    done = subprocess.run([sys.executable, "-m", kind.module, *kind.arguments, "--out", str(out)], cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", kind.command, *kind.arguments, "--out", str(out)], cwd=ROOT
+    )
     return json.loads(out.read_text()) if done.returncode == 0 else None
 
 
@@ -103,37 +110,31 @@ def judge(name: str, kind: Kind, fresh: dict[str, Any], device: str, record: boo
     """Compare with what is recorded, or record; say what came of it and return whether it is green."""
     path = recorded(name, device)
     if record or not path.exists():
-        path.write_text(json.dumps(fresh, indent=2) + "\n")
-        print(f"gpu_gate: {name}: {'' if record else 'nothing was recorded for this GPU; '}recorded in {path}")
+        write_record(path, fresh)
+        print(f"gate gpu: {name}: {'' if record else 'nothing was recorded for this GPU; '}recorded in {path}")
         return True
     red, new = compare(kind, fresh, json.loads(path.read_text()))
     for line in new:
-        print(f"gpu_gate: new, not compared: {line}")
+        print(f"gate gpu: new, not compared: {line}")
     for line in red:
-        print(f"gpu_gate: RED: {line}")
-    print(f"gpu_gate: {name}: {'RED' if red else 'ok'} beside {path.name}, margin {kind.margin:.0%}")
+        print(f"gate gpu: RED: {line}")
+    print(f"gate gpu: {name}: {'RED' if red else 'ok'} beside {path.name}, margin {kind.margin:.0%}")
     return not red
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the gate; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="record what is found in place of what was")
-    options = parser.parse_args(arguments)
-    reason = cannot_run()
-    if reason:
-        print(f"benchmarks.gates.gpu: {reason.split(', or pass')[0]}", file=sys.stderr)
+@click.command("gpu")
+@click.option("--record", is_flag=True, help="Record what is found in place of what was.")
+def command(record: bool) -> int:
+    """Hold the kernels' bandwidth and whole steps against what was recorded for this GPU."""
+    if reason := cannot_run():
+        print(f"gate gpu: {reason.split(', or pass')[0]}", file=sys.stderr)
         return 2
     device = torch.cuda.get_device_name()
     green = True
     for name, kind in KINDS.items():
         fresh = measured(name, kind)
         if fresh is None:
-            print(f"benchmarks.gates.gpu: {kind.module} failed: what follows is not measured", file=sys.stderr)
+            print(f"gate gpu: {kind.command} failed: what follows is not measured", file=sys.stderr)
             return 1
-        green &= judge(name, kind, fresh, device, options.record)
+        green &= judge(name, kind, fresh, device, record)
     return int(not green)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Static gate: what the kernels compile to, held against a committed baseline. Needs no GPU.
 
-    python -m benchmarks.gates.static            compile every variant for every target; 1 where one got worse
-    python -m benchmarks.gates.static --renew    write what it is now into the baseline
+    python -m benchmarks gate static            compile every variant for every target; 1 where one got worse
+    python -m benchmarks gate static --renew    write what it is now into the baseline
 
 The variants are the launches that the stages make for small lists of tensors, so that what is gated is what runs.
 Hard: bytes per element in vector accesses, which have to be the algorithm's minimum; all other accesses, and spills.
@@ -9,7 +9,6 @@ Shared memory, barriers, registers and instructions move with the compiler: they
 version of Triton that the baseline was made with.
 """
 
-import argparse
 import json
 import os
 import re
@@ -23,6 +22,11 @@ from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import click
+
+from benchmarks.harness import names
+from fastsam.cli.files import write_text
 
 BASELINE = Path(__file__).with_suffix(".json")
 TARGETS = {
@@ -255,30 +259,29 @@ def _as_text(baseline: dict[str, Any]) -> str:
     return re.sub(r"\n {12,}|\n {9}(?=\})", " ", text).replace("{ ", "{").replace(" }", "}") + "\n"
 
 
-def main() -> int:
-    """Run the gate; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--renew", action="store_true", help="write the results into the baseline")
-    parser.add_argument("--only", default="", help="regular expression of the variants to look at")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    chosen = parser.parse_args()
-    if chosen.renew and (chosen.only or chosen.targets != list(TARGETS)):
-        parser.error("--renew takes all variants and targets")
+@click.command("static")
+@click.option("--renew", is_flag=True, help="Write the results into the baseline.")
+@click.option("--only", default="", help="Regular expression of the variants to look at.")
+@names("--targets", "target", TARGETS, TARGETS)
+def command(renew: bool, only: str, targets: list[str]) -> int:
+    """Compile every variant of the kernels for every target and hold it against the baseline."""
+    if renew and (only or targets != list(TARGETS)):
+        raise click.UsageError("--renew takes all variants and targets")
     os.environ.pop("TRITON_INTERPRET", None)
     known = {} if not BASELINE.exists() else json.loads(BASELINE.read_text())
-    names = [name for name in launches() if re.search(chosen.only, name)]
-    if not names:
-        parser.error(f"no variant matches --only {chosen.only}")
-    results: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for name, target, result in measure_all(names, chosen.targets):
+    chosen = [name for name in launches() if re.search(only, name)]
+    if not chosen:
+        raise click.UsageError(f"no variant matches --only {only}")
+    results: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    for name, target, result in measure_all(chosen, targets):
         results[name][target] = result
         if sys.stderr.isatty():
             print(f"\r\033[K{name} {target}", end="", file=sys.stderr, flush=True)
-    print_table(results, chosen.targets)
+    print_table(results, targets)
     import triton
 
-    if chosen.renew:
-        BASELINE.write_text(_as_text({"triton": triton.__version__, "variants": results}))
+    if renew:
+        write_text(BASELINE, _as_text({"triton": triton.__version__, "variants": results}))
         return 0
     same_compiler = known.get("triton") == triton.__version__
     if not same_compiler:
@@ -289,13 +292,9 @@ def main() -> int:
         for target, result in by_target.items()
         for what in worse(result, known.get("variants", {}).get(name, {}).get(target), same_compiler)
     ]
-    if not (chosen.only or found):
+    if not (only or found):
         found += [f"{name} is in the baseline but no longer launched: run with --renew"
                   for name in known.get("variants", {}) if name not in results]  # fmt: skip
     print(*(f"WORSE {line}" for line in found), sep="\n")
-    print(f"{len(names)} variants, {len(found)} findings")
-    return bool(found)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    print(f"{len(chosen)} variants, {len(found)} findings")
+    return int(bool(found))

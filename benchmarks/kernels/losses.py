@@ -1,4 +1,4 @@
-"""The losses that `benchmarks.kernels.run` measures: inputs, what they are held against, what they move."""
+"""The losses that `python -m benchmarks kernels` measures: inputs, what they are held against, what they move."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,7 +1,7 @@
 """Bandwidth of every kernel, beside a copy by the same device and beside what else would do the same work.
 
-    python -m benchmarks.kernels.run                      on a machine with a GPU; records into benchmarks/results
-    python -m benchmarks.kernels.run --dry-run            all of it on the CPU, with the twins; times nothing
+    python -m benchmarks kernels                      on a machine with a GPU; records into benchmarks/results
+    python -m benchmarks kernels --dry-run            all of it on the CPU, with the twins; times nothing
 
 The kernels' tests run on the device first: where one is red nothing is timed. Every call is verified against the twin
 in float64 on a small list before it may be timed, and a baseline that computes something else is refused by name.
@@ -12,25 +12,25 @@ host runs ahead behind a few large copies, so that launches cost nothing unless 
 host's own time is a column of its own. Bytes are the kernel's minimum, whatever a baseline moves.
 """
 
-import argparse
 import itertools
-import json
-import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import click
 import torch
 from torch import Tensor
 
 from benchmarks.arms.parameter_lists import LISTS
 from benchmarks.counts import count_launches
-from benchmarks.environment import ROOT, environment, recorded
+from benchmarks.environment import ROOT, recorded
+from benchmarks.harness import about_this_run, interleaved, names, out_option, over, rounds_option, write_record
 from benchmarks.kernels import table
 from benchmarks.kernels.losses import LOSSES
 from benchmarks.kernels.table import Call, Kernel, UnavailableError, bytes_moved
@@ -202,31 +202,26 @@ def measure(name: str, workload: str, dtype: str, plan: Plan, clock: Clock) -> d
     calls, missing = prepare(kernel, DTYPES[dtype], copies, plan)
     n = -(-plan.calls // n_copies) * n_copies
     host = {arm: clock.host(some, n) / n for arm, some in calls.items()}
-    samples: dict[str, list[float]] = {arm: [] for arm in ["copy", *calls]}
-    order = list(samples)
-    for i in range(plan.rounds):
-        random.Random(i).shuffle(order)
-        for arm in order:
-            some, times = ([clock.copy], 5) if arm == "copy" else (calls[arm], n)
-            lead = 0.0 if arm == "copy" else min(1.5 * host[arm] * n, _MOST_LEAD)
-            samples[arm].append(clock.device(some, times, lead) / times)
+    arms: dict[str, Callable[[], float]] = {"copy": partial(clock.device, [clock.copy], 5, 0.0)}
+    arms |= {arm: partial(clock.device, some, n, min(1.5 * host[arm] * n, _MOST_LEAD)) for arm, some in calls.items()}
+    samples = interleaved(arms, plan.rounds)
     for x in copies:
         if not all(t.isfinite().all() for t in x.tensors()):
             raise ArithmeticError(f"{name} on {workload} in {dtype}: numbers grew until they were no longer finite")
-    rate = clock.copied / statistics.median(samples.pop("copy")) / 1e9
+    rate = 5 * clock.copied / statistics.median(samples.pop("copy")) / 1e9
     ours = samples[OURS]
-    arms: dict[str, Any] = {
+    rows: dict[str, Any] = {
         arm: {
-            **summary(times, moved, rate),
-            "over ours": round(statistics.median(t / o for t, o in zip(times, ours, strict=True)), 3),
+            **summary([t / n for t in times], moved, rate),
+            "over ours": over(times, ours),
             "host microseconds": round(host[arm] * 1e6, 2),
             "launches": count_launches(calls[arm][0], plan.device),
         }
         for arm, times in samples.items()
     }
-    arms |= {arm: {"not timed": reason} for arm, reason in missing.items()}
+    rows |= {arm: {"not timed": reason} for arm, reason in missing.items()}
     about = {"kernel": name, "workload": workload, "dtype": dtype, "bytes": moved, "copies of the inputs": n_copies}
-    return {**about, "copy GB/s": round(rate, 1), "arms": arms}
+    return {**about, "copy GB/s": round(rate, 1), "arms": rows}
 
 
 def summary(times: list[float], moved: int, rate: float) -> dict[str, float]:
@@ -242,7 +237,7 @@ def summary(times: list[float], moved: int, rate: float) -> dict[str, float]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def as_text(result: dict[str, Any]) -> str:
     """A result as lines of text."""
     head = f"{result['kernel']}, {result['workload']}, {result['dtype']}: {result['bytes'] / 1e6:.2f} MB"
     columns = f"{'us':>10} {'IQR':>8} {'GB/s':>8} {'of copy':>8} {'over ours':>9} {'launches':>8} {'host us':>9}"
@@ -275,30 +270,6 @@ def cases(kernels: list[str], lists: list[str], dtypes: list[str]) -> Iterator[t
         yield from itertools.product([name], workloads, known)
 
 
-def _names(known: Sequence[str]) -> Any:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"unknown {name!r}; choose from {', '.join(known)}")
-        return names
-
-    return parse
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, known in (("--kernels", KERNELS), ("--lists", LISTS), ("--dtype", DTYPES)):
-        parser.add_argument(option, type=_names(list(known)), help=f"joined by commas, of: {', '.join(known)}")
-    parser.add_argument("--rounds", type=int, help="samples of each arm; 15, in a dry run 3")
-    parser.add_argument("--dry-run", action="store_true", help="run the twins on the CPU, to see that all works")
-    parser.add_argument("--out", type=Path, help="JSON file for the results; a complete run on a GPU needs none")
-    options = parser.parse_args(arguments)
-    if options.rounds is not None and options.rounds < 2:
-        parser.error(f"--rounds must be at least 2, got {options.rounds}")
-    return options
-
-
 def cannot_run() -> str | None:
     """Return why nothing can be measured on a GPU here, and the remedy."""
     if not torch.cuda.is_available():
@@ -309,39 +280,36 @@ def cannot_run() -> str | None:
     return "TRITON_INTERPRET is set: unset it, or pass --dry-run" if launchers.INTERPRETED else None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; return the exit status."""
-    options = parse(arguments)
-    device = "cpu" if options.dry_run else "cuda"
-    reason = None if options.dry_run else cannot_run()
-    if reason:
-        print(f"benchmarks.kernels.run: {reason}", file=sys.stderr)
+@click.command("kernels")
+@names("--kernels", "kernel", KERNELS, KERNELS)
+@names("--lists", "list", LISTS, LISTS, "Parameters; a dry run takes the first.")
+@names("--dtype", "dtype", DTYPES, DTYPES)
+@rounds_option(None, least=2, about="Samples of each arm; 15, in a dry run 3.")
+@click.option("--dry-run", is_flag=True, help="Run the references on the CPU, to see that all works.")
+@out_option("JSON file for the results; a complete run on a GPU needs none.")
+def command(
+    kernels: list[str], lists: list[str], dtype: list[str], rounds: int | None, dry_run: bool, out: Path | None
+) -> int:
+    """Measure the bandwidth of every kernel beside a copy, and beside what else would do its work."""
+    device = "cpu" if dry_run else "cuda"
+    if not dry_run and (reason := cannot_run()):
+        print(f"kernels: {reason}", file=sys.stderr)
         return 2
     if not tests_pass(device):
-        print(f"benchmarks.kernels.run: tests are red on {device}: nothing is timed", file=sys.stderr)
+        print(f"kernels: tests are red on {device}: nothing is timed", file=sys.stderr)
         return 1
-    about = environment(device, "benchmarks.kernels.run", arguments)
-    is_complete = not (options.kernels or options.lists or options.dtype)
-    lists = options.lists or (["resnet18"] if options.dry_run else list(LISTS))
-    plan = plan_for(device, options.rounds or (3 if options.dry_run else 15))
+    about = about_this_run(device)
+    is_complete = (kernels, lists, dtype) == (list(KERNELS), list(LISTS), list(DTYPES))
+    plan = plan_for(device, rounds or (3 if dry_run else 15))
     clock, results = Clock(plan), []
-    for case in cases(options.kernels or list(KERNELS), lists, options.dtype or list(DTYPES)):
+    for case in cases(kernels, lists[:1] if dry_run else lists, dtype):
         results.append(measure(*case, plan, clock))
-        print(
-            "DRY RUN of cut lists, times mean nothing: " * options.dry_run + table(results[-1]), end="\n\n", flush=True
-        )
-    out = options.out
-    if out is None and is_complete and not options.dry_run:
+        print("DRY RUN of cut lists, times mean nothing: " * dry_run + as_text(results[-1]), end="\n\n", flush=True)
+    if out is None and is_complete and not dry_run:
         out = recorded("kernels", about["device"])
     if out is None:
-        print("nothing recorded: " + ("a dry run" if options.dry_run else "not all was measured; pass --out"))
+        print("nothing recorded: " + ("a dry run" if dry_run else "not all was measured; pass --out"))
         return 0
-    record = {"environment": about, "dry run": options.dry_run, "results": results}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(out, {"environment": about, "dry run": dry_run, "results": results})
     print(f"recorded in {out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What `benchmarks.kernels.run` measures: every kernel, its inputs, what it is held against, what it moves.
+"""What `python -m benchmarks kernels` measures: every kernel, its inputs, what it is held against, what it moves.
 
 A new kernel is one more line of `KERNELS`.
 """

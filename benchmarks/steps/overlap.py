@@ -1,6 +1,6 @@
 """Communication that a step has to wait for, over a slow link between two processes.
 
-    python -m benchmarks.steps.overlap --out benchmarks/results/overlap_cpu.json
+    python -m benchmarks overlap --out benchmarks/results/overlap_cpu.json
 
 mSAM with m pairs before one step under DistributedDataParallel, reduced in three ways: after every shard's backward,
 in one flat piece after the last, and by fastsam, which leaves all but the last descent unreduced and lets DDP reduce
@@ -11,8 +11,6 @@ Exposed is the time from the end of the last layer's backward until all gradient
 the last bucket nor below the whole reduction less the last backward, in which the other buckets hide.
 """
 
-import argparse
-import json
 import os
 import queue
 import socket
@@ -21,20 +19,32 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import click
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.environment import environment
+from benchmarks import harness
 from fastsam import SAM
 
 WAYS = ("every shard", "flat", "fastsam")
 LAYERS, ENTRIES = 24, 4096
 LATENCY = 0.3e-3
+WARM_UP = 3
+"""Rounds that do not count: DDP makes its buckets anew in them."""
+
+
+class Options(NamedTuple):
+    """What is measured: pairs before a step, milliseconds of the link and of the backward, and samples of each way."""
+
+    shards: list[int]
+    link: list[float]
+    backward: float
+    rounds: int
 
 
 class Sleep(torch.autograd.Function):
@@ -138,17 +148,18 @@ class Arm:
         torch._foreach_copy_(grads, list(flat.split(ENTRIES)))
 
 
-def measure(rank: int, port: int, options: argparse.Namespace, results: Any) -> None:
+def measure(rank: int, port: int, options: Options, results: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     for link_ms in options.link:
         link = Link(link_ms / 1e3)
         for m in options.shards:
-            arms = [Arm(way, m, link, options.backward / 1e3) for way in WAYS]
-            rounds = [[arm.step() for arm in arms] for _ in range(options.rounds + 3)][3:]  # DDP makes its buckets anew
-            for i, way in enumerate(WAYS):
-                row = {k: round(1e3 * statistics.median(r[i][k] for r in rounds), 1) for k in rounds[0][i]}
+            steps = {way: Arm(way, m, link, options.backward / 1e3).step for way in WAYS}
+            samples = harness.interleaved(steps, options.rounds + WARM_UP)
+            for way in WAYS:
+                taken = samples[way][WARM_UP:]
+                row = {k: round(1e3 * statistics.median(sample[k] for sample in taken), 1) for k in taken[0]}
                 if rank == 0:
                     results.put({"reduce all, ms": link_ms, "m": m, "way": way, **row})
     dist.barrier()
@@ -161,19 +172,21 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['reduce all, ms']:8.0f} {row['m']:3}  {row['way']:12} {row['exposed']:9.1f} {row['step']:9.1f} {met}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4, 8], help="pairs before a step")
-    parser.add_argument("--link", type=float, nargs="+", default=[30, 90], help="ms to reduce all gradients")
-    parser.add_argument("--backward", type=float, default=60, help="ms of the whole batch's backward")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
+@click.command("overlap")
+@harness.numbers("--shards", "1,2,4,8", click.IntRange(min=1), "Pairs before a step.")
+@harness.numbers("--link", "30,90", click.FloatRange(min=0), "Milliseconds to reduce all gradients.")
+@click.option("--backward", type=click.FloatRange(min=0), default=60, show_default=True,
+              help="Milliseconds of the whole batch's backward.")  # fmt: skip
+@harness.rounds_option(7)
+@harness.out_option()
+def command(shards: list[int], link: list[float], backward: float, rounds: int, out: Path | None) -> None:
+    """Time the communication that a step has to wait for, over a slow link between two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
     results: Any = context.Queue()
+    options = Options(shards, link, backward, rounds)
     processes = mp.start_processes(measure, (port, options, results), nprocs=2, join=False, start_method="spawn")
     print(f"{'link ms':>8} {'m':>3}  {'reduced':12} {'exposed':>9} {'step':>9} {'goal':>9}")
     rows = []
@@ -182,12 +195,6 @@ def main() -> None:
         print(line(row), flush=True)
     while not processes.join():
         pass
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"backward, ms": options.backward, "rounds": options.rounds, "processes": 2}
-        record = {"environment": environment("cpu", "benchmarks.steps.overlap", None), "options": about, "rows": rows}
-        options.out.write_text(json.dumps(record, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    if out:
+        about = {"backward, ms": backward, "rounds": rounds, "processes": 2}
+        harness.write_record(out, {"environment": harness.about_this_run("cpu"), "options": about, "rows": rows})

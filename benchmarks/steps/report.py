@@ -1,4 +1,4 @@
-"""What `benchmarks.steps.run` found, as a table and as a picture."""
+"""What `python -m benchmarks steps` found, as a table and as a picture."""
 
 from pathlib import Path
 from typing import Any

@@ -15,11 +15,13 @@ if not (ROOT / "benchmarks").exists():
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
     from benchmarks import counts
-    from benchmarks.arms import ours as methods
+    from benchmarks.__main__ import main
     from benchmarks.arms import tasks as models
+    from benchmarks.arms.ours import ARMS, Arm
     from benchmarks.steps import msam_curve
     from benchmarks.steps import report as step_report
     from benchmarks.steps import run as step
+    from benchmarks.steps.options import Options
 
 COMMON = ["--device", "cpu", "--rounds", "2", "--steps", "1", "--counted", "1"]
 
@@ -27,29 +29,41 @@ HAS_PACKAGE = find_spec("pytorch_optimizer") is not None
 PACKAGE = {f"pytorch_optimizer {name}" for name in ("sam", "gsam", "wsam", "looksam")}
 
 
+@pytest.fixture(autouse=True)
+def short_epochs(monkeypatch):
+    """Few batches in an epoch, all of which are made and remembered before the first step."""
+    monkeypatch.setattr(step, "BATCHES", 8)
+
+
 def run(tmp_path, *arguments):
     out = tmp_path / "new" / "step.json"
-    step.main([*COMMON, *arguments, "--out", str(out)])
+    assert main(["steps", *COMMON, *arguments, "--out", str(out)]) == 0
     assert out.with_suffix(".png").stat().st_size > 1000
     return json.loads(out.read_text())
 
 
 def test_every_method_steps_and_costs_the_passes_it_should(tmp_path, capsys):
-    record = run(tmp_path, "--models", "cnn", "--rows", "8")
-    assert record["environment"]["command"].startswith("python -m benchmarks.steps.run --device cpu")
+    every = ",".join(name.replace(",", "+") for name in ARMS)
+    record = run(tmp_path, "--models", "cnn", "--rows", "8", "--methods", every)
+    assert record["environment"]["command"].startswith("python -m benchmarks steps --device cpu")
     assert (record["environment"]["pytorch_optimizer"] != "none") == HAS_PACKAGE
     found = record["models"]["cnn"]["regimes"]["eager"]
     rows = found["arms"]
     assert set(found["not run"]) == (set() if HAS_PACKAGE else PACKAGE)
     assert set(found["not run"].values()) <= {"not run: ModuleNotFoundError: No module named 'pytorch_optimizer'"}
-    assert set(rows) == set(step.METHODS) - set(found["not run"])
+    assert set(rows) == set(ARMS) - set(found["not run"])
     passes = {method: (row["passes"]["forward rows"], row["passes"]["backward rows"]) for method, row in rows.items()}
-    for method in ("base", "base again", "base, fused", "official-style saf", "saf", "mesa", "mesa, bf16 teacher"):
+    one_pass = [name for name in rows if name.split(",")[0] in ("base", "base again", "saf", "mesa")]
+    for method in (*one_pass, "official-style saf"):
         assert passes[method] == (1, 1), method
     for method in PACKAGE & set(rows):
         assert passes[method] == ((1.2, 1.2) if "looksam" in method else (2, 2)), method
-    for method in ("davda54 eager sam", "torch foreach sam", "sam", "esam, perturbation only"):
-        assert passes[method] == (2, 2), method
+    two_passes = [name for name in rows if name.split(",")[0] in ("sam", "asam", "msam", "gsam")]
+    no_selection = [name for name in rows if "no selection" in name]
+    for method in ("davda54 eager sam", "torch foreach sam", *two_passes, *no_selection):
+        if method != "msam, batched":  # its rows go through the model as one, side by side
+            assert passes[method] == (2, 2), method
+    assert passes["looksam"] == passes["looksam, by tensor"] == (1.2, 1.2)
     assert passes["esam, selection only"] == (2.5, 1.5)
     assert passes["official-style esam"] == (2 + 3 / 8, 1 + 3 / 8)  # strictly above the smallest of four
     assert rows["base"]["over stock"] == rows["base"]["over base"] == rows["base, fused"]["over fused"] == 1
@@ -66,12 +80,12 @@ def test_every_method_steps_and_costs_the_passes_it_should(tmp_path, capsys):
 
 def test_methods_run_compiled_or_say_why_not(tmp_path, capsys):
     record = run(tmp_path, "--models", "mlp", "--rows", "4", "--regimes", "compiled", "--compiler", "eager",
-                 "--methods", "sam,esam,esam+ element mask,msam+ 4 shards,saf,mesa,official-style esam")  # fmt: skip
+                 "--methods", "sam,esam,esam+ elements,msam+ 4 shards,saf,mesa,official-style esam")  # fmt: skip
     found = record["models"]["mlp"]["regimes"]["compiled"]
     bases = ["eager base", "eager base, fused", "base", "base again", "base, fused"]
-    assert list(found["arms"]) == [*bases, "sam", "esam, element mask", "msam, 4 shards", "saf", "mesa"]
+    assert list(found["arms"]) == [*bases, "sam", "esam, elements", "msam, 4 shards", "saf", "mesa"]
     assert list(found["not run"]) == ["esam", "official-style esam"]
-    reason = "not compiled: other gradients are left out in each step; see 'esam, element mask'"
+    reason = "not compiled: other gradients are left out in each step; see 'esam, elements'"
     assert set(found["not run"].values()) == {reason}
     assert f"esam                       {reason}" in capsys.readouterr().out
     assert found["arms"]["eager base"]["over stock"] == found["arms"]["base"]["over base"] == 1
@@ -79,13 +93,13 @@ def test_methods_run_compiled_or_say_why_not(tmp_path, capsys):
 
 def test_the_compiled_regime_compiles_the_model_and_the_teacher(monkeypatch):
     compiled = []
-    options = step.parser(None, "mlp", list(step.METHODS)).parse_args([*COMMON, "--rows", "4", "--compiler", "eager"])
+    options = Options(["mlp"], [], [], rows=4, compiler="eager")
     compile_ = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **kw: (compiled.append(kw), compile_(m, **kw)))
     work = step.Workload("mlp", options)
-    work.arm(step.METHODS["mesa"], "eager")
+    work.timed(ARMS["mesa"], "eager")
     assert compiled == []
-    work.arm(step.METHODS["mesa"], "compiled")
+    work.timed(ARMS["mesa"], "compiled")
     assert compiled == [{"dynamic": False, "backend": "eager"}] * 2
 
 
@@ -98,12 +112,12 @@ def test_the_graph_regime_captures_ours_and_the_base(monkeypatch, tmp_path):
 
     monkeypatch.setattr(models, "graph_step", watched)
     record = run(tmp_path, "--models", "mlp", "--rows", "4", "--regimes", "eager,graph", "--together", "2",
-                 "--methods", "davda54 eager sam,sam,esam,esam+ element mask,msam+ 4 shards,saf,mesa")  # fmt: skip
+                 "--methods", "davda54 eager sam,sam,esam,esam+ elements,msam+ 4 shards,saf,mesa")  # fmt: skip
     regimes = record["models"]["mlp"]["regimes"]
     assert len(regimes["eager"]["arms"]) == 10
     graph = regimes["graph"]
     bases = ["eager base", "eager base, fused", "base", "base again", "base, fused"]
-    assert list(graph["arms"]) == [*bases, "sam", "esam", "esam, element mask", "msam, 4 shards", "saf", "mesa"]
+    assert list(graph["arms"]) == [*bases, "sam", "esam", "esam, elements", "msam, 4 shards", "saf", "mesa"]
     assert list(graph["not run"]) == ["davda54 eager sam"]
     assert graph["not run"]["davda54 eager sam"].startswith("not captured")
     assert captured == [("SGD", 3)] * 3 + [("SAM", 2), ("ESAM", 2), ("ESAM", 2), ("MSAM", 2)] + [("SGD", 3)] * 2
@@ -113,9 +127,9 @@ def test_the_graph_regime_captures_ours_and_the_base(monkeypatch, tmp_path):
 def test_captured_steps_train_as_others_do():
     weights = {}
     for regime in ("eager", "graph"):
-        options = step.parser(None, "mlp", list(step.METHODS)).parse_args([*COMMON, "--rows", "4"])
-        methods_ = [step.METHODS[name] for name in ("base", "sam", "saf", "mesa")]
-        arms = [step.Workload("mlp", options).arm(method, regime) for method in methods_]
+        options = Options(["mlp"], [], [], rows=4)
+        methods_ = [ARMS[name] for name in ("base", "sam", "saf", "mesa")]
+        arms = [step.Workload("mlp", options).timed(method, regime) for method in methods_]
         weights[regime] = [torch.nn.utils.parameters_to_vector(arm.problem.model.parameters()) for arm in arms]
     for eager, graph in zip(*weights.values(), strict=True):
         torch.testing.assert_close(eager, graph)
@@ -125,7 +139,7 @@ def test_a_method_that_fails_is_reported_and_the_others_run(monkeypatch, tmp_pat
     def broken(problem):
         raise KeyError("step")
 
-    monkeypatch.setitem(step.METHODS, "davda54 eager sam", methods.Method(broken))
+    monkeypatch.setitem(ARMS, "davda54 eager sam", Arm(broken))
     record = run(tmp_path, "--models", "mlp", "--rows", "4", "--methods", "davda54 eager sam,sam")
     found = record["models"]["mlp"]["regimes"]["eager"]
     assert found["not run"] == {"davda54 eager sam": "not run: KeyError: 'step'"}
@@ -153,8 +167,8 @@ def test_mixed_precision(tmp_path, amp):
 
 
 def test_only_whole_periods_are_timed_and_counted():
-    options = step.parser(None, "mlp", list(step.METHODS)).parse_args([*COMMON, "--rows", "4"])
-    arm = step.Arm(step.Workload("mlp", options), step.METHODS["base"]._replace(period=4), "eager")
+    options = Options(["mlp"], [], [], rows=4, counted=1)
+    arm = step.Timed(step.Workload("mlp", options), ARMS["base"]._replace(period=4), "eager")
     taken = arm.taken
     arm.time(5)
     assert (taken, arm.taken) == (8, 16)
@@ -193,21 +207,20 @@ def test_the_table_of_a_gpu():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--models", "alexnet"], "unknown 'alexnet'; choose from cnn; mlp"),
-    (["--methods", "sam,looksam"], "unknown 'looksam'; choose from base; base again"),
-    (["--regimes", "jit"], "unknown 'jit'; choose from eager; compiled; graph"),
-    (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+    (["--models", "alexnet"], "unknown model 'alexnet'; choose from cnn; mlp"),
+    (["--methods", "sam,looksam+ k"], "unknown method 'looksam, k'; choose from base; base again"),
+    (["--regimes", "jit"], "unknown regime 'jit'; choose from eager; compiled; graph"),
+    (["--rounds", "0"], "Invalid value for '--rounds': 0 is not in the range x>=1."),
 ])  # fmt: skip
 def test_bad_options(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        step.main([*COMMON, *arguments])
-    assert exit_.value.code == 2
+    assert main(["steps", *COMMON, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_the_curve_of_msam(tmp_path):
     out = tmp_path / "curve.json"
-    msam_curve.main([*COMMON, "--rounds", "1", "--counted", "0", "--models", "mlp", "--out", str(out)])
+    arguments = ["msam-curve", *COMMON, "--rounds", "1", "--counted", "0", "--models", "mlp", "--out", str(out)]
+    assert main(arguments) == 0
     model = json.loads(out.read_text())["models"]["mlp"]
     assert model["rows"] == 64
     found = model["regimes"]["eager"]

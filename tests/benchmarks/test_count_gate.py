@@ -25,9 +25,9 @@ RECORD = json.loads(count_gate.RECORD.read_text())
 def run(monkeypatch, capsys):
     """Run the gate for one method; return its exit status and what it found."""
 
-    def run(name, *arguments):
-        monkeypatch.setattr(count_gate, "METHODS", {name: count_gate.METHODS[name]})
-        status = count_gate.main(list(arguments))
+    def run(name, renew=False):
+        monkeypatch.setattr(count_gate, "CASES", {name: count_gate.CASES[name]})
+        status = count_gate.run(renew)
         return status, [line for line in capsys.readouterr().out.splitlines() if line.startswith(("MORE", "FEWER"))]
 
     return run
@@ -49,13 +49,13 @@ def plant(monkeypatch):
     return plant
 
 
-@pytest.mark.parametrize("name", count_gate.METHODS)
+@pytest.mark.parametrize("name", count_gate.CASES)
 def test_every_method_does_what_is_recorded(run, name):
     assert run(name) == (0, [])
 
 
 def test_the_record_holds_every_method_and_no_other():
-    assert list(RECORD) == list(count_gate.METHODS)
+    assert list(RECORD) == list(count_gate.CASES)
 
 
 def total(name, kind):
@@ -107,14 +107,14 @@ def test_one_host_read_of_the_twin_turns_it_red(run, plant):
 )
 def test_reads_of_all_kinds_are_seen_inside_passes_too(plant, read, name):
     plant(count_gate.nn.Linear, "forward", lambda layer, x: read(layer.weight.detach()))
-    counts = count_gate.count_step(count_gate.METHODS["sgd"], "triton")
+    counts = count_gate.count_step(count_gate.CASES["sgd"], "triton")
     assert counts.reads == {name: 1}
     assert counts.operations == RECORD["sgd"]["operations"]
 
 
 def test_a_copy_of_every_gradient_turns_it_red(run, plant):
-    plant(SAM, "_move", lambda optimizer, ascended, norm: [g.clone() for g in ascended.grads])
-    assert run("sam") == (1, ["MORE sam: operations: clone 3 -> 9"])
+    plant(SAM, "perturb", lambda optimizer, ascent, k: [g.clone() for g in ascent.grads])
+    assert run("sam") == (1, ["MORE sam: operations: clone 6 -> 12"])
 
 
 def test_fewer_than_recorded_asks_for_a_new_record(run, monkeypatch, tmp_path):
@@ -122,7 +122,7 @@ def test_fewer_than_recorded_asks_for_a_new_record(run, monkeypatch, tmp_path):
     monkeypatch.setattr(count_gate, "RECORD", tmp_path / "counts.json")
     count_gate.RECORD.write_text(json.dumps(record))
     assert run("sam") == (0, ["FEWER sam: reads: nonzero 1 -> 0: keep it so with --renew"])
-    assert run("sam", "--renew") == (0, [])
+    assert run("sam", renew=True) == (0, [])
     assert json.loads(count_gate.RECORD.read_text()) == {"sam": RECORD["sam"]}
 
 

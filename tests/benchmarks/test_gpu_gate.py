@@ -13,9 +13,10 @@ if not (ROOT / "benchmarks").exists():
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(ROOT)
     from benchmarks import environment, readme
+    from benchmarks.__main__ import COMMANDS, main
     from benchmarks.gates import gpu as gpu_gate
     from benchmarks.gates.gpu import KINDS, compare
-    from benchmarks.steps import run as step
+    from benchmarks.steps.options import REGIMES
 
 DEVICE = "NVIDIA Made-Up 9000"
 
@@ -124,7 +125,7 @@ def gate(monkeypatch, tmp_path, capsys):
 
     def run(fresh, *arguments):
         monkeypatch.setattr(gpu_gate, "measured", lambda name, kind: copy.deepcopy(fresh[name]))
-        return gpu_gate.main(list(arguments)), capsys.readouterr()
+        return main(["gate", "gpu", *arguments]), capsys.readouterr()
 
     return run
 
@@ -142,8 +143,8 @@ def test_it_records_the_first_time_compares_the_next_and_records_anew_when_asked
     sam(slower["steps"])["over stock"] *= 1.2
     status, said = gate(slower)
     assert status == 1
-    assert "gpu_gate: RED: resnet50, graph, sam, over stock: 1.260, recorded 1.050 (+20.0%)" in said.out
-    assert "gpu_gate: kernels: ok" in said.out
+    assert "gate gpu: RED: resnet50, graph, sam, over stock: 1.260, recorded 1.050 (+20.0%)" in said.out
+    assert "gate gpu: kernels: ok" in said.out
     assert json.loads(files["steps"].read_text()) == fresh["steps"]
 
     assert gate(slower, "--record")[0] == 0
@@ -160,26 +161,28 @@ def test_a_slowdown_planted_in_the_record_of_the_kernels_is_red(gate, tmp_path):
     path.write_text(json.dumps(planted))
     status, said = gate(fresh)
     assert status == 1
-    assert "gpu_gate: RED: norm, resnet50, fp32: 0.950, recorded 1.200" in said.out
+    assert "gate gpu: RED: norm, resnet50, fp32: 0.950, recorded 1.200" in said.out
 
 
 def test_red_tests_are_red_and_nothing_is_recorded(gate, tmp_path):
     status, said = gate({"kernels": None, "steps": steps_record()})
     assert status == 1
-    assert "benchmarks.kernels.run failed" in said.err
+    assert "gate gpu: kernels failed" in said.err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_gpu_it_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_gate.main([]) == 2
-    assert capsys.readouterr().err == "benchmarks.gates.gpu: no GPU that torch can use: run on a machine with one\n"
+    assert main(["gate", "gpu"]) == 2
+    assert capsys.readouterr().err == "gate gpu: no GPU that torch can use: run on a machine with one\n"
 
 
 def test_it_asks_the_step_benchmark_for_what_that_knows():
-    options = step.parser(None, "cnn", list(step.METHODS)).parse_args(gpu_gate.STEPS)
-    assert options.models == ["resnet18", "resnet50", "vit_s16"]
-    assert options.regimes == list(step.REGIMES)
+    given = COMMANDS.get_command(None, "steps").make_context("steps", list(gpu_gate.STEPS)).params
+    assert given["models"] == ["resnet18", "resnet50", "vit_s16"]
+    assert given["regimes"] == list(REGIMES)
+    assert {"base", "davda54 eager sam", "sam", "esam", "esam, elements", "mesa"} < set(given["methods"])
+    assert "msam, uniform" not in given["methods"]
 
 
 def test_a_benchmark_that_fails_leaves_no_record_behind(monkeypatch, tmp_path):
@@ -196,6 +199,7 @@ def test_readme_shows_what_was_recorded_on_gpus(monkeypatch, tmp_path):
     (tmp_path / "kernels_gpu.json").write_text(json.dumps(kernels_record()))
     block = readme.gpu_block()
     assert "| resnet50 | sam | 2.00x | - | 2.02x | 1.05x |" in block
-    assert "| resnet50 | mesa | - | - | - | - |" in block
+    assert "| resnet50 | davda54 eager sam | 2.50x | - | - | - |" in block
+    assert "mesa" not in block
     assert f"norm 95%, perturb_ 92% ({DEVICE})" in block
     assert "not measured" not in block

@@ -24,7 +24,7 @@ def run_gate(tree, *arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tree / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gates.static", *arguments],
+        [sys.executable, "-m", "benchmarks", "gate", "static", *arguments],
         cwd=tree,
         env=environment,
         capture_output=True,
@@ -35,11 +35,9 @@ def run_gate(tree, *arguments):
 
 @pytest.fixture
 def tree(tmp_path):
-    shutil.copytree(ROOT / "fastsam", tmp_path / "fastsam")
+    shutil.copytree(ROOT / "fastsam", tmp_path / "fastsam", ignore=shutil.ignore_patterns("kernels"))
     shutil.copytree(ROOT / "kernels", tmp_path / "fastsam" / "kernels")
-    (tmp_path / "benchmarks").mkdir()
-    shutil.copy(ROOT / "benchmarks" / "__init__.py", tmp_path / "benchmarks")
-    shutil.copytree(ROOT / "benchmarks" / "gates", tmp_path / "benchmarks" / "gates")
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
     return tmp_path
 
 
