@@ -172,7 +172,7 @@ class MethodHooks(PassOptimizer):
         return self._run.pending
 
     def unscaled(self, tensor: Tensor) -> Tensor:
-        """Return a gradient without the loss scale that backward was run with."""
+        """Return a gradient without the loss scale that backward was run with, where `state_holds_scale`."""
         scale = self._run.grad_scale
         return tensor if scale is None else tensor / torch.as_tensor(scale, device=tensor.device).to(tensor.dtype)
 

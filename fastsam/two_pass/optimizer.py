@@ -266,7 +266,11 @@ class TwoPassOptimizer(MethodHooks, Capturable):
     def _passes_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any) -> Tensor:
         """Run all passes of a step and return the first ones' mean loss."""
         run, pairs = self._run, self.passes(batch)
-        run.grad_scale = None if scaler is None else scaler.scale(torch.ones((), device=run.skipped.device))
+        # a product of its own, which only methods that keep a gradient are charged for
+        if scaler is not None and self.state_holds_scale:
+            run.grad_scale = scaler.scale(torch.ones((), device=run.skipped.device))
+        else:
+            run.grad_scale = None
         self._start_afresh()
         averages = len(pairs) > 1 and self.averages_statistics()
         statistics = MeanUpdate(run.statistics.moving() if averages else [])
