@@ -109,7 +109,7 @@ def _mend_interpreter():
     core = interpreter.tl.core
     core.tensor.__init__ = _built_once(core.tensor.__init__, lambda handle, dtype: dtype.name, own=("handle",))
     # In Triton 3.4 a length may be a constexpr, which cannot be hashed.
-    core.block_type.__init__ = _built_once(core.block_type.__init__, lambda dtype, shape: (dtype.name, *map(int, shape)))
+    core.block_type.__init__ = _built_once(core.block_type.__init__, lambda kind, shape: (kind.name, *map(int, shape)))
     core._unwrap_if_constexpr = _unwrap_quickly(core._unwrap_if_constexpr, core)
     np.seterr(all="ignore")  # no GPU warns of an overflow
 
