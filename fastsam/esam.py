@@ -162,7 +162,8 @@ class ESAM(SAM):
 
     def _kept(self) -> list[bool]:
         """The tensor mask of this step, in group order: the same on every rank, backend and device."""
-        if self.mask == "element" or capture.recorder() is not None:  # whose kernels draw the mask
+        # There the kernels draw the mask.
+        if self.mask == "element" or capture.recorder() is not None:
             return [True] * len(self._params())
         group = self.param_groups[0]
         betas = tuple(self.option(group, "beta") for group in self.param_groups for _ in group["params"])

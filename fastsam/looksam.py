@@ -150,7 +150,8 @@ class LookSAM(SAM):
         spoils = self.pending.pop("spoils", None)
         found = self.mean_over_ranks(self.pending)
         spoils = self.any_rank(spoils)
-        if spoils is None:  # a step without passes
+        # A step without passes.
+        if spoils is None:
             return
         keep = ~spoils if skipped is None else ~spoils & (skipped == 0).to(spoils.device)
         for p, g_v in found.items():

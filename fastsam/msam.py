@@ -189,7 +189,8 @@ class MSAM(SAM):
         def perturb(params: list[Tensor], _: list[Tensor | None]) -> None:
             for own, grads in shards.each(params, weights, gradients):
                 self._perturb_params(own, grads)
-                self._run.drop_backup()  # of weights that nobody restores
+                # Copies of weights that are not to be restored.
+                self._run.drop_backup()
                 norms.append(self._run.last_grad_norm)
             gradients.clear()
 

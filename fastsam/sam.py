@@ -153,7 +153,12 @@ class SAM(TwoPassOptimizer):
 
 
 def check_radius(name: str, value: Any) -> None:
-    """Raise TypeError unless a hyperparameter is a number, ValueError unless it is finite and >= 0."""
+    """Raise TypeError unless a hyperparameter is a number, ValueError unless it is >= 0 and within float32.
+
+    Args:
+        name: of the hyperparameter, for the message.
+        value: what the user gave.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not 0 <= value < math.inf:
@@ -163,6 +168,12 @@ def check_radius(name: str, value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless an argument is one of these words."""
+    """Raise ValueError unless an argument is one of these words.
+
+    Args:
+        name: of the argument, for the message.
+        value: what the user gave.
+        choices: the words.
+    """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -112,7 +112,8 @@ class ParallelModel:
         """Whether a backward may write over gradients that were set aside, which DDP keeps in its buckets."""
         if self._ddp:
             return any(d.gradient_as_bucket_view and (d.static_graph or not unreduced) for d in self._ddp)
-        return _is_running() and not self._fsdp and not unreduced  # there may be a DDP module that we were not given
+        # There may be a DDP module that we were not given.
+        return _is_running() and not self._fsdp and not unreduced
 
     def no_sync(self) -> ExitStack:
         """Context in which forwards and backwards leave this rank's own gradients.

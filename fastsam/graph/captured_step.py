@@ -55,7 +55,8 @@ class CapturedStep:
         self._capture, self._advance = Capture(), advance
         self.replays = 0
         outputs = self._read_outputs()
-        clear(self._params)  # autograd is to make gradients in the graph's memory
+        # Autograd is to make gradients in the graph's memory.
+        clear(self._params)
         torch.clear_autocast_cache()
         draws = torch.get_rng_state()
         try:
@@ -71,8 +72,10 @@ class CapturedStep:
                 "device on the host (item(), print, if) nor bring data from there; take such steps without graph_step"
             ) from error
         finally:
-            torch.set_rng_state(draws)  # what the CPU drew, replays will not draw either
-            torch.clear_autocast_cache()  # of casts that lie in the graph's memory
+            # What the CPU drew, replays will not draw either.
+            torch.set_rng_state(draws)
+            # Of casts that lie in the graph's memory.
+            torch.clear_autocast_cache()
         self._counts = self._count_back()
         self._capture.tables.fill()
         self._grads = take(self._params)
@@ -89,7 +92,8 @@ class CapturedStep:
     def replay(self, batch: tuple[Any, ...]) -> Tensor:
         """Take the step on a batch and return its loss."""
         self._check_scaler()
-        torch.clear_autocast_cache()  # an autocast around the steps would go on with casts of older weights
+        # An autocast around the steps would go on with casts of older weights.
+        torch.clear_autocast_cache()
         torch._foreach_copy_(self._inputs, list(tensors_of(batch, scalars=True)))
         if (numbers := self._guards.numbers()) != self._numbers:
             self._capture.tables.refresh()
@@ -110,7 +114,8 @@ class CapturedStep:
         if self._scaler is not None:
             self._scaler_states()[self._target] = self._scaled.copy()
         self._stepper._replayed()
-        return self._loss.clone()  # the next replay writes over the loss itself
+        # The next replay writes over the loss itself.
+        return self._loss.clone()
 
     def _count_back(self) -> dict[str, int]:
         """Set the groups' counters to what they were before the capture, and return by how much it moved them."""
@@ -138,7 +143,8 @@ class CapturedStep:
 
     def _forget(self, outputs: list[tuple[Any, str, Any]]) -> None:
         """Leave no trace of a step that was recorded in part and never ran."""
-        from fastsam.kernels import launch_tables  # needs triton, which captures have
+        # Needs triton, which captures have.
+        from fastsam.kernels import launch_tables
 
         launch_tables.forget()
         clear(self._params)

@@ -105,7 +105,8 @@ class GraphStep:
         self._wasted = 0
         self.replays = 0
         """How many of the steps were replays."""
-        ours = weakref.ref(self)  # a hook is not to keep a graph's memory
+        # A hook is not to keep a graph's memory.
+        ours = weakref.ref(self)
         # another state has other tensors
         getattr(opt, "base_optimizer", opt).register_load_state_dict_post_hook(lambda *_: _reset(ours()))
 
@@ -156,7 +157,8 @@ class GraphStep:
         return guarded == self._guards.now() and watched.holds()
 
     def _warm_up(self, recorder: Recorder, batch: tuple[Any, ...]) -> Tensor:
-        copies = [t.clone() for t in tensors_of(batch, scalars=True)]  # aligned as those of a capture
+        # Aligned as those of a capture.
+        copies = [t.clone() for t in tensors_of(batch, scalars=True)]
         with capture.warming_up(recorder, self._advance) as watched:
             loss = self._step(*replace_tensors(batch, copies, scalars=True))
         self._warmup_left -= 1

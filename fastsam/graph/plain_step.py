@@ -26,7 +26,7 @@ class PlainOptimizerStep(Capturable):
     Args:
         optimizer: any torch optimizer whose `step()` needs no closure.
         fused: take the step in fastsam's kernel for SGD, Adam and AdamW, which equals torch's to rounding and reads
-            nothing on the host; then `optimizer` has to be one for which `base_step.steps_in_a_kernel` holds.
+            nothing on the host; then `optimizer` has to be one for which `steps_in_a_kernel` holds.
     """
 
     def __init__(self, optimizer: Optimizer, fused: bool = False) -> None:
@@ -74,7 +74,8 @@ class PlainOptimizerStep(Capturable):
             self.optimizer.step()
             return
         restore_and_step(self.optimizer, Backup([]), grad_scale, found_inf)
-        vars(self.optimizer)["found_inf"] = found_inf  # for hooks, which run after a skipped step too
+        # For hooks, which run after a skipped step too.
+        vars(self.optimizer)["found_inf"] = found_inf
         try:
             for hook in self.optimizer._optimizer_step_post_hooks.values():
                 hook(self.optimizer, (), {})

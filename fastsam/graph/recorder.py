@@ -63,7 +63,8 @@ class CudaGraph:
             with torch.cuda.stream(self._stream), self._draws.warm_up():
                 yield
         finally:
-            here.wait_stream(self._stream)  # for a restore too
+            # For a restore too.
+            here.wait_stream(self._stream)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -77,7 +78,8 @@ class CudaGraph:
                 with self._draws.recording(graph), work:
                     yield
             finally:
-                torch.cuda.set_stream(here)  # torch leaves its own stream behind where the end of a capture fails
+                # Torch leaves its own stream behind where the end of a capture fails.
+                torch.cuda.set_stream(here)
             self._graph = graph
 
     def replay(self) -> None:
@@ -154,7 +156,8 @@ class _Draws:
         self.states = [] if self._draws_nothing else states
         for state in self.states[1:]:
             graph.register_generator_state(state)
-        self._generator.graphsafe_set_state(states[0])  # the beginning of a capture registers this one
+        # The beginning of a capture registers this one.
+        self._generator.graphsafe_set_state(states[0])
         self._seen = 0, []
         try:
             yield

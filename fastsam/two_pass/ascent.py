@@ -88,7 +88,8 @@ class Ascent:
 
     def values(self, read: Callable[[dict[str, Any]], Any]) -> list[Any]:
         """Return `read(group)` for each tensor, as a list that a captured step reads anew before each replay."""
-        groups = self.groups  # and no gradients, whose memory others may use by then
+        # The groups alone: gradients must not be kept, since others may use their memory by then.
+        groups = self.groups
 
         def again() -> list[Any]:
             return [read(group) for group in groups]
@@ -189,7 +190,8 @@ class Ascent:
             ||eps||_2 over all tensors and ranks, 0-dim float64.
         """
         length = replace(self, grads=list(eps)).norm()
-        one = torch.where(torch.isfinite(length), 1.0, torch.nan)  # a norm along which nothing is perturbed
+        # A norm of NaN perturbs nothing.
+        one = torch.where(torch.isfinite(length), 1.0, torch.nan)
         backup = self.backup_of(self.weights)
         radii = [1.0] * len(self.weights)
         ops.perturb_(self.weights, list(eps), backup, one, radii, None, self.rounding(), 0.0)

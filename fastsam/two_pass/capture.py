@@ -13,7 +13,7 @@ from fastsam.kernels import replay_tables
 
 
 class Recorder(Protocol):
-    """Something that records the device's work and repeats it; `cuda_graph.CudaGraph` is one."""
+    """Something that records the device's work and repeats it; `fastsam.graph.recorder.CudaGraph` is one."""
 
     def warm_up(self) -> Any:
         """Context of a step that runs where it will be captured."""

@@ -87,8 +87,11 @@ def _first_with_grad(group: dict) -> list[tuple[Tensor, Tensor]]:
 
 def refuse_fresh(consumed: ConsumedMark, groups: Sequence[dict]) -> None:
     """Raise RuntimeError if p.grad holds gradients that a closure, which makes its own, would lose."""
-    if consumed.covers(groups) or not any(bool(p.grad.any()) for p in flat(groups) if p.grad is not None):
-        return  # reading values is for the error's sake: gradients that somebody filled with zeros are nobody's loss
+    if consumed.covers(groups):
+        return
+    # The values are read on the host only before an error: gradients that are all zeros may be lost.
+    if not any(bool(p.grad.any()) for p in flat(groups) if p.grad is not None):
+        return
     raise RuntimeError(
         "step(closure) found gradients that no step has used: the closure runs backward itself, so they would be lost. "
         "Drop the backward() before it, or use `with opt.ascent(): ...` and `with opt.descent(): ...` around your own "

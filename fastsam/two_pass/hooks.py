@@ -83,7 +83,7 @@ class MethodHooks(PassOptimizer):
 
         Args:
             ascent: the tensors to perturb, and their gradients.
-            k: how many ascents of this pair came before.
+            k: how many ascents of this pair came before: 0, as long as a pair has one ascent.
 
         Returns:
             The gradient norm, 0-dim, for `last_grad_norm`; None if there is none.
@@ -129,7 +129,7 @@ class MethodHooks(PassOptimizer):
 
     def any_rank(self, flag: Tensor | None) -> Tensor | None:
         """Return whether the flag, 0-dim, is set on any rank, where ranks perturb by themselves; else the flag."""
-        return self._run.replicas.any(flag)
+        return self._run.parallel_model.any(flag)
 
     def mean_over_ranks(self, found: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Return what this rank has found for parameters, or the ranks' means where ranks perturb by themselves.
@@ -137,10 +137,10 @@ class MethodHooks(PassOptimizer):
         Args:
             found: tensors by parameter; zeros where another rank has one and this has none.
         """
-        if not self._run.replicas.is_local:
+        if not self._run.parallel_model.is_local:
             return found
         params = [p for p, wanted in zip(self._params(), self.perturbed(), strict=True) if wanted and p.requires_grad]
-        means = self._run.replicas.average_over_all(params, [found.get(p) for p in params])
+        means = self._run.parallel_model.average_over_all(params, [found.get(p) for p in params])
         return {p: mean for p, mean in zip(params, means, strict=True) if mean is not None}
 
     def parameter_names(self) -> list[str]:
@@ -200,10 +200,10 @@ class MethodHooks(PassOptimizer):
         entries.copy_(torch.where(keep.to(entries.device), value.to(entries.dtype), entries))
         if self.state.get(param) or self._run.base_stepped:
             self.state[param][f"fastsam_{name}"] = kept
-            self._run.waiting_state.pop((id(param), name), None)
+            self._run.deferred_state.pop((id(param), name), None)
         else:
-            self._run.waiting_state[id(param), name] = kept
+            self._run.deferred_state[id(param), name] = kept
 
     def _state_of(self, param: Tensor, name: str) -> Tensor | None:
-        waiting = self._run.waiting_state.get((id(param), name))
+        waiting = self._run.deferred_state.get((id(param), name))
         return self.state.get(param, {}).get(f"fastsam_{name}") if waiting is None else waiting

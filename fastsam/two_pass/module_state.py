@@ -101,7 +101,8 @@ class MeanUpdate:
         for mean, left in zip(self._means, self._statistics, strict=True):
             mean.add_(left, alpha=weight)
         for count, left in zip(self._counts, self._counters, strict=True):
-            torch.maximum(count, left, out=count)  # not every pass runs every layer
+            # Not every pass runs every layer.
+            torch.maximum(count, left, out=count)
         self.rewind()
 
     def rewind(self) -> None:

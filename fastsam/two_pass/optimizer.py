@@ -90,7 +90,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         self.same_rng = same_rng
         self.stochastic_rounding = bool(stochastic_rounding)
         self.check_finite = check_finite
-        self.check("the constructor")  # before a step, which would come too late
+        # An error in the first step would come too late.
+        self.check("the constructor")
         self._start()
         if model is not None and not {id(p) for p in self._params()} & {id(p) for p in model.parameters()}:
             warnings.warn(
@@ -165,7 +166,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         except BaseException:
             run.abort()
             if closure is not None:
-                clear(self._params())  # what a pass leaves when it fails is no gradient
+                # What a failed pass leaves is no gradient.
+                clear(self._params())
             self._forget_scaler()
             raise
 
@@ -207,11 +209,11 @@ class TwoPassOptimizer(MethodHooks, Capturable):
 
     def _closure_after_pairs(self, closure: Callable[[], Any]) -> Any:
         """Call a framework's closure once, on top of finished pairs whose gradients it must leave alone."""
-        found = ConsumedMark()
-        found.set(self.param_groups)
+        mark = ConsumedMark()
+        mark.set(self.param_groups)
         with torch.enable_grad():
             loss = closure()
-        if not found.covers(self.param_groups, also_missing=True):
+        if not mark.covers(self.param_groups, also_missing=True):
             raise RuntimeError(
                 "the closure changed p.grad, which holds the gradients of finished ascent()/descent() pairs: the step "
                 "would be another one's. Leave zero_grad() and backward() out of it, or call opt.step() without it"
@@ -277,8 +279,10 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         losses: list[Tensor] = []
         norms: list[Tensor | None] = []
         for i, pair in enumerate(pairs):
-            run.restore()  # from the pair before
-            is_last = i == len(pairs) - 1  # whose backward reduces the sum of all pairs between DDP's ranks
+            # The weights are still those that the pair before has perturbed.
+            run.restore()
+            # The last backward reduces the sum of all pairs between DDP's ranks.
+            is_last = i == len(pairs) - 1
             losses.append(self._pair_on_batch(loss_fn, pair, scaler, is_last))
             norms.append(run.last_grad_norm)
             statistics.add(pair.share)
@@ -330,15 +334,16 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         self._run.freeze(self._left_out())
 
     def _left_out(self) -> list[Tensor]:
-        """Parameters whose ascent gradient nobody needs, and nobody computes."""
-        if not self._run.replicas.may_skip_gradients:
+        """The parameters that the first backward leaves out, since their ascent gradients are not needed."""
+        if not self._run.parallel_model.may_skip_gradients:
             return []
         wanted = zip(self._params(), self.needs_gradient(), strict=True)
         return [p for p, is_needed in wanted if not is_needed and p.requires_grad]
 
     def _ascends_locally(self) -> bool:
         """Whether DDP, which waits for every gradient, is to leave the ascent's as they are on each rank."""
-        return self._run.replicas.is_local or (self._run.replicas.reduce_in_backward and bool(self._left_out()))
+        ranks = self._run.parallel_model
+        return ranks.is_local or (ranks.reduce_in_backward and bool(self._left_out()))
 
     def _combines(self) -> bool:
         return type(self).combine is not TwoPassOptimizer.combine
@@ -347,7 +352,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         if not self._combines():
             return sync
         # each rank combines gradients of its own where it perturbs by its own
-        return not self._run.replicas.is_local
+        return not self._run.parallel_model.is_local
 
     @torch.no_grad()
     def _perturb_params(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
@@ -370,7 +375,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         positions = [i for i, (perturbed, needed, may) in enumerate(wanted) if perturbed and needed and may]
         found: Any = [None if (g := grads[i]) is None else as_dense(g) for i in positions]
         if self._run.ascent_is_local:
-            found = self._run.replicas.average([params[i] for i in positions], found)
+            found = self._run.parallel_model.average([params[i] for i in positions], found)
         return {i: g for i, g in zip(positions, found, strict=True) if g is not None}
 
     def _ascent(self, params: list[Tensor], grads: dict[int, Any]) -> Ascent:
@@ -404,9 +409,9 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         )
         if positions:
             self.combine(ascent, d)
-        if run.replicas.is_local:
+        if run.parallel_model.is_local:
             trained = [p for p in params if p.requires_grad]
-            put(trained, run.replicas.average_over_all(trained, take(trained)))
+            put(trained, run.parallel_model.average_over_all(trained, take(trained)))
 
     # the end of a step
 
@@ -426,7 +431,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         found_inf, run.base_stepped = update(
             self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite, self.skip()
         )
-        run.replicas.reshard()
+        run.parallel_model.reshard()
         run.found_inf = found_inf
         if found_inf is not None:
             run.skipped += (found_inf != 0).to(run.skipped.device)
@@ -455,7 +460,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
     def why_not_capturable(self, scaler: Any) -> str | None:
         """Return why no step can be captured, if so; `scaler` is the GradScaler or None. Methods extend it."""
         run, base = self._run, self.base_optimizer
-        if run.replicas.are_several:
+        if run.parallel_model.are_several:
             return "it is taken by several processes"
         if run.statistics.any_cumulative():
             return "batch norm with momentum=None reads its counter on the host"

@@ -38,8 +38,8 @@ class PassOptimizer(WrappedOptimizer):
         self._start()
 
     def _start(self) -> None:
-        replicas = ParallelModel(self.model, self._params(), self.perturb_sync)
-        self._run = StepState(self.param_groups, self.model, replicas, self._combines())
+        parallel_model = ParallelModel(self.model, self._params(), self.perturb_sync)
+        self._run = StepState(self.param_groups, self.model, parallel_model, self._combines())
         self._scaler_target = ScalerTarget(self)
 
     # what users read
@@ -159,7 +159,7 @@ class PassOptimizer(WrappedOptimizer):
         return Pass(self._run, check, enter, self._leave_descent)
 
     def _refuse_no_sync(self, call: str) -> None:
-        if self._combines() and self._run.replicas.is_inside_no_sync:
+        if self._combines() and self._run.parallel_model.is_inside_no_sync:
             raise RuntimeError(
                 f"{call} inside no_sync(): {type(self).__name__} combines the gradients of every pair, so each pair "
                 "has to be reduced between the ranks; leave no_sync() out"
@@ -198,7 +198,7 @@ class PassOptimizer(WrappedOptimizer):
         run.require("first_step()", Stage.IDLE)
         if run.consumed.covers(self.param_groups):
             raise RuntimeError("first_step() needs fresh gradients; call backward() first")
-        if run.replicas.is_local:
+        if run.parallel_model.is_local:
             raise RuntimeError(
                 f"first_step() finds gradients that are reduced already, but perturb_sync={self.perturb_sync!r} needs "
                 "this rank's own; use opt.step(loss_fn, *batch), or opt.ascent() and opt.descent()"
@@ -281,7 +281,7 @@ class PassOptimizer(WrappedOptimizer):
         """
         self._run.refuse("load_state_dict()", *_UNDER_WAY)
         super().load_state_dict(state_dict)
-        self._run.waiting_state.clear()
+        self._run.deferred_state.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; hyperparameters that it does not name take the constructor's values.

@@ -168,7 +168,8 @@ def restore_and_step(base: Optimizer, backup: Backup, grad_scale: Tensor | None,
                 weights, sources, grads, *_adam_lists(base, stepped), grad_scale=grad_scale, found_inf=found_inf
             )
         backup.discard(weights)
-    ops.restore_(backup)  # perturbed, but without a final gradient
+    # What was perturbed, but has no final gradient.
+    ops.restore_(backup)
     base._opt_called = True  # type: ignore[attr-defined]
 
 
@@ -195,7 +196,8 @@ def _sgd_lists(base: Optimizer, stepped: Stepped) -> tuple[list[Tensor | None], 
             buffer = state.get("momentum_buffer")
             if buffer is None:
                 buffer = state["momentum_buffer"] = torch.zeros_like(p)
-                o = o._replace(dampening=0.0)  # torch does not damp the first gradient
+                # torch does not damp the first gradient.
+                o = o._replace(dampening=0.0)
         buffers.append(None if buffer is None else local(buffer))
         options.append(o)
     return buffers, _refreshable(options, base, stepped, _sgd_options)

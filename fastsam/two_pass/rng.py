@@ -16,7 +16,8 @@ class RandomState:
         self._mark = None if self._recorder is None else self._recorder.mark()
         self._cpu: Tensor | None = None
         self._cuda: dict[torch.device, Tensor] = {}
-        if capture.current() is None:  # whose own states nobody may read
+        # A capture has generator states of its own, which may not be read while it runs.
+        if capture.current() is None:
             self._cpu = torch.get_rng_state()
             self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
 

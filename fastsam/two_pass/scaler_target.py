@@ -10,7 +10,8 @@ class ScalerTarget:
     _step_supports_amp_scaling = True
 
     def __init__(self, optimizer: Any) -> None:
-        self._reference = weakref.ref(optimizer)  # whose own part this is
+        # The optimizer holds this object, which must not keep it alive.
+        self._reference = weakref.ref(optimizer)
 
     @property
     def _optimizer(self) -> Any:

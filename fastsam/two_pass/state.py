@@ -22,7 +22,8 @@ from fastsam.two_pass.stage import WAYS_IN, WAYS_OUT, Stage, execute
 def found_inf_of(optimizer: Any) -> Tensor | None:
     """Return a 0-dim tensor that is not 0 if the step that is just over was skipped; None if nobody has looked."""
     run = getattr(optimizer, "_run", None)
-    return run.found_inf if isinstance(run, StepState) else getattr(optimizer, "found_inf", None)  # GradScaler's word
+    # Another optimizer has the flag where GradScaler puts it.
+    return run.found_inf if isinstance(run, StepState) else getattr(optimizer, "found_inf", None)
 
 
 class StepState:
@@ -33,13 +34,17 @@ class StepState:
     Args:
         groups: the optimizer's parameter groups.
         model: the module whose statistics are kept to one forward, or None.
-        replicas: the ranks that train the model.
+        parallel_model: the ranks that train the model.
         owns_descent: whether a second pass leaves its gradient alone in p.grad until `add_aside`, as a method that
             combines it with the first pass's needs it.
     """
 
     def __init__(
-        self, groups: Sequence[dict[str, Any]], model: nn.Module | None, replicas: ParallelModel, owns_descent: bool
+        self,
+        groups: Sequence[dict[str, Any]],
+        model: nn.Module | None,
+        parallel_model: ParallelModel,
+        owns_descent: bool,
     ) -> None:
         self._stage = Stage.IDLE
         self.failed = False
@@ -56,7 +61,7 @@ class StepState:
         self.grad_scale: Tensor | float | None = None
         self.frozen: list[Tensor] = []
         self.backup = Backup([])
-        self.replicas = replicas
+        self.parallel_model = parallel_model
         self.ascent_is_local = False
         self.is_first_forward = False
         self.looked_at_params = False
@@ -72,7 +77,7 @@ class StepState:
         self.found_inf: Tensor | None = None
         self.at_end: list[Callable[[], None]] = []
         self.pending: dict[Any, Any] = {}
-        self.waiting_state: dict[tuple[int, str], Tensor] = {}
+        self.deferred_state: dict[tuple[int, str], Tensor] = {}
         """State of the method for parameters that the base optimizer has none for yet, by id and name."""
 
     @property
@@ -127,7 +132,7 @@ class StepState:
         self.stage = Stage.ASCENT
         self.ascent_is_local = is_local
         if is_local:
-            self.unreduced.enter_context(self.replicas.no_sync())
+            self.unreduced.enter_context(self.parallel_model.no_sync())
 
     def enter_single(self, groups: Sequence[dict[str, Any]], sync: bool = True) -> None:
         """Begin the only pass of a step without a second one: its backward adds to p.grad, as a plain step's does.
@@ -143,20 +148,22 @@ class StepState:
             self._set_aside(unreduced=not sync)
         self.stage, self.ascent_is_local = Stage.ASCENT, False
         if not sync:
-            self.unreduced.enter_context(self.replicas.no_sync())
+            self.unreduced.enter_context(self.parallel_model.no_sync())
 
     def _start_pass(self, groups: Sequence[dict[str, Any]], unreduced: bool) -> None:
         self.params = flat(groups)
-        if not self.looked_at_params:  # frameworks wrap the model when the optimizer is there
+        # Looked at once more, since frameworks wrap the model after the optimizer was built.
+        if not self.looked_at_params:
             refuse_flattened(self.params)
             self.looked_at_params = True
         self.statistics.begin()
-        overwrites = self.replicas.overwrites_gradients(unreduced)
+        overwrites = self.parallel_model.overwrites_gradients(unreduced)
         if not self.pairs and self.consumed.covers(groups) and (overwrites or not self.consumed.zeroed):
-            clear(self.params)  # leftovers of the last step
+            # What the last step has left.
+            clear(self.params)
 
     def _set_aside(self, unreduced: bool) -> None:
-        overwrites = self.replicas.overwrites_gradients(unreduced)
+        overwrites = self.parallel_model.overwrites_gradients(unreduced)
         self.aside = copies(self.params) if overwrites else take(self.params)
         clear(self.params)
 
@@ -189,7 +196,7 @@ class StepState:
         self.unreduced.close()
         self.unfreeze()
         # the second pass of a method that combines may not write over the first one's gradient
-        overwritten = self.owns_descent and self.replicas.overwrites_gradients(unreduced=self.ascent_is_local)
+        overwritten = self.owns_descent and self.parallel_model.overwrites_gradients(unreduced=self.ascent_is_local)
         self.ascent_grads = copies(self.params) if overwritten else take(self.params)
         put(self.params, self.aside or [])
         self.aside = None
@@ -221,13 +228,14 @@ class StepState:
             self.statistics.save()
         self.is_first_forward, self.stage = False, Stage.DESCENT
         perturb(self.params, self.ascent_grads)
-        torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the other weights
+        # An autocast around the step would go on with casts of the other weights.
+        torch.clear_autocast_cache()
         self.ascent_grads = []
-        self.replicas.reshard()
+        self.parallel_model.reshard()
         if self.owns_descent and not keeps_gradients:
             self._set_aside(unreduced=not sync)
         if not sync:
-            self.unreduced.enter_context(self.replicas.no_sync())
+            self.unreduced.enter_context(self.parallel_model.no_sync())
         if self.first_draws is not None:
             self.later_draws = RandomState({p.device for p in self.params})
             self.first_draws.set()
@@ -278,7 +286,7 @@ class StepState:
         """Bring the weights back, bit for bit. Idempotent."""
         if self.backup.valid:
             ops.restore_(self.backup)
-            self.replicas.reshard()
+            self.parallel_model.reshard()
 
     def discard(self) -> None:
         """Forget a step of which nothing has run, and so nothing is to be put back."""

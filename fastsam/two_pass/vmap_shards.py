@@ -81,7 +81,8 @@ class BatchedShards:
         run = vmap(grad(loss, has_aux=True), in_dims=(None, 0, 0), randomness="different")
         with torch.enable_grad():
             gradients, losses = run([p.detach() for p in self.params], buffers, self.tensors)
-        if losses.requires_grad:  # no tensor that was swapped in does
+        # No tensor that was swapped in requires a gradient.
+        if losses.requires_grad:
             raise RuntimeError(
                 "the loss function uses a tensor that requires a gradient other than the optimizer's parameters in "
                 f"model=, taken from there in the call; {WAY_OUT}"

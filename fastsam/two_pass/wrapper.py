@@ -62,7 +62,8 @@ class WrappedOptimizer(Optimizer):
         self._attach()
 
     def _attach(self) -> None:
-        Optimizer.__setstate__(self, {})  # torch's own way to set up hooks without new groups
+        # This is how torch sets up hooks without new groups.
+        Optimizer.__setstate__(self, {})
         setattr(self.base_optimizer, _WRAPS, True)
         self.base_optimizer.register_load_state_dict_pre_hook(_weakly(self._before_load))
         self.base_optimizer.register_load_state_dict_post_hook(_weakly(self._after_load))
@@ -135,7 +136,8 @@ class WrappedOptimizer(Optimizer):
         params = param_group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-        counters = {key: self.param_groups[0][key] for key in (STEP, TAKEN, SEED)}  # shared by all groups
+        # The counters are the same in all groups.
+        counters = {key: self.param_groups[0][key] for key in (STEP, TAKEN, SEED)}
         group = {**self._option_defaults, **counters, **param_group, "params": params}
         self._check_group({**group, "params": tensors})
         self.base_optimizer.add_param_group(group)
@@ -163,7 +165,8 @@ class WrappedOptimizer(Optimizer):
     def _before_load(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Keep from the base what it would choke on or cast: davda54's weight copies, and the method's own tensors."""
         groups = [dict(group) for group in state_dict["param_groups"]]
-        for own, loaded in zip(base.param_groups, groups, strict=False):  # the base refuses unequal numbers itself
+        # The base optimizer refuses unequal numbers of groups itself.
+        for own, loaded in zip(base.param_groups, groups, strict=False):
             self._fill(loaded, {key: own.get(key, default) for key, default in self._option_defaults.items()})
             self.check_options({name: loaded[key] for name, key in self._option_keys.items() if key in loaded})
         positions = {index: i for i, index in enumerate(index for group in groups for index in group["params"])}
