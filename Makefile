@@ -19,6 +19,18 @@ compare: $(VENV)/.ready  ## train SGD and SAM side by side on digits, clean and 
 test: $(VENV)/.ready  ## run every test
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
+# the tests that hold results to a bound on their error; planted faults do not depend on the processor
+EXACTNESS := $(addprefix tests/kernels/,test_error_bounds.py test_reference.py test_ema.py \
+	$(addprefix test_kernels.py::,test_norm test_perturb_and_restore) \
+	$(addprefix test_kernel_steps.py::,test_sgd test_adam test_states_and_gradients_of_other_dtypes) \
+	$(addprefix test_trajectory_loss.py::,test_few_classes test_targets test_teacher test_logits_far_apart))
+
+test-exactness: $(VENV)/.ready  ## tests of exactness with the code that torch has for processors without AVX-512, or AVX2
+	for capability in avx2 default; do \
+		ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest -n auto -q $(EXACTNESS) \
+			-k "not loss_of_accuracy and not fast_instructions" $(ARGS) || exit 1; \
+	done
+
 lint: $(VENV)/.ready  ## style and types; mypy sees kernels/ where it is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
