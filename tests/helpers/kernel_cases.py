@@ -31,8 +31,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LISTS = [[dtype] for dtype in DTYPES] + [DTYPES]
 """Dtypes of a list: each alone, and all mixed."""
 SIZES = (0, 1, 63, 4096, 65537)
-UNIT = 2.0**-24
-"""Half a unit in the last place of float32, relative."""
 
 
 def tensors(dtypes, seed=0, scale=1.0, sizes=SIZES):
