@@ -242,7 +242,7 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(capsys, tmp_path):
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes_bit_for_bit(capsys, tmp_path):
     through, broken = tmp_path / "through", tmp_path / "broken"
-    command = ["train", "--model", "mlp", "--epochs", "40", "--rho", "0.2", "--label-noise", "0.4", "--out"]
+    command = ["train", "--model", "mlp", "--epochs", "20", "--rho", "0.2", "--label-noise", "0.4", "--out"]
     # a parent that ignores SIGINT, as shells make background jobs do, would hand that on
     process = python(
         "-m", "fastsam", *command, str(broken), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)

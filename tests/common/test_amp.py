@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from methods import WAYS, by_loss_function
+from pairwise import pairwise
 from problems import batches, largest_difference, losses_of, mlp
 
 from fastsam import ESAM, MSAM, SAM
@@ -33,11 +34,12 @@ def by_contexts(opt, scaler, losses, x, y, clip):
     opt.zero_grad()
 
 
-@pytest.mark.parametrize("way", [by_step, by_contexts])
-@pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("enabled", [True, False])
-@pytest.mark.parametrize(("cls", "kwargs"), BASES)
-def test_a_scaler_changes_nothing_but_the_scale(backend, cls, kwargs, enabled, clip, way):
+AXES = ["torch", "triton"], BASES, [True, False], [None, 0.1], [by_step, by_contexts]
+
+
+@pytest.mark.parametrize(("backend", "base", "enabled", "clip", "way"), pairwise(*AXES), indirect=["backend"])
+def test_a_scaler_changes_nothing_but_the_scale(backend, base, enabled, clip, way):
+    cls, kwargs = base
     model, plain = mlp(), mlp()
     opt, other = (SAM(m.parameters(), cls, rho=0.1, **kwargs) for m in (model, plain))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2, enabled=enabled)

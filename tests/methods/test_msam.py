@@ -351,13 +351,15 @@ def test_a_shards_passes_share_their_draws_and_shards_do_not(backend, same_rng):
 
 
 @pytest.mark.parametrize("num_shards", [2, 7])
-def test_scratch_does_not_grow_with_the_shards(backend, num_shards):
+def test_scratch_does_not_grow_with_the_shards(backend, num_shards, request):
+    gc.collect()
+    gc.freeze()  # what other tests left is not looked through in every pass
+    request.addfinalizer(gc.unfreeze)
     torch.manual_seed(0)
     model = nn.Linear(301, 5, bias=False)
     x, y = torch.randn(14, 301), torch.arange(14) % 5
     opt = MSAM(model.parameters(), SGD, rho=0.1, lr=0.1, momentum=0.9, num_shards=num_shards)
     counts, backups = [], set()
-    gc.collect()  # what other tests left
 
     def losses(x, y):
         tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.shape == (5, 301)]

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from pairwise import pairwise
 from problems import assert_same, batches, mlp, snapshot
 from test_side_effects import NoHostReads
 from torch import nn
@@ -76,7 +77,10 @@ class Remembers:
         return loss
 
 
-@pytest.fixture(params=["device", "files", "copied"])
+STORAGES = ["device", "files", "copied"]
+
+
+@pytest.fixture(params=STORAGES)
 def storage(request, tmp_path, monkeypatch):
     """Where the records lie; "copied" copies them as between two devices."""
     if request.param == "copied":
@@ -87,8 +91,10 @@ def storage(request, tmp_path, monkeypatch):
 # the loss
 
 
-@pytest.mark.parametrize("lag", [1, 2, 3])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+AXES = ["torch", "triton"], STORAGES, [1, 2, 3], [0.0, 0.1]
+
+
+@pytest.mark.parametrize(("backend", "storage", "lag", "smoothing"), pairwise(*AXES), indirect=["backend", "storage"])
 def test_training_equals_the_papers_equations(backend, storage, lag, smoothing):
     model, other = mlp(), mlp()
     ours = saf(lam=0.3, lag=lag, start_epoch=1, label_smoothing=smoothing, storage=storage)
