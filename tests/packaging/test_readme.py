@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastsam.methods import METHODS
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="not a source tree")
@@ -15,6 +17,11 @@ pytestmark = pytest.mark.skipif(not README.exists(), reason="not a source tree")
 def test_tables_are_those_of_the_recorded_results():
     code = "import benchmarks.readme as r; t = (r.ROOT / 'README.md').read_text(); assert r.block() in t, 'make readme'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_table_of_methods_names_every_method():
+    shown = set(re.findall(r"^\| `(\w+)\(", README.read_text(), re.MULTILINE))
+    assert shown == {method.cls.__name__ for method in METHODS.values() if method.kind != "base"}
 
 
 def test_the_examples_run(tmp_path):
