@@ -299,7 +299,8 @@ class MESA:
 
     @torch.no_grad()
     def after_step(self, first_logits, ids, epoch):
-        for v, w in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
+        tensors = ([*m.parameters(), *m.buffers()] for m in (self.average, self.model))
+        for v, w in zip(*tensors, strict=True):
             v.copy_(self.options["decay"] * v + (1 - self.options["decay"]) * w if v.is_floating_point() else w)
 
 

@@ -25,7 +25,7 @@ from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
 from fastsam.distributed.dtensor import laid_out_as
 from fastsam.two_pass.ascent import Ascent, as_dense
 from fastsam.two_pass.batch import batch_size, check_losses
-from fastsam.two_pass.capture import Capturable
+from fastsam.two_pass.capture import Capturable, watch
 from fastsam.two_pass.gradients import ConsumedMark, clear, put, refuse_fresh, take
 from fastsam.two_pass.hooks import MethodHooks, Pair
 from fastsam.two_pass.module_state import MeanUpdate
@@ -234,6 +234,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             sync: reduce p.grad between DDP's ranks in the second pass; without, that of a later pair does it for both.
         """
         run = self._run
+        if type(self).is_warm is Capturable.is_warm:  # which otherwise tells steps apart by itself
+            watch(self.has_second_pass)
         if not self.has_second_pass():
             return self._single(first_pass, sync)
         first = self._ascend(first_pass) if self.has_first_pass() else None

@@ -93,6 +93,7 @@ class StepState:
     def finish(self) -> None:
         """The step has been taken: do what waited for it."""
         self.forget_pairs()
+        torch.clear_autocast_cache()  # an autocast around the steps would go on with casts of the weights before it
         self.stage, self.grad_scale = Stage.IDLE, None
         at_end, self.at_end = self.at_end, []
         for call in at_end:

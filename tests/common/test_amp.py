@@ -1,84 +1,173 @@
-"""Mixed precision: GradScaler in ways 1 and 2, clipping, and real overflows."""
+"""The laws of mixed precision: loss scales, clipping, overflows, autocast."""
 
-from functools import partial
+import copy
 
 import pytest
 import torch
-from methods import WAYS, by_loss_function
-from pairwise import pairwise
+from faults import Losses
+from laws import PLAIN, law, takes_plain_steps
 from problems import batches, largest_difference, losses_of, mlp
+from training import STEPS, Training, moments
 
-from fastsam import ESAM, MSAM, SAM
+from fastsam import SAM
+from fastsam.graph.plain_step import as_stepper
 
-BASES = [
-    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
-    (torch.optim.AdamW, {"lr": 0.01}),
-    (torch.optim.AdamW, {"lr": 0.01, "foreach": True}),
-    (torch.optim.RMSprop, {"lr": 0.01}),
-]
-
-
-def by_step(opt, scaler, losses, x, y, clip):
-    opt.step(losses, x, y, scaler=scaler, clip_grad_norm=clip)
+NO_SCALER = {
+    "scaler.step(opt, closure) is refused, of all optimizers": lambda cell: cell.way == "closure",
+    "the two calls have no place for a scaler": lambda cell: cell.way == "two_steps",
+}
 
 
-def by_contexts(opt, scaler, losses, x, y, clip):
-    with opt.ascent():
-        scaler.scale(losses(x, y).mean()).backward()
-    with opt.descent():
-        scaler.scale(losses(x, y).mean()).backward()
-    if clip is not None:
-        scaler.unscale_(opt)
-        torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], clip)
-    scaler.step(opt)
-    opt.zero_grad()
+def scaled_step(training, scaler, clip=None, losses=None):
+    """A step with a GradScaler, in the cell's way."""
+    training.begin()
+    opt, losses, batch = training.opt, losses or training.losses, training.batch
+    if training.cell.way == "loss_fn":
+        as_stepper(opt).step(losses, *batch, scaler=scaler, clip_grad_norm=clip)
+    else:
+        for pair in opt.passes(batch):
+            with opt.ascent(grad_scale=scaler.get_scale()):
+                scaler.scale(losses(*pair.batch).mean()).backward()
+            with opt.descent():
+                scaler.scale(losses(*pair.batch).mean() * pair.weight).backward()
+        if clip is not None:
+            scaler.unscale_(opt)
+            torch.nn.utils.clip_grad_norm_(training.model.parameters(), clip)
+        scaler.step(opt)
+        opt.zero_grad()
+    scaler.update()
+    training.taken += 1
 
 
-AXES = ["torch", "triton"], BASES, [True, False], [None, 0.1], [by_step, by_contexts]
+def clipped_step(training, clip):
+    """Likewise without a scaler."""
+    training.begin()
+    if training.cell.way == "loss_fn":
+        as_stepper(training.opt).step(training.losses, *training.batch, clip_grad_norm=clip)
+    else:
+        scaled_step(training, torch.amp.GradScaler("cpu", enabled=False), clip)
+        return
+    training.taken += 1
 
 
-@pytest.mark.parametrize(("backend", "base", "enabled", "clip", "way"), pairwise(*AXES), indirect=["backend"])
-def test_a_scaler_changes_nothing_but_the_scale(backend, base, enabled, clip, way):
-    cls, kwargs = base
-    model, plain = mlp(), mlp()
-    opt, other = (SAM(m.parameters(), cls, rho=0.1, **kwargs) for m in (model, plain))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2, enabled=enabled)
-    for x, y in batches():
-        way(opt, scaler, losses_of(model), x, y, clip)
-        scaler.update()
-        other.step(losses_of(plain), x, y, clip_grad_norm=clip)
-    assert largest_difference(model, plain) < 1e-9
-    if enabled:
-        assert scaler.get_scale() == 1024.0 * 2**5, "the growth tracker must tick once a step"
-
-
-@pytest.mark.parametrize("way", [by_step, by_contexts])
 @pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize(("cls", "kwargs"), BASES)
-def test_a_real_overflow_skips_the_step_and_halves_the_scale(backend, cls, kwargs, clip, way):
-    model, plain = mlp(torch.float32), mlp(torch.float32)
-    opt, other = (SAM(m.parameters(), cls, rho=0.1, **kwargs) for m in (model, plain))
+@law(skips=NO_SCALER, backends=("torch", "triton"))
+def test_a_scaler_changes_nothing_but_the_scale(cell, clip):
+    training, plain = Training(cell), Training(cell)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    for _ in range(STEPS):
+        scaled_step(training, scaler, clip)
+        clipped_step(plain, clip)
+    assert largest_difference(training.model, plain.model) < 1e-9
+    assert scaler.get_scale() == 1024.0 * 2 ** (STEPS // 2), "the growth tracker must tick once a step"
+
+
+@law(skips={"the caller clips, between the passes and step()": lambda cell: cell.way != "loss_fn"})
+def test_clipping_limits_the_final_gradient_alone(cell):
+    some, clipped = Training(cell), Training(cell)
+    some.step()
+    clipped_step(clipped, 0.01)
+    d = [p.grad for p in some.model.parameters()]
+    norm = torch.sqrt(sum((d_n**2).sum() for d_n in d))
+    assert norm > 0.02
+    for p, d_n in zip(clipped.model.parameters(), d, strict=True):
+        torch.testing.assert_close(p.grad, d_n * 0.01 / (norm + 1e-6), rtol=1e-10, atol=1e-14)
+
+
+def last_call(training):
+    """The number of the last call of the losses in the next step."""
+    saved, counted = training.state(), Losses(training)
+    training.step(counted)
+    training.load(saved)
+    return counted.calls
+
+
+def assert_skipped(training, step):
+    """Whether a step leaves weights, moments and a teacher's weights alone, and counts as skipped."""
+    before, kept = training.weights(), moments(training)
+    teacher = [p.clone() for p in getattr(training.loss, "teacher", torch.nn.Identity()).parameters()]
+    step()
+    assert all(map(torch.equal, training.weights(), before))
+    assert moments(training).keys() == kept.keys()
+    assert all(torch.equal(moments(training)[name], value) for name, value in kept.items())
+    if teacher:
+        assert all(map(torch.equal, training.loss.teacher.parameters(), teacher))
+    if training.cell.subject.optimizer:
+        assert training.opt.skipped_steps == 1
+
+
+FACTORS = {"loss_fn": torch.inf, "closure": torch.nan, "contexts": torch.nan, "two_steps": torch.inf}
+
+
+@law(skips=PLAIN, backends=("torch", "triton"))
+def test_a_final_gradient_that_is_not_finite_skips_the_step(cell):
+    training = Training(cell).train(3)
+    losses = Losses(training, last_call(training), factor=FACTORS[cell.way])
+    assert_skipped(training, lambda: training.step(losses))
+    before = training.weights()
+    training.step()  # and goes on
+    assert not torch.equal(training.weights()[0], before[0])
+    assert training.opt.skipped_steps == 1
+
+
+TEACHES = {
+    "a plain optimizer's hooks know of no scaler": lambda cell: takes_plain_steps(cell) and cell.subject.row == "mesa"
+}
+
+
+@law(skips=NO_SCALER | TEACHES, backends=("torch", "triton"))
+def test_an_overflow_under_a_scaler_skips_the_step_and_halves_the_scale(cell):
+    training = Training(cell, torch.float32).train(3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15)
-    data = batches(3, dtype=torch.float32)
+    losses = Losses(training, last_call(training), factor=1e36)
+    assert_skipped(training, lambda: scaled_step(training, scaler, losses=losses))
+    assert scaler.get_scale() == 2.0**14
+    before = training.weights()
+    scaled_step(training, scaler)
+    assert not torch.equal(training.weights()[0], before[0])
 
-    def losses(x, y):
-        return losses_of(model)(x, y) * (1e36 if overflowing else 1.0)
 
-    for i, (x, y) in enumerate(data):
-        overflowing = i == 1
-        before = [p.detach().clone() for p in model.parameters()]
-        state = {k: {n: t.clone() for n, t in s.items()} for k, s in opt.state_dict()["state"].items()}
-        way(opt, scaler, losses, x, y, clip)
-        scaler.update()
-        if overflowing:
-            assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-            for k, entries in state.items():
-                assert all(torch.equal(t, opt.state_dict()["state"][k][n]) for n, t in entries.items())
-            assert scaler.get_scale() == 2.0**14
-        else:
-            other.step(losses_of(plain), x, y, clip_grad_norm=clip)
-    assert opt.skipped_steps == 1
-    assert largest_difference(model, plain) < 1e-5
+UNPERTURBED = {
+    "ESAM skips a step without a direction": lambda cell: cell.subject.row == "esam",
+    "a shard by itself stays unperturbed, see test_msam": lambda cell: cell.subject.row == "msam",
+}
+
+
+@law(skips=PLAIN | UNPERTURBED)
+def test_an_ascent_gradient_that_is_not_finite_means_the_bases_step(cell):
+    training = Training(cell).train(3)
+    params, witness = list(training.model.parameters()), copy.deepcopy(training)
+    witness.begin()
+    d = torch.autograd.grad(witness.losses(*witness.batch).mean(), list(witness.model.parameters()))
+    training.step(Losses(training, 1, factor=torch.nan))
+    assert training.opt.skipped_steps == 0
+    assert not torch.isfinite(training.opt.last_grad_norm)
+    if cell.way in ("loss_fn", "closure"):  # the other ways clear it
+        for p, d_n in zip(params, d, strict=True):
+            torch.testing.assert_close(p.grad, d_n, rtol=1e-12, atol=1e-15)
+
+
+MIXED = {"torch's vmap has no batch norm of mixed precision": lambda cell: cell.subject.variant == "batched"}
+
+
+@law(skips=PLAIN | MIXED)
+def test_autocast_may_be_inside_the_loss_function_or_around_the_steps(cell):
+    """Autocast keeps its casts of the weights until it is left; a pass must not see those of another's weights."""
+    inside, around = (Training(cell, torch.float32) for _ in range(2))
+
+    def losses(*batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return inside.losses(*batch)
+
+    for _ in range(4):
+        inside.step(losses)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        around.train(4)
+    assert largest_difference(inside.model, around.model) == 0
+    assert largest_difference(inside.model, Training(cell, torch.float32).train(4).model) > 1e-6, "nothing was cast"
+
+
+# what is not for every method
 
 
 def test_an_overflow_in_the_first_step_of_all(backend):
@@ -144,7 +233,7 @@ def test_final_gradients_are_left_unscaled(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_training_under_autocast(backend, dtype):
+def test_training_under_autocast(dtype):
     model = mlp(torch.float32)
     opt = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
@@ -160,30 +249,3 @@ def test_training_under_autocast(backend, dtype):
         history.append(opt.step(losses, x, y, scaler=scaler).item())
         scaler.update()
     assert sum(history[-20:]) < 0.6 * sum(history[:20])
-
-
-@pytest.mark.parametrize(
-    ("build", "way"),
-    [
-        *((SAM, way) for way in WAYS.values()),
-        (partial(ESAM, beta=1.0), by_loss_function),
-        (partial(MSAM, num_shards=3), by_loss_function),
-        (partial(MSAM, num_shards=3, execution="batched"), by_loss_function),
-    ],
-)
-def test_autocast_may_be_inside_the_loss_function_or_around_the_steps(backend, build, way):
-    """Autocast keeps its casts of the weights until it is left; a pass must not see those of another's weights."""
-    models = mlp(torch.float32), mlp(torch.float32)
-    inside, around = (build(m.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, model=m) for m in models)
-
-    def losses(x, y):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return losses_of(models[0])(x, y)
-
-    data = batches(2, dtype=torch.float32)
-    for x, y in data:
-        way(inside, losses, x, y)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for x, y in data:
-            way(around, losses_of(models[1]), x, y)
-    assert largest_difference(*models) == 0

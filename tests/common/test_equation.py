@@ -7,7 +7,7 @@ from problems import largest_difference, mlp
 from training import STEPS, Training, Truth
 
 
-@law()
+@law(backends=("torch", "triton"))
 def test_training_equals_the_papers_equations(cell):
     truth, ours = Truth(cell), Training(cell)
     for _ in range(STEPS):

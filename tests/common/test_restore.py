@@ -4,7 +4,7 @@ import pytest
 import torch
 from faults import Interrupt, Losses, PlantedError, fault_after, fault_in_base_step
 from laws import PLAIN, law
-from training import Training
+from training import Training, moments
 
 TAKEN = 3
 """Steps before: state and scratch exist, and LookSAM's next step has a second pass."""
@@ -17,12 +17,6 @@ def started(cell, **keywords):
 def assert_equal(found, expected, what):
     for name, value in expected.items():
         assert torch.equal(found[name], value), f"{what}: {name} differs by {(found[name] - value).abs().max()}"
-
-
-def moments(training):
-    """The optimizer's state by parameter and name."""
-    state = training.opt.state_dict()["state"]
-    return {f"{i} {name}": t.clone() for i, entries in state.items() for name, t in entries.items()}
 
 
 def faults_of(training, saved):
@@ -42,7 +36,7 @@ def faults_of(training, saved):
     yield "the base's step", fault_in_base_step(training.opt, error), training.losses, error
 
 
-@law(skips=PLAIN)
+@law(skips=PLAIN, backends=("torch", "triton"))
 def test_a_step_that_fails_leaves_weights_and_moments_and_can_be_taken_again(cell):
     training = started(cell)
     saved, before, kept = training.state(), training.weights(), moments(training)
@@ -64,7 +58,7 @@ def test_a_step_that_fails_leaves_weights_and_moments_and_can_be_taken_again(cel
 
 @law(
     skips=PLAIN | {"the first pass is the caller's own, before any call of ours": lambda cell: cell.way == "two_steps"},
-    backends=("torch",),  # no kernel of ours touches a model's state
+    # no kernel of ours touches a model's state
 )
 def test_a_step_that_fails_leaves_the_models_state_of_before_the_step(cell):
     training = started(cell)
@@ -76,7 +70,7 @@ def test_a_step_that_fails_leaves_the_models_state_of_before_the_step(cell):
         training.opt.zero_grad()
 
 
-@law(skips=PLAIN)
+@law(skips=PLAIN, backends=("torch", "triton"))
 def test_an_interrupt_at_a_call_boundary_leaves_the_weights_of_before_or_after(cell, request):
     """At many boundaries for SAM around SGD, at every one with --all-cells, and else at a few."""
     training = started(cell, dtype=torch.float32)

@@ -43,7 +43,7 @@ def assert_same_states(some, others):
         assert some == others
 
 
-@law()
+@law(backends=("torch", "triton"))
 def test_training_resumes_bit_for_bit(cell):
     whole, saved = Training(cell, dropout=0.3), {}
     for _ in range(STEPS):
@@ -55,7 +55,7 @@ def test_training_resumes_bit_for_bit(cell):
         assert_same_states(resumed.state(), whole.state())
 
 
-@law(backends=("torch",))
+@law()
 def test_the_rounding_of_16_bit_weights_resumes_bit_for_bit(cell):
     whole = Training(cell, torch.bfloat16).train(3)
     saved = through_a_file(whole.state())
@@ -84,7 +84,7 @@ def test_the_bases_checkpoint_loads_as_if_its_optimizer_were_wrapped(cell):
         assert_same(training.model, snapshot(loaded.model))
 
 
-@law(skips=PLAIN, backends=("torch",))
+@law(skips=PLAIN)
 def test_a_plain_base_loads_the_checkpoint(cell):
     cls, options = BASES[cell.base]
     training = Training(cell).train(2)
@@ -102,7 +102,7 @@ def test_a_plain_base_loads_the_checkpoint(cell):
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda training: pickle.loads(pickle.dumps(training))])
-@law(backends=("torch",))
+@law()
 def test_copies_go_on_by_themselves(cell, copier):
     training = Training(cell).train(3)
     twin = copier(training)

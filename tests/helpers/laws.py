@@ -108,7 +108,7 @@ class Law:
 
     Args:
         skips: why a cell is left out, and which: predicates of a cell by the reason.
-        backends: "torch" for every cell of a run, "triton" for the few.
+        backends: the first for every cell of a run, the other for a few.
     """
 
     skips: Mapping[str, Callable[[Cell], Any]]
@@ -123,18 +123,18 @@ class Law:
         return [cell for cell in all_cells() if not self.reasons(cell)]
 
     def cells(self, every):
-        """The cells of a run: every one, or a covering set; and the few of them that run Triton's kernels."""
-        on_torch = (self.kept if every else covering(self.kept)) if "torch" in self.backends else []
-        on_triton = [cell._replace(backend="triton") for cell in few(self.kept)] if "triton" in self.backends else []
-        return [*on_torch, *on_triton]
+        """The cells of a run: every one or a covering set on the first backend, a few on the other."""
+        first, *others = self.backends
+        chosen = [cell._replace(backend=first) for cell in (self.kept if every else covering(self.kept))]
+        return [*chosen, *(cell._replace(backend=other) for other in others for cell in few(self.kept))]
 
 
 LAWS: dict[str, Law] = {}
 """All laws that have been imported, by the names of their tests."""
 
 
-def law(skips=None, backends=("torch", "triton")):
-    """Make a law of a test that takes a `cell`."""
+def law(skips=None, backends=("torch",)):
+    """Make a law of a test that takes a `cell`; with "triton" where kernels of ours have a part in it."""
 
     def register(test):
         LAWS[f"{test.__module__.rpartition('.')[2]}.{test.__name__}"] = test.law = Law(skips or {}, backends)

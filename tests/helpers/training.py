@@ -33,12 +33,13 @@ class Training:
         dtype: of the model.
         dropout: its probability.
         model: in place of a small net with batch norm.
+        steps_per_epoch: how many batches of other samples make an epoch.
         groups: function of the model that returns parameter groups; one group of all by default.
         options: keywords in place of the cell's, for the optimizer.
     """
 
-    def __init__(self, cell, dtype=torch.float64, dropout=0.0, model=None, groups=None, **options):
-        self.cell, self.dtype, self.taken = cell, dtype, 0
+    def __init__(self, cell, dtype=torch.float64, dropout=0.0, model=None, groups=None, steps_per_epoch=1, **options):
+        self.cell, self.dtype, self.steps_per_epoch, self.taken = cell, dtype, steps_per_epoch, 0
         self.model = model or mlp(dtype, batchnorm=True, dropout=dropout)
         subject, (base, base_options) = cell.subject, ALL_BASES[cell.base]
         params = groups(self.model) if groups else self.model.parameters()
@@ -51,7 +52,7 @@ class Training:
             row = row if cell.cls is None else replace(row, cls=cell.cls)
             self.opt = row.build(params, base, model=self.model, base_options=base_options, **own)
         if subject.loss is not None:
-            sizes = {"num_samples": ROWS, "num_classes": CLASSES}
+            sizes = {"num_samples": ROWS * steps_per_epoch, "num_classes": CLASSES}
             given = options_of(subject.loss, subject.variant)
             self.loss = METHODS[subject.loss].build_loss(model=self.model, reduction="none", **sizes, **given)
         self.attach()
@@ -72,12 +73,13 @@ class Training:
     @property
     def batch(self):
         """Of the next step."""
-        return *data(self.dtype)[self.taken], torch.arange(ROWS)
+        part = self.taken % self.steps_per_epoch
+        return *data(self.dtype)[self.taken % len(data(self.dtype))], torch.arange(ROWS) + part * ROWS
 
     def begin(self):
         """What the next step is about to find: its epoch, and its learning rates."""
         if self.loss is not None:
-            self.loss.set_epoch(self.taken + 1)
+            self.loss.set_epoch(self.taken // self.steps_per_epoch + 1)
         for group, lr in zip(self.opt.param_groups, self.lrs, strict=True):
             group["lr"] = lr * (1 - self.taken / 20)
 
@@ -114,12 +116,18 @@ class Training:
         return self
 
 
+def moments(training):
+    """Copies of the optimizer's state, by parameter and name."""
+    state = training.opt.state_dict()["state"]
+    return {f"{i} {name}": t.clone() for i, entries in state.items() for name, t in entries.items()}
+
+
 class Truth:
     """The same training by the oracles, in plain torch and float64."""
 
-    def __init__(self, cell):
+    def __init__(self, cell, model=None):
         subject, (base, base_options) = cell.subject, ALL_BASES[cell.base]
-        self.model, self.taken, self.memory = mlp(batchnorm=True), 0, {}
+        self.model, self.taken, self.memory = model or mlp(batchnorm=True), 0, {}
         self.base, self.lr = base(self.model.parameters(), **base_options), base_options["lr"]
         self.oracle = ORACLES[subject.optimizer] if subject.optimizer else plain
         row = METHODS[subject.row]

@@ -1,0 +1,217 @@
+"""The laws can fail: each turns red for a method with a fault of the kind that it is there to find."""
+
+import copy
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from laws import LAWS, Cell, Subject
+from test_captures import recorder  # noqa: F401
+from test_host_reads import as_on_a_device  # noqa: F401
+
+from fastsam import SAM, LookSAM
+
+MODULES = [importlib.import_module(file.stem) for file in sorted(Path(__file__).parent.glob("test_*.py"))
+           if file.stem != "test_planted_faults"]  # fmt: skip
+
+
+class PerturbsTooFar(SAM):
+    def radius(self, group):
+        return super().radius(group) * (1 + 1e-6)
+
+
+class DropsTheBackup(SAM):
+    def perturb(self, ascent, k):
+        norm = super().perturb(ascent, k)
+        self._run.drop_backup()
+        return norm
+
+
+class KeepsStatistics(SAM):
+    def step(self, *args, **keywords):
+        self._run.statistics.rewind = lambda: None
+        return super().step(*args, **keywords)
+
+
+class MovesStorage(SAM):
+    def after_step(self, skipped):
+        for p in self._params():
+            p.data = p.data.clone()
+
+
+class DrawsAnew(SAM):
+    def perturb(self, ascent, k):
+        self._run.first_draws = None
+        return super().perturb(ascent, k)
+
+
+class TellsHooksTwice(SAM):
+    def after_step(self, skipped):
+        for hook in self.base_optimizer._optimizer_step_post_hooks.values():
+            hook(self.base_optimizer, (), {})
+
+
+class ThawsParameters(SAM):
+    def after_step(self, skipped):
+        for p in self._params():
+            p.requires_grad_(True)
+
+
+class ObeysNoGrad(SAM):
+    def step(self, *args, **keywords):
+        return super().step(*args, **keywords) if torch.is_grad_enabled() else None
+
+
+class TakesTheNormByGroup(SAM):
+    def perturb(self, ascent, k):
+        groups = {id(group): [i for i, g in enumerate(ascent.groups) if g is group] for group in ascent.groups}
+        norms = {key: ascent.take(rows).norm() for key, rows in groups.items()}
+        return ascent.add(
+            [g * (self.radius(group) / norms[id(group)]) for g, group in zip(ascent.grads, ascent.groups, strict=True)]
+        )
+
+
+class PerturbsEverything(SAM):
+    def perturbed(self):
+        return [True] * len(self._params())
+
+    def radius(self, group):
+        return 0.1
+
+
+class DecaysWithoutAGradient(SAM):
+    def after_step(self, skipped):
+        for p in self._params():
+            if p.grad is None:
+                p.mul_(0.99)
+
+
+class AddsToScaledGradients(SAM):
+    def combine(self, ascent, d):
+        for d_n in d:
+            d_n.add_(1e-3)
+
+
+class IgnoresClipping(SAM):
+    def step(self, *args, clip_grad_norm=None, **keywords):
+        return super().step(*args, **keywords)
+
+
+class TakesEveryStep(SAM):
+    def _update(self, grad_scale, found_inf, is_counted=True):
+        self.check_finite = False
+        super()._update(grad_scale, None, is_counted)
+
+
+class SkipsWithoutADirection(SAM):
+    def skip(self):
+        return ~torch.isfinite(self.last_grad_norm)
+
+
+class WaitsForTheNorm(SAM):
+    def perturb(self, ascent, k):
+        return torch.tensor(super().perturb(ascent, k).item())
+
+
+class HidesItsState(LookSAM):
+    def set_state(self, param, name, value, keep):
+        self._run.waiting_state[id(param), name] = value.clone()
+
+
+class CountsDrawsByItself(SAM):
+    count = 0
+
+    def perturb(self, ascent, k):
+        ascent.step = self.count = self.count + 1
+        return super().perturb(ascent, k)
+
+
+class ForgetsMoments(SAM):
+    def load_state_dict(self, state_dict):
+        super().load_state_dict({**state_dict, "state": {}})
+
+
+class SavesNoMoments(SAM):
+    def state_dict(self):
+        return {**super().state_dict(), "state": {0: {"momentum_buffer": torch.ones(())}}}
+
+
+class IsItsOwnCopy(SAM):
+    def __deepcopy__(self, memo):
+        return self
+
+
+class CountsInPython(SAM):
+    def combine(self, ascent, d):
+        self._calls = getattr(self, "_calls", 0) + 1
+        for d_n in d:
+            d_n.mul_(1 + self._calls / 100)
+
+
+def keep_casts(monkeypatch):
+    """Nobody but autocast itself drops its casts."""
+    clear = torch.clear_autocast_cache
+
+    def clear_for_autocast():
+        if sys._getframe(1).f_globals["__name__"] == "torch.amp.autocast_mode":
+            clear()
+
+    monkeypatch.setattr(torch, "clear_autocast_cache", clear_for_autocast)
+
+
+FAULTS = {
+    "test_training_equals_the_papers_equations": PerturbsTooFar,
+    "test_a_step_that_fails_leaves_weights_and_moments_and_can_be_taken_again": DropsTheBackup,
+    "test_a_step_that_fails_leaves_the_models_state_of_before_the_step": KeepsStatistics,
+    "test_an_interrupt_at_a_call_boundary_leaves_the_weights_of_before_or_after": DropsTheBackup,
+    "test_storage_never_moves_and_the_base_sees_the_weights_of_before": MovesStorage,
+    "test_all_passes_draw_the_same_numbers_and_the_first_ones_draws_count": DrawsAnew,
+    "test_hooks_fire_once_in_order": TellsHooksTwice,
+    "test_flags_modes_and_storage_stay": ThawsParameters,
+    "test_a_callers_no_grad_does_not_reach_into_the_passes": ObeysNoGrad,
+    "test_a_cut_into_groups_changes_nothing": TakesTheNormByGroup,
+    "test_a_group_may_stay_out_of_the_perturbation": PerturbsEverything,
+    "test_a_frozen_parameter_counts_as_if_the_optimizer_did_not_have_it": DecaysWithoutAGradient,
+    "test_a_parameter_without_a_gradient_stays_and_changes_nothing": DecaysWithoutAGradient,
+    "test_tied_weights_count_once": PerturbsTooFar,
+    "test_a_scaler_changes_nothing_but_the_scale": AddsToScaledGradients,
+    "test_clipping_limits_the_final_gradient_alone": IgnoresClipping,
+    "test_a_final_gradient_that_is_not_finite_skips_the_step": TakesEveryStep,
+    "test_an_overflow_under_a_scaler_skips_the_step_and_halves_the_scale": TakesEveryStep,
+    "test_an_ascent_gradient_that_is_not_finite_means_the_bases_step": SkipsWithoutADirection,
+    "test_autocast_may_be_inside_the_loss_function_or_around_the_steps": keep_casts,
+    "test_a_step_reads_nothing_on_the_host": WaitsForTheNorm,
+    "test_training_resumes_bit_for_bit": HidesItsState,
+    "test_the_rounding_of_16_bit_weights_resumes_bit_for_bit": CountsDrawsByItself,
+    "test_the_bases_checkpoint_loads_as_if_its_optimizer_were_wrapped": ForgetsMoments,
+    "test_a_plain_base_loads_the_checkpoint": SavesNoMoments,
+    "test_copies_go_on_by_themselves": IsItsOwnCopy,
+    "test_captured_steps_are_the_eager_ones_bit_for_bit": CountsInPython,
+}
+"""For each law a method that breaks it, or a function that breaks what it stands on."""
+
+GIVEN = {"copier": copy.deepcopy, "clip": None}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_law_turns_red_for_a_method_that_breaks_it(name, request, choose, monkeypatch):
+    choose("torch")
+    fault = FAULTS[name]
+    test = next(getattr(module, name) for module in MODULES if hasattr(module, name))
+    row = "looksam" if inspect.isclass(fault) and issubclass(fault, LookSAM) else "sam"
+    cell = Cell(Subject(row), "sgd", "loss_fn")
+    if inspect.isclass(fault):
+        cell = cell._replace(cls=fault)
+    else:
+        fault(monkeypatch)
+    names = [name for name in inspect.signature(test).parameters if name != "cell"]
+    fixtures = {name: GIVEN[name] if name in GIVEN else request.getfixturevalue(name) for name in names}
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test(cell, **fixtures)
+
+
+def test_every_law_has_its_fault():
+    assert set(FAULTS) == {name.partition(".")[2] for name in LAWS}
