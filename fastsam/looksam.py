@@ -156,9 +156,3 @@ class LookSAM(SAM):
         keep = ~spoils if skipped is None else ~spoils & (skipped == 0).to(spoils.device)
         for p, g_v in found.items():
             self.set_state(p, "g_v", g_v, keep)
-
-    # captures
-
-    def is_warm(self) -> bool:
-        """Return whether the next step has no second pass, as most; for k = 1 all are alike."""
-        return self.option(self.param_groups[0], "k") == 1 or not self.has_second_pass()

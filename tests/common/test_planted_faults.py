@@ -118,7 +118,7 @@ class WaitsForTheNorm(SAM):
 
 class HidesItsState(LookSAM):
     def set_state(self, param, name, value, keep):
-        self._run.waiting_state[id(param), name] = value.clone()
+        self._run.deferred_state[id(param), name] = value.clone()
 
 
 class CountsDrawsByItself(SAM):
