@@ -10,6 +10,7 @@ import pytest
 
 from fastsam.methods import METHODS
 
+pytestmark = pytest.mark.xdist_group("torchrun")
 WORKER = Path(__file__).with_name("torchrun_worker.py")
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.ranks(2)
 
 @pytest.fixture(scope="session")
 def ranks_of():
-    with Ranks(2, patience=10) as ranks:
+    with Ranks(2, patience=20) as ranks:
         yield lambda world: ranks
 
 

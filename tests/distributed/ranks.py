@@ -109,10 +109,8 @@ def _serve(rank, world, connection, folder, patience, collective_patience):
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     stack = (folder / f"stack.{rank}").open("w")
     faulthandler.enable(stack)
-    faulthandler.dump_traceback_later(patience, exit=True, file=stack)
     _join_group(rank, world, folder / "rendezvous", timedelta(seconds=collective_patience))
     while True:
-        faulthandler.cancel_dump_traceback_later()
         call = connection.recv_bytes()
         faulthandler.dump_traceback_later(patience, exit=True, file=stack)
         error = None
@@ -122,6 +120,7 @@ def _serve(rank, world, connection, folder, patience, collective_patience):
             function(**arguments)
         except BaseException:
             error = traceback.format_exc()
+        faulthandler.cancel_dump_traceback_later()
         connection.send(error)
         if error is not None:
             os._exit(1)
