@@ -37,7 +37,7 @@ CHECKS = {
     "kernels": ["-m", "pytest", "-q", "-n", "auto", "tests/kernels"],
     "methods": ["-m", "pytest", "-q", "-n", "auto", "tests/common", "tests/methods", "-k", "not triton"],
     "cli": ["-m", "pytest", "-q", "-n", "auto", "tests/cli"],
-    "gate": ["-m", "benchmarks.gates.static", "--targets", "sm_90"],
+    "gate": ["-m", "benchmarks", "gate", "static", "--targets", "sm_90"],
 }
 
 
