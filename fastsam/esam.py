@@ -207,6 +207,8 @@ class ESAM(SAM):
             return losses.index_select(0, self._rows(losses.detach(), first, k))
         with torch.no_grad():
             after = check_losses(loss_fn(*batch), n, needs_grad=False)
+        # In torch 2.8 an autocast around the step keeps casts of the weights that were made without a gradient.
+        torch.clear_autocast_cache()
         rows = self._rows(after, first, k)
         self.replay_draws()
         return check_losses(loss_fn(*take_rows(batch, rows)), len(rows))

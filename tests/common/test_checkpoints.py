@@ -89,6 +89,7 @@ def test_options_that_the_base_uses_too_get_a_prefix(backend):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.8's own use of it
 @pytest.mark.parametrize("base", STATEFUL)
 def test_distributed_checkpoint_round_trip(backend, base, tmp_path):
     data = batches(8)
