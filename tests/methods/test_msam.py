@@ -573,6 +573,7 @@ def test_checkpoints_pass_to_and_from_the_base_and_sam(backend):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.8's own use of it
 def test_distributed_checkpoint_round_trip(tmp_path):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
