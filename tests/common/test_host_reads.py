@@ -2,21 +2,13 @@
 
 import pytest
 import torch
+from host_reads import NoHostReads
 from laws import law, takes_plain_steps
 from problems import largest_difference
-from torch.utils._python_dispatch import TorchDispatchMode
 from training import Training
 
 from fastsam import SAF
 from fastsam.kernels import reference_common
-
-
-class NoHostReads(TorchDispatchMode):
-    """Raises when an operator reads a device's value on the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a host sync"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -382,33 +382,6 @@ def test_nested_batches_are_cut_to_the_chosen_rows(backend):
     assert torch.equal(rows["x"][:, :1], rows["pair"][1])
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_mixed_precision_with_a_scaler(backend, enabled):
-    model, plain = mlp(torch.float32), mlp(torch.float32)
-    opt, other = esam(model, seed=4), esam(plain, seed=4)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
-    for x, y in batches(5, rows=32, dtype=torch.float32):
-        opt.step(losses_of(model), x, y, scaler=scaler, clip_grad_norm=1.0)
-        scaler.update()
-        other.step(losses_of(plain), x, y, clip_grad_norm=1.0)
-    assert largest_difference(model, plain) < 1e-5
-
-
-@pytest.mark.parametrize("mask", ["tensor", "element"])
-def test_a_step_reads_nothing_on_the_host(backend, monkeypatch, mask):
-    from test_side_effects import NoHostReads
-
-    from fastsam.kernels import reference_common
-
-    monkeypatch.setattr(reference_common, "READ_SCALARS", False)
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: t.numpy().tolist())  # the host's own mask words
-    model = mlp(batchnorm=True)
-    opt = esam(model, mask=mask, seed=4)
-    with NoHostReads():
-        for x, y in batches(3, rows=32):
-            opt.step(losses_of(model), x, y)
-
-
 def test_compiled_models_take_the_element_mask_without_recompiling(backend):
     torch._dynamo.reset()
     model = cnn()

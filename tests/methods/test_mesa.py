@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from host_reads import NoHostReads
+from methods import divergence
 from problems import assert_same, batches, cnn, mlp, snapshot
-from test_saf import divergence
-from test_side_effects import NoHostReads
 from torch import nn
 
 from fastsam import MESA, SAM

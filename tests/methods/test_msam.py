@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from problems import assert_same, batches, cnn, largest_difference, losses_of, mlp, snapshot
 from test_esam import LABELS, POINTS, Logistic
-from test_side_effects import SCHEDULERS, NoHostReads
 from torch import nn
 
 from fastsam import MSAM, SAM
-from fastsam.kernels import reference_common
 
 SGD = torch.optim.SGD
 X, Y = batches(1, rows=13)[0]
@@ -273,16 +271,6 @@ def test_gradients_already_there_are_discarded(backend):
     assert_same(model, snapshot(other))
 
 
-def test_clipping_acts_on_the_sum(backend):
-    model = mlp()
-    msam(model, num_shards=3, lr=0.0).step(losses_of(model), X, Y, clip_grad_norm=0.01)
-    d = oracle_gradient(mlp(), X, Y, [5, 4, 4])
-    norm = torch.sqrt(sum((di**2).sum() for di in d))
-    assert norm > 0.1
-    for p, di in zip(model.parameters(), d, strict=True):
-        torch.testing.assert_close(p.grad, di * 0.01 / (norm + 1e-6), rtol=1e-10, atol=1e-14)
-
-
 # what is left alone
 
 
@@ -393,16 +381,6 @@ def test_an_ascent_gradient_is_gone_when_the_second_pass_runs(backend):
     assert alive == [False] * 6
 
 
-def test_a_step_reads_nothing_on_the_host(backend, monkeypatch):
-    monkeypatch.setattr(reference_common, "READ_SCALARS", False)
-    model = mlp(batchnorm=True)
-    opt = msam(model)
-    with NoHostReads():
-        for x, y in batches(2, rows=13):
-            opt.step(losses_of(model), x, y)
-    assert largest_difference(model, mlp(batchnorm=True)) > 1e-2
-
-
 @pytest.mark.parametrize("bn_update", ["mean", "sequential"])
 def test_compiled_models_run_without_recompiling(backend, bn_update):
     torch._dynamo.reset()
@@ -419,21 +397,6 @@ def test_compiled_models_run_without_recompiling(backend, bn_update):
             opts[1].step(losses_of(eager), x, y)
     assert largest_difference(model, eager) < 1e-5
     torch._dynamo.reset()
-
-
-@pytest.mark.filterwarnings("ignore:Converting a tensor|To get the last learning rate|.*epoch parameter")
-@pytest.mark.parametrize("kind", SCHEDULERS)
-def test_schedulers_see_one_step(kind):
-    model, plain = mlp(), mlp()
-    opt, base = msam(model), SGD(plain.parameters(), lr=0.1, momentum=0.9)
-    schedulers = [SCHEDULERS[kind](opt), SCHEDULERS[kind](base)]
-    for x, y in batches(5):
-        opt.step(losses_of(model), x, y)
-        losses_of(plain)(x, y).mean().backward()
-        base.step()
-        for s in schedulers:
-            s.step(1.0) if kind == "plateau" else s.step()
-        assert opt.param_groups[0]["lr"] == base.param_groups[0]["lr"]
 
 
 # what goes wrong
@@ -490,49 +453,6 @@ def test_a_non_finite_descent_skips_the_whole_step(backend, call, scaled, factor
     if scaled:
         scaler.update()
         assert scaler.get_scale() == 512.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_training_under_autocast(dtype):
-    model = mlp(torch.float32)
-    opt = msam(model, rho=0.05)
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-
-    def losses(x, y):
-        with torch.autocast("cpu", dtype=dtype):
-            return losses_of(model)(x, y)
-
-    history = []
-    for x, _ in batches(12, dtype=torch.float32) * 2:
-        history.append(opt.step(losses, x, (x[:, 0] > 0).long(), scaler=scaler).item())
-        scaler.update()
-    assert sum(history[-6:]) < 0.8 * sum(history[:6])
-
-
-@pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("by_pairs", [False, True])
-def test_a_scaler_changes_nothing_but_the_scale(backend, clip, by_pairs):
-    model, plain = mlp(), mlp()
-    opt, other = msam(model), msam(plain)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-    for x, y in batches(4, rows=13):
-        if by_pairs:
-            for xs, ys in zip(x.split([5, 4, 4]), y.split([5, 4, 4]), strict=True):
-                with opt.ascent():
-                    scaler.scale(losses_of(model)(xs, ys).mean()).backward()
-                with opt.descent():
-                    scaler.scale(losses_of(model)(xs, ys).sum() / 13).backward()
-            if clip is not None:
-                scaler.unscale_(opt)
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
-            scaler.step(opt)
-            opt.zero_grad()
-        else:
-            opt.step(losses_of(model), x, y, scaler=scaler, clip_grad_norm=clip)
-        scaler.update()
-        other.step(losses_of(plain), x, y, clip_grad_norm=clip)
-    assert largest_difference(model, plain) < 1e-9
-    assert scaler.get_scale() == 1024.0 * 2**2, "the growth tracker must tick once a step"
 
 
 def test_the_norm_of_a_shard_without_perturbed_tensors_is_zero(backend):
@@ -784,21 +704,6 @@ def test_batched_passes_share_their_dropout_and_shards_do_not(backend, same_rng)
 
 
 @pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("error", [RuntimeError("anything"), KeyboardInterrupt(), torch.OutOfMemoryError()])
-def test_batched_weights_and_statistics_are_not_touched_by_an_exception(backend, error, call):
-    model = mlp(batchnorm=True)
-    opt, before, tensors = msam(model, execution="batched"), snapshot(model), list(model.parameters())
-    state = torch.get_rng_state()
-    with pytest.raises(type(error)):
-        opt.step(Failing(model, call, error=error), X[:12], Y[:12])
-    assert_same(model, before)
-    assert all(p is q and p.grad is None for p, q in zip(model.parameters(), tensors, strict=True))
-    assert torch.equal(torch.get_rng_state(), state)
-    opt.step(losses_of(model), X[:12], Y[:12])
-    assert not torch.equal(model[0].weight, before["0.weight"])
-
-
-@pytest.mark.parametrize("call", [1, 2])
 def test_batched_non_finite_passes(backend, call):
     model, plain = mlp(), mlp()
     opt, base = msam(model, execution="batched"), SGD(plain.parameters(), lr=0.1, momentum=0.9)
@@ -808,14 +713,6 @@ def test_batched_non_finite_passes(backend, call):
         losses_of(plain)(X[:12], Y[:12]).mean().backward()
         base.step()
     assert largest_difference(model, plain) < 1e-14
-
-
-def test_a_batched_step_reads_nothing_on_the_host(backend, monkeypatch):
-    monkeypatch.setattr(reference_common, "READ_SCALARS", False)
-    model = mlp(batchnorm=True)
-    opt = msam(model, execution="batched")
-    with NoHostReads():
-        opt.step(losses_of(model), X[:12], Y[:12])
 
 
 class Wrapper(nn.Module):

@@ -8,9 +8,10 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from host_reads import NoHostReads
+from methods import divergence
 from pairwise import pairwise
 from problems import assert_same, batches, mlp, snapshot
-from test_side_effects import NoHostReads
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,18 +23,11 @@ from fastsam.trajectory.history import History
 SGD = torch.optim.SGD
 N, C = 24, 3
 X, Y = batches(1, rows=N)[0]
-TAU = 5.0
 HISTORY_DTYPES = "torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8"
 
 
 def saf(**keywords):
     return SAF(N, C, **{"lag": 2, "start_epoch": 2, "history_dtype": torch.float64, **keywords})
-
-
-def divergence(t, z, tau=TAU):
-    """tau^2 KL(softmax(t / tau) || softmax(z / tau)) of each row, as torch computes it."""
-    log_q, log_p = (logits.double().div(tau).log_softmax(1) for logits in (z, t))
-    return tau**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
 def order(epoch, rows=8, n=N):
