@@ -15,7 +15,7 @@ from fastsam.graph.plain_step import PlainOptimizerStep
 if kernels is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-WARM_UP, REPLAYS = 1, 3
+WARM_UP, REPLAYS = 1, 2
 
 
 @pytest.fixture
