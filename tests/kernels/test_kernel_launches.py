@@ -35,8 +35,9 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def forget():
-    """Clear all tables that other tests may have left."""
+@pytest.fixture(autouse=True)
+def no_tables():
+    """Clear all tables that other tests may have left: a store that is full drops all it holds, at any time."""
     for cache in (launch_tables._splits, launch_tables._hyperparameter_rows, launch_tables._chunk_map):
         getattr(cache, "cache_clear", getattr(cache, "clear", None))()
 
@@ -63,7 +64,6 @@ def test_tables_are_rebuilt_only_when_a_pointer_length_or_dtype_changes():
         kernels.found_nonfinite(grads)
         return [now - then for now, then in zip(uploads(), before, strict=True)]
 
-    forget()
     backup = Backup(weights)
     step()
     assert step() == [0, 0, 0]
