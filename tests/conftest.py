@@ -60,9 +60,10 @@ def cell(request, choose):
 
 @pytest.fixture
 def launches():
-    """Names of the kernels launched so far, in order."""
-    from fastsam.kernels import launch
+    """Names of the kernels launched so far, in order. Tables of other tests are gone: a full store drops all it holds."""
+    from fastsam.kernels import launch, launch_tables
 
+    launch_tables.forget()
     names = []
 
     def counted(kernel, n_programs, *args, **constants):
