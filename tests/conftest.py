@@ -60,9 +60,10 @@ def cell(request, choose):
 
 @pytest.fixture
 def launches():
-    """Names of the kernels launched so far, in order. Tables of other tests are gone: a full store drops all it holds."""
+    """Names of the kernels launched so far, in order."""
     from fastsam.kernels import launch, launch_tables
 
+    # A store that the tables of other tests have filled would drop all it holds, at any time.
     launch_tables.forget()
     names = []
 
