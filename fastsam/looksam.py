@@ -42,8 +42,8 @@ class LookSAM(SAM):
     Raises:
         TypeError: k is no integer; and what `SAM` raises.
         ValueError: k below 1, a negative alpha, an unknown scope; and what `SAM` raises.
-        RuntimeError: a SAM step by contexts or two calls under a GradScaler without `ascent(grad_scale=)`: the
-            correction must not hold the loss scale.
+        RuntimeError: a SAM step by contexts under a GradScaler without `ascent(grad_scale=)`: the correction must not
+            hold the loss scale. `first_step` and `second_step` cannot tell, and want gradients without one.
     """
 
     state_holds_scale = True

@@ -166,8 +166,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         except BaseException:
             run.abort()
             if closure is not None:
-                # What a failed pass leaves is no gradient.
-                clear(self._params())
+                # What a failed pass leaves is no gradient, and the step that it belongs to is over.
+                self._start_afresh()
             self._forget_scaler()
             raise
 
@@ -255,8 +255,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         with torch.enable_grad():
             first = first_pass()
         run.leave_ascent()
-        if isinstance(first, Tensor) and first.requires_grad and all(g is None for g in run.ascent_grads):
-            raise RuntimeError("the closure returned a loss, but no parameter has a gradient; call backward() in it")
+        _refuse_no_backward(first, run.ascent_grads)
         return first
 
     def _single(self, only_pass: Callable[[], Any], sync: bool) -> Any:
@@ -264,18 +263,17 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         self._run.enter_single(self.param_groups, self._syncs(sync))
         with torch.enable_grad():
             result = only_pass()
+        _refuse_no_backward(result, take(self._params()))
         self._leave_single()
         return result
 
     def _passes_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any) -> Tensor:
         """Run all passes of a step and return the first ones' mean loss."""
         run, pairs = self._run, self.passes(batch)
+        self._start_afresh()
         # a product of its own, which only methods that keep a gradient are charged for
         if scaler is not None and self.state_holds_scale:
             run.grad_scale = scaler.scale(torch.ones((), device=run.skipped.device))
-        else:
-            run.grad_scale = None
-        self._start_afresh()
         averages = len(pairs) > 1 and self.averages_statistics()
         statistics = MeanUpdate(run.statistics.moving() if averages else [])
         losses: list[Tensor] = []
@@ -485,3 +483,9 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         for holder in (self, self._scaler_target):
             holder.__dict__.pop("grad_scale", None)
             holder.__dict__.pop("found_inf", None)
+
+
+def _refuse_no_backward(returned: Any, grads: list[Tensor | None]) -> None:
+    """Raise RuntimeError where a closure returned a loss, but has not run backward from it."""
+    if isinstance(returned, Tensor) and returned.requires_grad and all(g is None for g in grads):
+        raise RuntimeError("the closure returned a loss, but no parameter has a gradient; call backward() in it")

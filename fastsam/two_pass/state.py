@@ -94,7 +94,7 @@ class StepState:
         """The step has been taken: do what waited for it."""
         self.forget_pairs()
         torch.clear_autocast_cache()  # an autocast around the steps would go on with casts of the weights before it
-        self.stage, self.grad_scale = Stage.IDLE, None
+        self.stage = Stage.IDLE
         at_end, self.at_end = self.at_end, []
         for call in at_end:
             call()
@@ -102,6 +102,7 @@ class StepState:
     def forget_pairs(self) -> None:
         """Begin another step: no pair has been taken, and none has failed."""
         self.pairs, self.failed, self.before_single, self.pending = 0, False, None, {}
+        self.grad_scale = None
         self.statistics.end()
 
     def refuse(self, call: str, *stages: Stage) -> None:
@@ -266,12 +267,14 @@ class StepState:
         self.ascent_grads = []
 
     def clear_aside(self, set_to_none: bool) -> None:
-        """Clear the gradients that were set aside."""
-        for grad in self.aside or ():
+        """Clear the gradients that were set aside, or that a needless descent would put back."""
+        for grad in (*(self.aside or ()), *(self.before_single or ())):
             if grad is not None and not set_to_none:
                 grad.zero_()
         if set_to_none and self.aside is not None:
             self.aside = [None] * len(self.aside)
+        if set_to_none and self.before_single is not None:
+            self.before_single = [None] * len(self.before_single)
 
     def backup_of(self, weights: list[Tensor]) -> Backup:
         """Return scratch for copies of these weights: the last step's, if it fits."""
@@ -314,7 +317,7 @@ class StepState:
             self.aside = None
         elif self.stage is Stage.ASCENT and self.before_single is not None:
             put(self.params, self.before_single)
-        self.before_single, self.pending = None, {}
+        self.before_single, self.pending, self.is_first_forward = None, {}, False
         self.at_end = []
         self.stage = Stage.IDLE
 

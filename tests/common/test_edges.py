@@ -134,7 +134,109 @@ def test_a_closure_that_leaves_them_alone_is_called_once(backend):
     assert calls == [1]
 
 
+# steps without a second pass
+
+
+def at_a_cheap_step(model, **keywords):
+    """LookSAM after its first SAM step: the next step has one pass."""
+    opt = LookSAM(model.parameters(), SGD, model=model, lr=0.1, **keywords)
+    opt.step(losses_of(model), *batches(1)[0])
+    opt.zero_grad()
+    assert not opt.needs_second_pass
+    return opt
+
+
+def closure_of(opt, model):
+    def closure():
+        opt.zero_grad()
+        loss = losses_of(model)(*batches(1)[0]).mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_a_closure_step_goes_on_after_one_whose_base_step_failed(backend):
+    model = mlp()
+    opt = at_a_cheap_step(model)
+
+    def fail(*_):
+        raise MemoryError
+
+    hook = opt.base_optimizer.register_step_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        opt.step(closure_of(opt, model))
+    hook.remove()
+    before = snapshot(model)
+    opt.step(closure_of(opt, model))
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_pairs_whose_closure_was_refused_are_over(backend):
+    model, (x, y) = mlp(), batches(1)[0]
+    opt = started(model)
+    with opt.descent():
+        losses_of(model)(x, y).mean().backward()
+    with pytest.raises(RuntimeError, match="the closure changed"):
+        opt.step(model.zero_grad)
+    opt.step(closure_of(opt, model))  # a step of its own, of two passes
+    assert opt.last_grad_norm > 0
+
+
+def test_a_closure_without_backward_is_refused_in_a_step_of_one_pass(backend):
+    model = mlp()
+    opt, before = at_a_cheap_step(model), snapshot(model)
+    with pytest.raises(RuntimeError, match=r"no parameter has a gradient; call backward\(\) in it"):
+        opt.step(lambda: losses_of(model)(*batches(1)[0]).mean())
+    assert_same(model, before)
+
+
+def test_zero_grad_inside_the_only_pass_reaches_what_a_needless_descent_puts_back(backend):
+    model, (x, y) = mlp(), batches(1)[0]
+    esam = ESAM(model.parameters(), SGD, beta=1e-9, gamma=1.0, lr=0.1)  # whose mask keeps nothing
+    assert not esam.needs_second_pass
+    losses_of(model)(x, y).mean().backward()
+    with esam.ascent():
+        esam.zero_grad()
+        losses_of(model)(x, y).mean().backward()
+    with esam.descent():
+        losses_of(model)(x, y).mean().backward()
+    expected = torch.autograd.grad(losses_of(model)(x, y).mean(), list(model.parameters()))
+    for p, g in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, g)
+
+
+def test_a_scale_of_a_dropped_step_is_not_the_next_ones(backend):
+    kept, (x, y) = [], batches(1)[0]
+    for is_dropped in (True, False):
+        model = mlp()
+        opt = LookSAM(model.parameters(), SGD, lr=0.0)
+        if is_dropped:
+            with opt.ascent(grad_scale=64.0):
+                (64.0 * losses_of(model)(x, y).mean()).backward()
+            with opt.descent():
+                (64.0 * losses_of(model)(x, y).mean()).backward()
+            opt.zero_grad()
+        opt.step(closure_of(opt, model))
+        kept.append([opt.state[p]["fastsam_g_v"] for p in model.parameters()])
+    assert all(map(torch.equal, *kept))
+
+
 # ESAM
+
+
+def test_kept_tensors_without_a_gradient_perturb_nothing(backend):
+    used, unused = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+    esams = (ESAM([used, unused], SGD, norm="full", gamma=1.0, lr=0.1, seed=seed) for seed in range(50))
+    opt, seen = next(esam for esam in esams if esam._kept() == [False, True]), []
+
+    def losses(x):
+        seen.append(used.detach().clone())
+        return (used * x).sum(1)
+
+    opt.step(losses, torch.ones(4, 3, dtype=torch.float64))
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(unused, torch.ones_like(unused))
 
 
 def test_an_estimated_norm_divides_each_groups_part_by_its_own_beta(backend):
