@@ -174,8 +174,6 @@ class Ascent:
             draw: random numbers of the mask and of stochastic rounding; by default those of rounding alone.
             e0: added to the norm.
         """
-        if not self.weights:
-            return
         radii = self.values(lambda group: -radius(group) if group.get("maximize") else radius(group))
         draw = self.rounding() if draw is None else draw
         backup = self.backup_of(self.weights)
