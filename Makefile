@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 OUT ?= runs/compare-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: compare test test-all test-wheel test-versions lint gate count-gate cpu-gate bench bench-gpu readme docs clean
+.PHONY: compare test test-all test-exactness test-wheel test-versions lint gate count-gate cpu-gate bench bench-gpu readme docs clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -96,8 +96,9 @@ def clock(monkeypatch, over, under):
     return Ratio(lambda: "over", lambda: "under", bound=2.0)
 
 
-def test_the_fastest_round_of_each_arm_counts(monkeypatch):
-    ratio = clock(monkeypatch, [9.0, 3.0, 5.0], [8.0, 7.0, 2.0])
+def test_the_median_of_the_rounds_ratios_counts(monkeypatch):
+    # 1.1, 3 and 1.5: the lucky round of the second arm decides as little as the unlucky one of the first
+    ratio = clock(monkeypatch, [8.8, 9.0, 9.0], [8.0, 3.0, 6.0])
     assert measure(ratio, rounds=3) == 1.5
 
 
