@@ -149,10 +149,13 @@ class LookSAM(SAM):
             return
         spoils = self.pending.pop("spoils", None)
         found = self.mean_over_ranks(self.pending)
+        has_found = self.any_rank(None if spoils is None else torch.ones_like(spoils))
         spoils = self.any_rank(spoils)
-        # A step without passes.
-        if spoils is None:
+        # A step without passes; where ranks perturb by themselves the flag says so.
+        if spoils is None or has_found is None:
             return
-        keep = ~spoils if skipped is None else ~spoils & (skipped == 0).to(spoils.device)
+        keep = ~spoils & has_found
+        if skipped is not None:
+            keep = keep & (skipped == 0).to(keep.device)
         for p, g_v in found.items():
             self.set_state(p, "g_v", g_v, keep)

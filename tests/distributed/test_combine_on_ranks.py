@@ -143,3 +143,19 @@ def test_the_only_pass_of_a_step_accumulates_as_a_plain_one_does():
         torch.testing.assert_close(p.grad, e, rtol=1e-11, atol=1e-13)
     opt.step()
     assert_equal_on_ranks(model.parameters())
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("sync", ["global", "replica"])
+def test_a_step_without_passes_keeps_what_looksam_has_found(sync):
+    """torch.distributed.checkpoint takes such a step, with a learning rate of 0, before it loads."""
+    model = mlp()
+    ddp = wrap(model)
+    opt = LookSAM(ddp.parameters(), torch.optim.SGD, rho=0.2, k=1, model=ddp, perturb_sync=sync, **SGD)
+    opt.step(losses_of(ddp), *rows_of_rank(batches(1)[0]))
+    before = [opt.state[p]["fastsam_g_v"].clone() for p in ddp.parameters()]
+    assert any(bool(g_v.any()) for g_v in before)
+    opt.param_groups[0]["lr"] = 0.0
+    opt.step()
+    for p, g_v in zip(ddp.parameters(), before, strict=True):
+        assert torch.equal(opt.state[p]["fastsam_g_v"], g_v)
