@@ -73,7 +73,7 @@ class ESAM(SAM):
         selection: Literal["reforward", "reuse"] = "reforward",
         strict: bool = False,
         model: nn.Module | None = None,
-        perturb_sync: PerturbSync = "global",
+        perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
@@ -132,6 +132,10 @@ class ESAM(SAM):
         return self.option(self.param_groups[0], "gamma")
 
     # stochastic weight perturbation
+
+    def has_draws(self) -> bool:
+        """Whether the perturbation depends on random numbers."""
+        return super().has_draws() or any(self.option(group, "beta") < 1 for group in self.param_groups)
 
     def needs_gradient(self) -> list[bool]:
         """Return which tensors the mask keeps; all that may be perturbed where the norm is of the whole gradient."""

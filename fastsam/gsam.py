@@ -58,7 +58,7 @@ class GSAM(SAM):
         lr_max: float | None = None,
         lr_min: float | None = None,
         model: nn.Module | None = None,
-        perturb_sync: PerturbSync = "global",
+        perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,

@@ -59,7 +59,7 @@ class LookSAM(SAM):
         alpha: float = 0.7,
         scope: Literal["global", "tensor"] = "global",
         model: nn.Module | None = None,
-        perturb_sync: PerturbSync = "global",
+        perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,

@@ -35,6 +35,10 @@ class MSAM(SAM):
     after the last, where cutting and weighting are yours. After a step the random number generators are where m first
     passes leave them, and `last_grad_norm` is a tensor of shape [m].
 
+    Under DistributedDataParallel perturb_sync=None means "replica": every shard of every rank is perturbed by itself,
+    and gradients cross the network once a step. The paper's m is then the number of ranks times num_shards. With
+    "global" it is num_shards, shard i being the ranks' i-th shards together, and each ascent crosses the network too.
+
     Args:
         num_shards: the paper's m, at most the number of rows: the first n mod m shards have one row more. Set for
             each group, of which the first group's counts.
@@ -57,6 +61,8 @@ class MSAM(SAM):
             batch norm with momentum=None.
     """
 
+    perturb_sync_under_ddp = "replica"
+
     def __init__(
         self,
         params: Iterable,
@@ -70,7 +76,7 @@ class MSAM(SAM):
         bn_update: Literal["mean", "sequential"] = "mean",
         execution: Literal["sequential", "batched"] = "sequential",
         model: nn.Module | None = None,
-        perturb_sync: PerturbSync = "global",
+        perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,

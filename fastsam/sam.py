@@ -43,11 +43,12 @@ class SAM(TwoPassOptimizer):
         model: the module that is trained, or its wrapper. With it the running statistics of batch norm are those of
             the first pass alone, and after a step that fails those before it; without it they are yours to handle. It
             is held, not registered.
-        perturb_sync: which ranks of a DistributedDataParallel model share a perturbation: "global" perturbs all alike,
-            along the gradient of the whole batch; "replica" perturbs each along its own, unreduced, which is mSAM
-            with one shard per rank and saves a reduction; a number g makes groups of g neighbouring ranks. Pass DDP's
-            module as `model`, and build the optimizer on all ranks. DDP weighs ranks equally, whatever their batch
-            sizes are. With fully_shard only "global" works.
+        perturb_sync: which ranks of a DistributedDataParallel (or `replicate()`) model share a perturbation: "global"
+            perturbs all alike, along the gradient of the whole batch; "replica" perturbs each along its own, unreduced,
+            which is mSAM with one shard per rank and saves a reduction; a number g makes groups of g neighbouring
+            ranks. None means "global", but for `MSAM` under DDP. Pass DDP's module as `model`. DDP weighs ranks
+            equally, whatever their batch sizes are. With fully_shard only "global" works. Looked up when the first
+            step begins, on all ranks together: process groups and wrappers may come after the optimizer.
         same_rng: draw the same random numbers (dropout) in both passes. `first_step`/`second_step` cannot.
         stochastic_rounding: "auto" or True round the perturbation of float16 and bfloat16 weights stochastically,
             since rounding to nearest drops most of it; False rounds to nearest. Shards of whole rows (fully_shard)
@@ -60,7 +61,8 @@ class SAM(TwoPassOptimizer):
     Raises:
         TypeError: base_optimizer is no optimizer class, does not know a keyword, or an argument has the wrong type.
         ValueError: a negative or non-finite rho, no parameters, the same parameter twice in a group, a base that
-            cannot work (LBFGS, SparseAdam, differentiable=True), or a perturb_sync that the model cannot have.
+            cannot work (LBFGS, SparseAdam, differentiable=True), or weights of FSDP1. In the first step: a perturb_sync
+            that the model cannot have, or seeds that differ between ranks that draw the same numbers.
 
     Example::
 
@@ -81,7 +83,7 @@ class SAM(TwoPassOptimizer):
         adaptive: bool | Literal["official"] = False,
         *,
         model: nn.Module | None = None,
-        perturb_sync: PerturbSync = "global",
+        perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,

@@ -20,16 +20,23 @@ A rank that stops makes the others' next collective fail, at once or after the p
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from fastsam.distributed.dtensor import all_reduce, is_dtensor, loaded, refuse_flattened, refuse_partial
+from fastsam.distributed.dtensor import (
+    all_reduce,
+    is_dtensor,
+    largest_over_ranks,
+    loaded,
+    refuse_flattened,
+    refuse_partial,
+)
+from fastsam.distributed.reducer import reducers_of
 from fastsam.kernels.tensor_list import buckets
 
 PerturbSync = Literal["global", "replica"] | int
@@ -38,80 +45,107 @@ PerturbSync = Literal["global", "replica"] | int
 class ParallelModel:
     """The ranks that train one model, as copies (DDP) or in shards (FSDP2).
 
+    Built when the first step begins, since frameworks wrap models and start process groups after the optimizer is made;
+    on all ranks together.
+
     Args:
         model: the module or wrapper that the loss uses, or None.
         params: the optimizer's parameters.
-        perturb_sync: who shares a perturbation: all ranks, nobody, or groups of so many neighbouring ranks, which all
-            ranks must then set up together.
+        perturb_sync: who shares a perturbation: all ranks, nobody, or groups of so many neighbouring ranks; None for
+            what the method takes by itself.
+        under_ddp: what None means where DDP reduces; elsewhere it means "global".
 
     Raises:
-        ValueError: perturb_sync is unknown, does not divide the ranks, or cannot be had with this model; or weights are
-            sharded by FSDP1.
+        ValueError: perturb_sync does not divide the ranks, or cannot be had with this model; or weights lie on the
+            ranks in a way that does not tell a norm.
     """
 
-    def __init__(self, model: nn.Module | None, params: Sequence[Tensor], perturb_sync: PerturbSync) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None,
+        params: Sequence[Tensor],
+        perturb_sync: PerturbSync | None,
+        under_ddp: Literal["global", "replica"] = "global",
+    ) -> None:
         refuse_partial(params)
         refuse_flattened(params)
         modules = list(model.modules()) if model is not None else []
-        self._ddp = [m for m in modules if isinstance(m, DistributedDataParallel)]
+        self._reducers = reducers_of(modules)
         self._fsdp = [m for m in modules if isinstance(m, loaded("torch.distributed.fsdp", "FSDPModule"))]
-        self._reductions: dict[DistributedDataParallel, _Reduction] = {}
-        self._world = self._ddp[0].process_group if self._ddp else None
+        self._world = self._reducers[0].ddp.process_group if self._reducers else None
+        self.perturb_sync = perturb_sync or (under_ddp if self._reducers else "global")
         size = dist.get_world_size(self._world) if _is_running() else 1
-        sharing = _ranks_sharing(perturb_sync, size)
+        sharing = _ranks_sharing(self.perturb_sync, size)
         self.is_local = sharing < size
         self._is_sharded = bool(self._fsdp) or any(map(is_dtensor, params))
         if size > 1:
-            self._check(model, perturb_sync)
+            self._check(model)
         self._sharing = sharing
         self._group = _own_group(self._world, sharing) if 1 < sharing < size else self._world
 
-    def _check(self, model: nn.Module | None, perturb_sync: PerturbSync) -> None:
+    def _check(self, model: nn.Module | None) -> None:
         """Raise or warn where several ranks would not train as they were asked to."""
         if self.is_local and (reason := self._reason_against_local_ascents(model)):
-            raise ValueError(f"perturb_sync={perturb_sync!r} {reason}, or use perturb_sync='global'")
+            raise ValueError(f"perturb_sync={self.perturb_sync!r} {reason}, or use perturb_sync='global'")
         if self.is_local and model is not None and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             warnings.warn(
-                f"SyncBatchNorm mixes the statistics of ranks whose weights differ under perturb_sync={perturb_sync!r}",
-                stacklevel=6,
+                "SyncBatchNorm mixes the statistics of ranks whose weights differ under "
+                f"perturb_sync={self.perturb_sync!r}",
+                stacklevel=7,
             )
-        if model is not None and not self._ddp and not self._is_sharded:
+        if model is not None and not self._reducers and not self._is_sharded:
             warnings.warn(
                 f"{dist.get_world_size()} processes run, but model is a plain {type(model).__name__}: unless something "
                 "else reduces gradients, ranks drift apart. Pass the DistributedDataParallel module that the loss "
                 "uses.",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _reason_against_local_ascents(self, model: nn.Module | None) -> str | None:
         if self._is_sharded:
             return "needs all weights on every rank, but these are sharded; use DistributedDataParallel"
-        if not self._ddp:
+        if not self._reducers:
             return (
                 "needs model=, the DistributedDataParallel module that the loss uses, to keep its ranks' gradients "
                 f"apart, but got {type(model).__name__}; pass it"
             )
         return None
 
+    def refuse_other_seeds(self, seed: int, params: Sequence[Tensor]) -> None:
+        """Raise ValueError on every rank unless all have the same seed; ranks that are not known are not asked."""
+        number = seed % 2**62
+        ends = torch.tensor([number, -number], device=params[0].device)
+        if self._reducers:
+            all_reduce(ends, self._world, dist.ReduceOp.MAX, "the seed")
+        elif self._is_sharded:
+            largest_over_ranks(ends, params)
+        largest, smallest = ends[0], -ends[1]
+        if smallest != largest:
+            raise ValueError(
+                f"seed={seed} on rank {dist.get_rank()}, but another rank has another one: ranks would perturb by "
+                "other random numbers. Pass the same seed on all ranks, not the rank's own"
+            )
+
     @property
     def reduce_in_backward(self) -> bool:
         """Whether DDP reduces gradients while a backward runs, and waits for each of them."""
-        return bool(self._ddp)
+        return bool(self._reducers)
 
     @property
     def may_skip_gradients(self) -> bool:
         """Whether a backward may leave some gradients out."""
-        return not any(ddp.static_graph for ddp in self._ddp)
+        return not any(r.ddp.static_graph for r in self._reducers)
 
     @property
     def are_several(self) -> bool:
         """Whether a step takes several processes."""
-        return bool(self._ddp) or self._is_sharded
+        return bool(self._reducers) or self._is_sharded
 
     def overwrites_gradients(self, unreduced: bool) -> bool:
         """Whether a backward may write over gradients that were set aside, which DDP keeps in its buckets."""
-        if self._ddp:
-            return any(d.gradient_as_bucket_view and (d.static_graph or not unreduced) for d in self._ddp)
+        if self._reducers:
+            ddps = [r.ddp for r in self._reducers]
+            return any(d.gradient_as_bucket_view and (d.static_graph or not unreduced) for d in ddps)
         # There may be a DDP module that we were not given.
         return _is_running() and not self._fsdp and not unreduced
 
@@ -122,19 +156,28 @@ class ParallelModel:
             RuntimeError: the model was built with static_graph=True, and has a communication hook already.
         """
         contexts = ExitStack()
-        for ddp in self._ddp:
-            contexts.enter_context(self._reduction_of(ddp).left_out() if ddp.static_graph else ddp.no_sync())
+        for reducer in self._reducers:
+            contexts.enter_context(reducer.left_out())
         return contexts
-
-    def _reduction_of(self, ddp: DistributedDataParallel) -> "_Reduction":
-        if ddp not in self._reductions:
-            self._reductions[ddp] = _Reduction(ddp)
-        return self._reductions[ddp]
 
     @property
     def is_inside_no_sync(self) -> bool:
         """Whether somebody has told DDP to leave gradients unreduced."""
-        return any(not ddp.require_backward_grad_sync for ddp in self._ddp)
+        return any(r.is_switched_off for r in self._reducers)
+
+    @property
+    def left_unreduced(self) -> bool:
+        """Whether the last forward may have left gradients unreduced; it says so too of one without gradients."""
+        return self.is_inside_no_sync or any(r.left_unreduced for r in self._reducers)
+
+    def agree(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether all ranks hold the same gradients; reads the device, for a step that may have left them unreduced."""
+        found = [g for g in grads if g is not None]
+        squares = [g.double().square().sum().to(self._device) for g in found]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device=self._device)
+        ends = torch.stack([total, -total]).double()
+        all_reduce(ends, self._world, dist.ReduceOp.MAX, "the norm of the final gradient")
+        return bool(ends[0] == -ends[1]) or not bool(ends.isfinite().all())
 
     def average(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Return the means of local gradients over the ranks that share a perturbation.
@@ -169,10 +212,14 @@ class ParallelModel:
         """Whether a rank's flag is set, where ranks perturb differently; elsewhere the flag, which is equal on all."""
         if not self.is_local:
             return flag
-        device = next(self._ddp[0].parameters()).device
+        device = self._device
         raised = torch.zeros((), device=device) if flag is None else flag.to(device, torch.float32)
         all_reduce(raised, self._world, dist.ReduceOp.MAX, "the flag of a non-finite ascent")
         return raised != 0
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._reducers[0].ddp.parameters()).device
 
     def reshard(self) -> None:
         """Drop FSDP2's gathered copies of the weights, which do not follow when a rank's own entries change."""
@@ -180,47 +227,11 @@ class ParallelModel:
             module.reshard()
 
 
-class _Reduction:
-    """DDP's mean over ranks as a communication hook that can leave it out, since a static graph refuses no_sync()."""
-
-    def __init__(self, ddp: DistributedDataParallel) -> None:
-        self.is_left_out, self.group = False, ddp.process_group
-        try:
-            ddp.register_comm_hook(self, _reduce)
-        except RuntimeError as error:
-            raise RuntimeError(
-                "DistributedDataParallel(static_graph=True) leaves its reduction out by a communication hook, but has "
-                "one already; drop static_graph, or that hook"
-            ) from error
-
-    @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Leave gradients as they are on each rank."""
-        self.is_left_out = True
-        try:
-            yield
-        finally:
-            self.is_left_out = False
-
-
-def _reduce(reduction: _Reduction, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    gradients = bucket.buffer()
-    if reduction.is_left_out:
-        done: torch.futures.Future[Tensor] = torch.futures.Future(
-            devices=[gradients.device] if gradients.is_cuda else None
-        )
-        done.set_result(gradients)
-        return done
-    gradients.div_(dist.get_world_size(reduction.group))
-    work = dist.all_reduce(gradients, group=reduction.group, async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
-
-
 def check_perturb_sync(perturb_sync: Any) -> None:
-    """Raise ValueError unless this says who shares a perturbation."""
+    """Raise ValueError unless this says who shares a perturbation, or leaves it to the method (None)."""
     is_size = isinstance(perturb_sync, int) and not isinstance(perturb_sync, bool) and perturb_sync > 0
-    if not is_size and perturb_sync not in ("global", "replica"):
-        raise ValueError(f"perturb_sync must be 'global', 'replica' or a number of ranks, got {perturb_sync!r}")
+    if not is_size and perturb_sync not in (None, "global", "replica"):
+        raise ValueError(f"perturb_sync must be None, 'global', 'replica' or a number of ranks, got {perturb_sync!r}")
 
 
 def _is_running() -> bool:

@@ -134,6 +134,14 @@ def any_over_ranks(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return flag
 
 
+@torch.no_grad()
+def largest_over_ranks(values: Tensor, tensors: Sequence[Any]) -> None:
+    """Replace each value by the largest that a rank has of those which hold entries or copies of these DTensors."""
+    for mesh in dict.fromkeys(t.device_mesh for t in tensors if is_dtensor(t)):
+        for d in range(mesh.ndim):
+            all_reduce(values, mesh.get_group(d), dist.ReduceOp.MAX, "the seed")
+
+
 def _split_dims(placements: Sequence[Placement | None]) -> dict[Any, list[int]]:
     """For each mesh the dimensions along which any tensor is split."""
     found: dict[Any, set[int]] = {}

@@ -73,6 +73,13 @@ class MethodHooks(PassOptimizer):
         """Whether the perturbation depends on a gradient; if not, `perturb` gets an ascent whose grads are None."""
         return True
 
+    def has_draws(self) -> bool:
+        """Whether the perturbation depends on random numbers, for which all ranks need the same seed.
+
+        Default: where 16-bit weights round stochastically.
+        """
+        return self.stochastic_rounding and any(p.dtype.itemsize == 2 for p in self._params())
+
     def has_second_pass(self) -> bool:
         """Whether the step has a second pass. Must not change between a step's first pass and its end."""
         return True

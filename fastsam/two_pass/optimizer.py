@@ -33,6 +33,12 @@ from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel, update
 from fastsam.two_pass.stage import Stage
 from fastsam.two_pass.wrapper import FROM_BASE, SEED, STEP, TAKEN
 
+_NAMES_OF_WAY_1 = "step(closure)", "step(loss_fn, *batch)"
+_WOULD_DRIFT = (
+    "nobody would reduce the gradients of its update, and ranks would drift apart. Leave no_sync() out; to accumulate, "
+    "run `with opt.ascent(): ...` and `with opt.descent(): ...` under no_sync(), the last pair without, then opt.step()"
+)
+
 
 class TwoPassOptimizer(MethodHooks, Capturable):
     """A base optimizer whose gradient is taken at perturbed weights. Derive from it to write a method.
@@ -46,7 +52,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         options: the method's hyperparameters with their values, which become keys of every param group, where users
             set them group by group and `option` reads them. `perturb` is added: False leaves a group's tensors out.
         model: the module that is trained, or its wrapper.
-        perturb_sync: which ranks share a perturbation: "global", "replica" or a number; see `SAM`.
+        perturb_sync: which ranks share a perturbation: None, "global", "replica" or a number; see `SAM`.
         same_rng: draw the same random numbers in both passes.
         stochastic_rounding: round the perturbation of 16-bit weights stochastically: "auto", True or False.
         check_finite: skip steps whose final gradient is not finite.
@@ -67,7 +73,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         options: dict[str, Any],
         *,
         model: nn.Module | None = None,
-        perturb_sync: PerturbSync = "global",
+        perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
         stochastic_rounding: Any = "auto",
         check_finite: bool = True,
@@ -157,8 +163,10 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             elif not batch:
                 self._start_afresh()
                 loss = self._pair(closure, closure)
+                self._refuse_unreduced(batch)
             else:
                 loss = self._passes_on_batch(closure, batch, scaler)
+                self._refuse_unreduced(batch)
                 if scaler is not None or clip_grad_norm is not None:
                     return self._unscale_and_update(loss, scaler, clip_grad_norm)
             self._update(None, None)
@@ -179,6 +187,9 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             run.require("step()", Stage.IDLE)
         if closure is not None and not callable(closure):
             raise TypeError(f"step() takes a loss function or closure first, got {type(closure).__name__}")
+        ranks = self._find_ranks()
+        if closure is not None and (batch or not run.pairs) and ranks.is_inside_no_sync:
+            raise RuntimeError(f"{_NAMES_OF_WAY_1[bool(batch)]} inside no_sync(): {_WOULD_DRIFT}")
         if closure is not None and not batch and not run.pairs:
             self.check("step(closure)")
         if not batch and (scaler is not None or clip_grad_norm is not None):
@@ -206,6 +217,12 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             refuse_fresh(run.consumed, self.param_groups)
         elif closure is None and not run.pairs and not run.in_second_step and self.has_second_pass():
             self._warn_about_base_step()
+
+    def _refuse_unreduced(self, batch: tuple) -> None:
+        """Raise RuntimeError where the loss function or closure has run under a no_sync() of its own."""
+        ranks = self._run.parallel_model
+        if ranks.left_unreduced and self._syncs(True) and not ranks.agree(take(self._params())):
+            raise RuntimeError(f"{_NAMES_OF_WAY_1[bool(batch)]} ran its last backward under no_sync(): {_WOULD_DRIFT}")
 
     def _closure_after_pairs(self, closure: Callable[[], Any]) -> Any:
         """Call a framework's closure once, on top of finished pairs whose gradients it must leave alone."""
@@ -343,7 +360,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
     def _ascends_locally(self) -> bool:
         """Whether DDP, which waits for every gradient, is to leave the ascent's as they are on each rank."""
         ranks = self._run.parallel_model
-        return ranks.is_local or (ranks.reduce_in_backward and bool(self._left_out()))
+        return ranks.is_local or ranks.is_inside_no_sync or (ranks.reduce_in_backward and bool(self._left_out()))
 
     def _combines(self) -> bool:
         return type(self).combine is not TwoPassOptimizer.combine
@@ -460,7 +477,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
     def why_not_capturable(self, scaler: Any) -> str | None:
         """Return why no step can be captured, if so; `scaler` is the GradScaler or None. Methods extend it."""
         run, base = self._run, self.base_optimizer
-        if run.parallel_model.are_several:
+        if self._find_ranks().are_several:
             return "it is taken by several processes"
         if run.statistics.any_cumulative():
             return "batch norm with momentum=None reads its counter on the host"

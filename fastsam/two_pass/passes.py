@@ -7,17 +7,17 @@ opt.step()
 
 from abc import abstractmethod
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from fastsam.distributed.ddp import ParallelModel, PerturbSync
-from fastsam.distributed.dtensor import refuse_flattened
+from fastsam.distributed.dtensor import refuse_flattened, refuse_partial
 from fastsam.two_pass.gradients import copies, flat, take
 from fastsam.two_pass.scaler_target import ScalerTarget
 from fastsam.two_pass.stage import Stage
 from fastsam.two_pass.state import Pass, StepState
-from fastsam.two_pass.wrapper import STEP, WrappedOptimizer
+from fastsam.two_pass.wrapper import SEED, STEP, WrappedOptimizer
 
 _UNDER_WAY = (Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
 
@@ -27,7 +27,10 @@ class PassOptimizer(WrappedOptimizer):
 
     model: nn.Module | None
     same_rng: bool
-    perturb_sync: PerturbSync
+    stochastic_rounding: bool
+    perturb_sync: PerturbSync | None
+    perturb_sync_under_ddp: Literal["global", "replica"] = "global"
+    """What perturb_sync=None means where DistributedDataParallel reduces gradients."""
 
     def __getstate__(self) -> dict[str, Any]:
         self._run.refuse("copying or pickling the optimizer", Stage.DESCENT, Stage.FIRST)
@@ -38,9 +41,21 @@ class PassOptimizer(WrappedOptimizer):
         self._start()
 
     def _start(self) -> None:
-        parallel_model = ParallelModel(self.model, self._params(), self.perturb_sync)
-        self._run = StepState(self.param_groups, self.model, parallel_model, self._combines())
+        refuse_partial(self._params())
+        refuse_flattened(self._params())
+        self._run = StepState(self.param_groups, self.model, self._combines())
         self._scaler_target = ScalerTarget(self)
+
+    def _find_ranks(self) -> ParallelModel:
+        """Return the ranks that train the model, found when the first step begins, on all ranks together."""
+        run = self._run
+        if run.parallel_model is None:
+            params = self._params()
+            ranks = ParallelModel(self.model, params, self.perturb_sync, self.perturb_sync_under_ddp)
+            if self.has_draws():
+                ranks.refuse_other_seeds(self.param_groups[0][SEED], params)
+            run.parallel_model = ranks
+        return run.parallel_model
 
     # what users read
 
@@ -65,6 +80,10 @@ class PassOptimizer(WrappedOptimizer):
     @abstractmethod
     def has_second_pass(self) -> bool:
         """Whether the next step has a second pass."""
+
+    @abstractmethod
+    def has_draws(self) -> bool:
+        """Whether the perturbation depends on random numbers."""
 
     @abstractmethod
     def check(self, call: str, rows: int | None = None) -> None:
@@ -159,7 +178,7 @@ class PassOptimizer(WrappedOptimizer):
         return Pass(self._run, check, enter, self._leave_descent)
 
     def _refuse_no_sync(self, call: str) -> None:
-        if self._combines() and self._run.parallel_model.is_inside_no_sync:
+        if self._find_ranks().is_inside_no_sync and self._combines():
             raise RuntimeError(
                 f"{call} inside no_sync(): {type(self).__name__} combines the gradients of every pair, so each pair "
                 "has to be reduced between the ranks; leave no_sync() out"
@@ -198,16 +217,17 @@ class PassOptimizer(WrappedOptimizer):
         run.require("first_step()", Stage.IDLE)
         if run.consumed.covers(self.param_groups):
             raise RuntimeError("first_step() needs fresh gradients; call backward() first")
-        if run.parallel_model.is_local:
+        ranks = self._find_ranks()
+        if ranks.is_local and not ranks.left_unreduced:
             raise RuntimeError(
-                f"first_step() finds gradients that are reduced already, but perturb_sync={self.perturb_sync!r} needs "
+                f"first_step() finds gradients that are reduced already, but perturb_sync={ranks.perturb_sync!r} needs "
                 "this rank's own; use opt.step(loss_fn, *batch), or opt.ascent() and opt.descent()"
             )
         try:
-            run.params, run.ascent_is_local = self._params(), False
-            refuse_flattened(run.params)
-            # zero_grad() may write zeros into them
-            run.ascent_grads = copies(run.params) if self._combines() else take(run.params)
+            run.params, run.ascent_is_local = self._params(), ranks.left_unreduced
+            # zero_grad() may write zeros into them, or the mean over ranks
+            is_written = self._combines() or run.ascent_is_local
+            run.ascent_grads = copies(run.params) if is_written else take(run.params)
             perturb = self._perturb_params if self.has_second_pass() else self._perturb_none
             run.enter_descent(perturb, keeps_gradients=True)
             run.stage = Stage.FIRST

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsam.distributed.ddp import ParallelModel
-from fastsam.distributed.dtensor import refuse_flattened
 from fastsam.kernels import ops
 from fastsam.kernels.tensor_list import Backup
 from fastsam.two_pass.ascent import Ascent
@@ -34,7 +33,6 @@ class StepState:
     Args:
         groups: the optimizer's parameter groups.
         model: the module whose statistics are kept to one forward, or None.
-        parallel_model: the ranks that train the model.
         owns_descent: whether a second pass leaves its gradient alone in p.grad until `add_aside`, as a method that
             combines it with the first pass's needs it.
     """
@@ -43,7 +41,6 @@ class StepState:
         self,
         groups: Sequence[dict[str, Any]],
         model: nn.Module | None,
-        parallel_model: ParallelModel,
         owns_descent: bool,
     ) -> None:
         self._stage = Stage.IDLE
@@ -61,10 +58,10 @@ class StepState:
         self.grad_scale: Tensor | float | None = None
         self.frozen: list[Tensor] = []
         self.backup = Backup([])
-        self.parallel_model = parallel_model
+        # Known when the first step begins.
+        self.parallel_model: ParallelModel = None  # type: ignore[assignment]
         self.ascent_is_local = False
         self.is_first_forward = False
-        self.looked_at_params = False
         self.base_stepped = False
         self.unreduced = ExitStack()
         self.statistics = RunningStatistics(model)
@@ -154,10 +151,6 @@ class StepState:
 
     def _start_pass(self, groups: Sequence[dict[str, Any]], unreduced: bool) -> None:
         self.params = flat(groups)
-        # Looked at once more, since frameworks wrap the model after the optimizer was built.
-        if not self.looked_at_params:
-            refuse_flattened(self.params)
-            self.looked_at_params = True
         self.statistics.begin()
         overwrites = self.parallel_model.overwrites_gradients(unreduced)
         if not self.pairs and self.consumed.covers(groups) and (overwrites or not self.consumed.zeroed):
@@ -199,6 +192,8 @@ class StepState:
         self.unfreeze()
         # the second pass of a method that combines may not write over the first one's gradient
         overwritten = self.owns_descent and self.parallel_model.overwrites_gradients(unreduced=self.ascent_is_local)
+        # Somebody's no_sync() inside of the pass.
+        self.ascent_is_local = self.ascent_is_local or self.parallel_model.left_unreduced
         self.ascent_grads = copies(self.params) if overwritten else take(self.params)
         put(self.params, self.aside or [])
         self.aside = None

@@ -1,6 +1,7 @@
 """Ways to take a step under DistributedDataParallel, and what its result is compared with."""
 
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -110,6 +111,37 @@ def with_pairs(opt, ddp, x, y, set_to_none=True, pairs=3, sync=False):
 
 def with_synced_pairs(opt, ddp, x, y, set_to_none=True):
     with_pairs(opt, ddp, x, y, set_to_none, sync=True)
+
+
+def with_unreduced_pairs(opt, ddp, x, y, set_to_none=True, pairs=3):
+    """All but the last pair under DDP's own no_sync(), as frameworks accumulate."""
+    for i, (xs, ys) in enumerate(zip(x.chunk(pairs), y.chunk(pairs), strict=True)):
+        with ddp.no_sync() if i < pairs - 1 else nullcontext():
+            with opt.ascent():
+                mean_loss(ddp, xs, ys).backward()
+            with opt.descent():
+                (mean_loss(ddp, xs, ys) / pairs).backward()
+    opt.step()
+    opt.zero_grad(set_to_none)
+
+
+def with_unreduced_ascent(opt, ddp, x, y, set_to_none=True):
+    """no_sync() is entered inside of the pass."""
+    with opt.ascent(), ddp.no_sync():
+        mean_loss(ddp, x, y).backward()
+    with opt.descent():
+        mean_loss(ddp, x, y).backward()
+    opt.step()
+    opt.zero_grad(set_to_none)
+
+
+def with_unreduced_first_step(opt, ddp, x, y, set_to_none=True):
+    """davda54/sam's advice for several processes."""
+    with ddp.no_sync():
+        mean_loss(ddp, x, y).backward()
+    opt.first_step(zero_grad=True)
+    mean_loss(ddp, x, y).backward()
+    opt.second_step(zero_grad=True)
 
 
 def with_accumulation(opt, ddp, x, y, set_to_none=True):

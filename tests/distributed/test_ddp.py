@@ -1,7 +1,7 @@
 """SAM under DistributedDataParallel takes the step of the equations over ranks, in every way of stepping."""
 
 import copy
-import warnings
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 
@@ -26,6 +26,9 @@ from ddp_steps import (
     with_pairs,
     with_synced_pairs,
     with_two_steps,
+    with_unreduced_ascent,
+    with_unreduced_first_step,
+    with_unreduced_pairs,
     wrap,
 )
 from oracle import sam_step_on_ranks
@@ -51,7 +54,7 @@ def test_trajectory(way, sync):
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("way", [with_pairs, with_synced_pairs])
+@pytest.mark.parametrize("way", [with_pairs, with_synced_pairs, with_unreduced_pairs])
 @pytest.mark.parametrize("sync", ["global", "replica"])
 def test_several_pairs(way, sync):
     for bucket_view in (True, False):
@@ -99,6 +102,61 @@ def test_msam(sync):
                 sam_step_on_ranks(expected, losses, base, 0.1)
             assert_equal_on_ranks(model.parameters())
         assert largest_difference(model, expected) < EXACT
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("way", [with_unreduced_ascent, with_unreduced_first_step])
+@pytest.mark.parametrize("sync", ["global", "replica"])
+def test_an_ascent_that_nobody_has_reduced(way, sync):
+    """With "global" it is averaged by fastsam itself, and the user's p.grad is left alone."""
+    for bucket_view in (True, False):
+        for unused in (True, False):
+            train_and_compare(way, sync, gradient_as_bucket_view=bucket_view, find_unused_parameters=unused)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("sync", ["global", "replica"])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("way", [with_loss_function, with_closure])
+def test_a_whole_step_under_no_sync_is_refused(way, inside, sync):
+    """Its update would let ranks drift apart; no_sync() is entered around the step, or by what it calls."""
+    model = mlp()
+    ddp = wrap(model)
+    opt = SAM(model.parameters(), torch.optim.SGD, model=ddp, perturb_sync=sync, **SGD)
+    batch = rows_of_rank(batches(1)[0])
+
+    def unreduced(x):
+        with ddp.no_sync():
+            return ddp(x)
+
+    way(opt, ddp, *batch)
+    before = [p.clone() for p in model.parameters()]
+    refused = pytest.raises(RuntimeError, match=r"no_sync\(\).*ranks would drift apart.*opt.ascent")
+    with nullcontext() if inside else ddp.no_sync(), refused:
+        way(opt, unreduced if inside else ddp, *batch)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    way(opt, ddp, *batch)
+    assert_equal_on_ranks(model.parameters())
+
+
+@pytest.mark.ranks(2)
+def test_a_closure_may_look_at_the_model_without_gradients():
+    """After which DDP, too, says that its last forward reduces nothing."""
+    model = mlp()
+    ddp = wrap(model)
+    opt = SAM(model.parameters(), torch.optim.SGD, model=ddp, **SGD)
+    x, y = rows_of_rank(batches(1)[0])
+
+    def closure():
+        opt.zero_grad()
+        mean_loss(ddp, x, y).backward()
+        with torch.no_grad():
+            return mean_loss(ddp, x, y)
+
+    before = [p.clone() for p in model.parameters()]
+    opt.step(closure)
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert_equal_on_ranks(model.parameters())
 
 
 @pytest.mark.ranks(2)
@@ -276,29 +334,34 @@ def test_resumed_training_is_the_same_bit_for_bit(sync):
 
 @pytest.mark.ranks(2)
 def test_models_that_cannot_have_it():
-    plain = mlp()
-    with pytest.raises(ValueError, match="needs model="):
-        SAM(plain.parameters(), torch.optim.SGD, perturb_sync="replica", lr=0.1)
+    """What cannot be had is refused when the first step begins, before anything has changed."""
+    plain, (x, y) = mlp(), rows_of_rank(batches(1)[0])
+    before = [p.clone() for p in plain.parameters()]
     ddp = wrap(plain)
-    with pytest.raises(ValueError, match="the DistributedDataParallel module that the loss uses"):
-        SAM(plain.parameters(), torch.optim.SGD, model=ddp.module, perturb_sync="replica", lr=0.1)
-    with pytest.warns(UserWarning, match="plain Sequential"):
-        SAM(plain.parameters(), torch.optim.SGD, model=ddp.module, lr=0.1)
-    with pytest.raises(ValueError, match="does not divide the 2 ranks"):
-        SAM(plain.parameters(), torch.optim.SGD, model=ddp, perturb_sync=3, lr=0.1)
+    for model, sync, reason in (
+        (None, "replica", "needs model="),
+        (ddp.module, "replica", "the DistributedDataParallel module that the loss uses"),
+        (ddp, 3, "does not divide the 2 ranks"),
+    ):
+        for way in (with_loss_function, with_closure, with_contexts, with_two_steps):
+            opt = SAM(plain.parameters(), torch.optim.SGD, model=model, perturb_sync=sync, lr=0.1)
+            with pytest.raises(ValueError, match=reason):
+                way(opt, ddp, x, y)
+    assert all(torch.equal(p, b) for p, b in zip(plain.parameters(), before, strict=True))
     opt = SAM(plain.parameters(), torch.optim.SGD, model=ddp, perturb_sync="replica", lr=0.1)
-    x, y = rows_of_rank(batches(1)[0])
+    opt.zero_grad()
     mean_loss(ddp, x, y).backward()
     with pytest.raises(RuntimeError, match="finds gradients that are reduced already"):
         opt.first_step()
-    synced = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    synced = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
     ddp = wrap(synced)
-    synced[1] = nn.SyncBatchNorm(4)  # DDP refuses it on the CPU
+    layer = nn.SyncBatchNorm(4).double().eval()  # DDP refuses it on the CPU, where it runs in eval mode alone
+    layer.weight, layer.bias, synced[1] = synced[1].weight, synced[1].bias, layer
+    opt = SAM(synced.parameters(), torch.optim.SGD, model=ddp, perturb_sync="replica", lr=0.1)
     with pytest.warns(UserWarning, match="SyncBatchNorm mixes"):
-        SAM(synced.parameters(), torch.optim.SGD, model=ddp, perturb_sync="replica", lr=0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        SAM(synced.parameters(), torch.optim.SGD, model=ddp, lr=0.1)
+        opt.step(losses_of(ddp), x, y)
+    # warnings are errors here
+    SAM(synced.parameters(), torch.optim.SGD, model=ddp, lr=0.1).step(losses_of(ddp), x, y)
 
 
 @pytest.mark.ranks(2)
