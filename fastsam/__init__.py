@@ -16,6 +16,7 @@ from fastsam.msam import MSAM
 from fastsam.saf import SAF
 from fastsam.sam import SAM
 from fastsam.trajectory.samples import IndexedDataset, SampleToRankSampler
+from fastsam.two_pass.batch import whole
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 
 __version__ = installed_version()
@@ -35,4 +36,5 @@ __all__ = [
     "TwoPassOptimizer",
     "graph_step",
     "set_backend",
+    "whole",
 ]

@@ -248,7 +248,7 @@ class _Batch:
     def __init__(self, inputs: Any) -> None:
         self._inputs, self._versions = (
             inputs,
-            [None if t.is_inference() else t._version for t in tensors_of(inputs, scalars=True)],
+            [None if t.is_inference() else t._version for t in tensors_of(inputs, every=True)],
         )
 
     def __eq__(self, other: object) -> bool:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM, check_choice
-from fastsam.two_pass.batch import batch_size, split_rows
+from fastsam.two_pass.batch import Batch, batch_size, split_rows
 from fastsam.two_pass.module_state import set_to_means
 from fastsam.two_pass.optimizer import Pair, TwoPassOptimizer
 from fastsam.two_pass.vmap_shards import WAY_OUT, BatchedShards, check_batchable
@@ -174,11 +174,11 @@ class MSAM(SAM):
         known = [norm for norm in norms if norm is not None]
         return torch.stack([known[0].new_zeros(()) if n is None else n for n in norms]) if known else None
 
-    def _passes_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any) -> Tensor:
+    def _passes_on_batch(self, loss_fn: Callable, batch: Batch, scaler: Any) -> Tensor:
         if self.execution == "sequential":
             return super()._passes_on_batch(loss_fn, batch, scaler)
         trained = [p for p in self._params() if p.requires_grad]
-        m = len(self._sizes(batch_size(batch)))
+        m = len(self._sizes(batch.n))
         shards = BatchedShards(self.model, trained, loss_fn, batch, m)  # type: ignore[arg-type]
         return self._batched_passes(shards, _unscaled if scaler is None else scaler.scale)
 

@@ -50,7 +50,7 @@ class CapturedStep:
         self._params, self._target = flat(stepper.param_groups), id(stepper._scaler_target)
         self._check_scaler()
         self._guards, self._guarded, self._numbers = guards, guards.now(), guards.numbers()
-        self._inputs = [t.clone() for t in tensors_of(batch, scalars=True)]
+        self._inputs = [t.clone() for t in tensors_of(batch, every=True)]
         self._counters = {key: stepper.param_groups[0][key] for key in (STEP, TAKEN) if key in stepper.param_groups[0]}
         self._capture, self._advance = Capture(), advance
         self.replays = 0
@@ -61,7 +61,7 @@ class CapturedStep:
         draws = torch.get_rng_state()
         try:
             with capture.capturing(self._capture, recorder, advance):
-                self._loss = step(*replace_tensors(batch, self._inputs, scalars=True))
+                self._loss = step(*replace_tensors(batch, self._inputs, every=True))
         except BaseException as error:
             recorder.release()
             self._forget(outputs)
@@ -94,7 +94,7 @@ class CapturedStep:
         self._check_scaler()
         # An autocast around the steps would go on with casts of older weights.
         torch.clear_autocast_cache()
-        torch._foreach_copy_(self._inputs, list(tensors_of(batch, scalars=True)))
+        torch._foreach_copy_(self._inputs, list(tensors_of(batch, every=True)))
         if (numbers := self._guards.numbers()) != self._numbers:
             self._capture.tables.refresh()
             self._numbers = numbers

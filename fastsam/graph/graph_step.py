@@ -13,7 +13,7 @@ that address ESAM's masks and stochastic rounding.
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from fastsam.graph.captured_step import CapturedStep, CaptureError
 from fastsam.graph.guards import Guards
 from fastsam.graph.plain_step import as_stepper
 from fastsam.two_pass import capture
-from fastsam.two_pass.batch import batch_size, replace_tensors, tensors_of
+from fastsam.two_pass.batch import Whole, batch_size, has_own_rows, replace_tensors, tensors_of
 from fastsam.two_pass.capture import Recorder, Watched
+from fastsam.two_pass.containers import labels, parts
 from fastsam.two_pass.gradients import flat
 
 _MOST_WASTED = 4
@@ -51,7 +52,8 @@ def graph_step(
             device on the host, and what it decides in Python is decided once; but dropout draws anew in every step,
             and SAF and MESA may change their epoch.
         example_batch: a batch as most will be, on the model's device; its values do not matter. Other shapes, such as
-            that of a last partial batch, run without a graph.
+            that of a last partial batch, run without a graph, and so do batches with NumPy arrays, whose numbers a
+            graph would keep.
         scaler: a GradScaler; call its `update()` after each step, as always.
         clip_grad_norm: largest 2-norm of the final gradient.
         warmup: calls that run as usual before the first capture, >= 1. One does before every further capture.
@@ -60,7 +62,7 @@ def graph_step(
         A `GraphStep`. On the CPU it takes every step as usual.
 
     Raises:
-        TypeError: an argument of the wrong type, or a batch without tensors.
+        TypeError: an argument of the wrong type, or a batch without rows or with a part that cannot be cut.
         ValueError: an argument out of range, leading sizes of the batch that differ or another device than the
             model's, or an optimizer whose step cannot be captured: over several processes or devices,
             ESAM(strict=True), batch norm with momentum=None, a base that reads the device, or step hooks other than
@@ -158,9 +160,9 @@ class GraphStep:
 
     def _warm_up(self, recorder: Recorder, batch: tuple[Any, ...]) -> Tensor:
         # Aligned as those of a capture.
-        copies = [t.clone() for t in tensors_of(batch, scalars=True)]
+        copies = [t.clone() for t in tensors_of(batch, every=True)]
         with capture.warming_up(recorder, self._advance) as watched:
-            loss = self._step(*replace_tensors(batch, copies, scalars=True))
+            loss = self._step(*replace_tensors(batch, copies, every=True))
         self._warmup_left -= 1
         self._warmed = self._guards.now(), watched
         return loss
@@ -221,10 +223,13 @@ class _Same:
 
 def _layout(batch: Any) -> Any:
     """Everything about a nested batch but the numbers in its tensors."""
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor) and batch.layout is torch.strided:
         return batch.shape, batch.stride(), batch.dtype, batch.device
-    if isinstance(batch, Mapping):
-        return type(batch), [(key, _layout(value)) for key, value in batch.items()]
-    if isinstance(batch, (list, tuple)):
-        return type(batch), list(map(_layout, batch))
+    if isinstance(batch, Whole):
+        return Whole, _layout(batch.value)
+    if has_own_rows(batch):
+        # arrays and the like, whose numbers a capture would keep: never like those of another step
+        return object()
+    if (inner := parts(batch)) is not None:
+        return type(batch), labels(batch), list(map(_layout, inner))
     return (type(batch), batch) if isinstance(batch, (str, int, float, type(None))) else _Same(batch)

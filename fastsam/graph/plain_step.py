@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.kernels.tensor_list import Backup
-from fastsam.two_pass.batch import batch_size, check_losses
+from fastsam.two_pass.batch import check_losses, read_batch
 from fastsam.two_pass.capture import Capturable
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 from fastsam.two_pass.restore_step import not_in_a_kernel, restore_and_step, steps_in_a_kernel
@@ -46,9 +46,9 @@ class PlainOptimizerStep(Capturable):
         clip_grad_norm: float | None = None,
     ) -> Tensor:
         """Run forward, backward and step; arguments, result and errors as those of `SAM.step`."""
-        n = batch_size(batch)
+        read = read_batch(batch)
         self.optimizer.zero_grad()
-        losses = check_losses(loss_fn(*batch), n)
+        losses = check_losses(read.guarded(loss_fn)(*read), read.n)
         loss = losses.mean()
         (loss if scaler is None else scaler.scale(loss)).backward()
         if clip_grad_norm is not None:

@@ -30,7 +30,7 @@ def recorder_for(params: list[Tensor], batch: tuple[Any, ...]) -> Recorder | Non
         return None
     if len(devices) > 1:
         raise ValueError(f"the step cannot be captured: parameters are on {len(devices)} devices; all must be on one")
-    if other := next((t.device for t in tensors_of(batch, scalars=True) if t.device != device), None):
+    if other := next((t.device for t in tensors_of(batch, every=True) if t.device != device), None):
         raise ValueError(f"a tensor of the example batch is on {other}, the parameters on {device}; move the batch")
     if not ops.uses_triton(params):
         raise RuntimeError(

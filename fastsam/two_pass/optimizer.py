@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
 from fastsam.distributed.dtensor import laid_out_as
 from fastsam.two_pass.ascent import Ascent, as_dense
-from fastsam.two_pass.batch import batch_size, check_losses
+from fastsam.two_pass.batch import Batch, batch_size, check_losses, read_batch
 from fastsam.two_pass.capture import Capturable, watch
 from fastsam.two_pass.gradients import ConsumedMark, clear, put, refuse_fresh, take
 from fastsam.two_pass.hooks import MethodHooks, Pair
@@ -134,7 +134,11 @@ class TwoPassOptimizer(MethodHooks, Capturable):
 
         Args:
             closure: the loss function or closure.
-            batch: tensors, or nested dicts, lists and tuples of them, of one leading size n.
+            batch: its arguments, of n rows: tensors and NumPy arrays with a leading size n, sequences with one entry
+                for each row (texts, lengths, pictures of different sizes), and mappings, sequences, named tuples and
+                dataclasses of these at any depth. Methods that use a part of the rows cut all of them. Numbers, texts,
+                None, functions, modules and what `fastsam.whole` marks are not cut. The loss function gets containers
+                of its own in every pass, and must not change tensors in place.
             scaler: GradScaler for `step(loss_fn, *batch)`; call its `update()` afterwards, as always. In the other
                 ways pass this optimizer to `scaler.step`.
             clip_grad_norm: largest 2-norm of the final gradient, for `step(loss_fn, *batch)`.
@@ -143,14 +147,16 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             The first pass's mean loss, detached, on its device; what a torch closure returned, as it is; else None.
 
         Raises:
-            TypeError: the loss function returned something else than n losses, or the batch holds no tensor.
-            ValueError: leading sizes of the batch differ, or clip_grad_norm is not positive.
-            RuntimeError: a wrong order of calls, a closure under a GradScaler, or fresh gradients before a closure.
+            TypeError: the loss function returned something else than n losses, or a part of the batch cannot be cut.
+            ValueError: leading sizes of the batch differ, a list could be one tensor for each row or tensors of n rows
+                each, or clip_grad_norm is not positive.
+            RuntimeError: a wrong order of calls, a closure under a GradScaler, fresh gradients before a closure, or the
+                loss function changed a tensor of the batch in place.
             Weights and statistics are what they were before the step, whatever is raised.
         """
         run = self._run
         try:
-            self._check_step(closure, batch, scaler, clip_grad_norm)
+            read = self._check_step(closure, batch, scaler, clip_grad_norm)
         except BaseException:
             self._forget_scaler()
             raise
@@ -165,7 +171,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
                 loss = self._pair(closure, closure)
                 self._refuse_unreduced(batch)
             else:
-                loss = self._passes_on_batch(closure, batch, scaler)
+                loss = self._passes_on_batch(read.guarded(closure), read, scaler)
                 self._refuse_unreduced(batch)
                 if scaler is not None or clip_grad_norm is not None:
                     return self._unscale_and_update(loss, scaler, clip_grad_norm)
@@ -179,7 +185,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             self._forget_scaler()
             raise
 
-    def _check_step(self, closure: Any, batch: tuple, scaler: Any, clip_grad_norm: float | None) -> None:
+    def _check_step(self, closure: Any, batch: tuple, scaler: Any, clip_grad_norm: float | None) -> Any:
+        """Raise if the step cannot be taken; return the batch as it was read, None without one."""
         run = self._run
         if not run.in_second_step:
             run.refuse("step()", Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
@@ -211,12 +218,14 @@ class TwoPassOptimizer(MethodHooks, Capturable):
                 f"{type(self).__name__} keeps a gradient, which must not hold the loss scale: pass it as "
                 "opt.ascent(grad_scale=scaler.get_scale()), or use opt.step(loss_fn, *batch, scaler=scaler)"
             )
-        if batch:
-            self.check("step(loss_fn, *batch)", batch_size(batch))
+        read = read_batch(batch) if batch else None
+        if read is not None:
+            self.check("step(loss_fn, *batch)", read.n)
         elif closure is not None and not run.pairs:
             refuse_fresh(run.consumed, self.param_groups)
         elif closure is None and not run.pairs and not run.in_second_step and self.has_second_pass():
             self._warn_about_base_step()
+        return read
 
     def _refuse_unreduced(self, batch: tuple) -> None:
         """Raise RuntimeError where the loss function or closure has run under a no_sync() of its own."""
@@ -284,7 +293,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         self._leave_single()
         return result
 
-    def _passes_on_batch(self, loss_fn: Callable, batch: tuple, scaler: Any) -> Tensor:
+    def _passes_on_batch(self, loss_fn: Callable, batch: Batch, scaler: Any) -> Tensor:
         """Run all passes of a step and return the first ones' mean loss."""
         run, pairs = self._run, self.passes(batch)
         self._start_afresh()

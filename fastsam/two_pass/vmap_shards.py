@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fastsam.two_pass.batch import check_losses, replace_tensors, tensors_of
+from fastsam.two_pass.batch import Batch, check_losses, has_only_tensors, replace_tensors, tensors_of
 from fastsam.two_pass.gradients import put
 
 WAY_OUT = "use execution='sequential'"
@@ -41,12 +41,15 @@ class BatchedShards:
         num_shards: m, a divisor of n.
 
     Raises:
-        ValueError: a parameter is not the model's, or a batch-norm layer's update cannot be batched.
+        ValueError: a parameter is not the model's, a part of the batch that is cut is no tensor, or a batch-norm
+            layer's update cannot be batched.
     """
 
     def __init__(
-        self, model: nn.Module, params: Sequence[Tensor], loss_fn: Callable, batch: tuple, num_shards: int
+        self, model: nn.Module, params: Sequence[Tensor], loss_fn: Callable, batch: Batch, num_shards: int
     ) -> None:
+        if not has_only_tensors(batch):
+            raise ValueError(f"the batch has parts that are no tensors, which torch.func.vmap cannot cut; {WAY_OUT}")
         self.calling, self.params, self.m = _Calling(model), params, num_shards
         self.loss_fn, self.batch = loss_fn, batch
         name_of = {id(p): name for name, p in self.calling.named_parameters()}

@@ -12,7 +12,7 @@ from kernel_cases import DEVICE, kernels
 from problems import assert_same, snapshot
 from torch import nn
 
-from fastsam import ESAM, MESA, MSAM, SAF, SAM, LookSAM, graph_step
+from fastsam import ESAM, MESA, MSAM, SAF, SAM, LookSAM, graph_step, whole
 from fastsam.graph import guards
 from fastsam.graph import recorder as recorders
 from fastsam.graph.plain_step import PlainOptimizerStep
@@ -323,12 +323,12 @@ def test_objects_in_a_batch_are_those_of_the_capture_or_there_is_no_replay(recor
         return lambda x, y, ids, scale: F.cross_entropy(problem.model(x), y, reduction="none") * float(scale[0])
 
     expected, problem = both(without_dropout(sam_of))
-    step = graph_step(problem.opt, losses_of(problem), *data()[0], [1.0], warmup=1)
+    step = graph_step(problem.opt, losses_of(problem), *data()[0], whole([1.0]), warmup=1)
     kept = Holder(1.0)
     for i in range(12):
         for take, losses in ((expected.opt.step, losses_of(expected)), (None, None)):
             scale = kept if i % 3 == 0 else Holder(i / 10)  # a new object may lie where an old one lay
-            take(losses, *data()[0], scale) if take else step(*data()[0], scale)
+            take(losses, *data()[0], whole(scale)) if take else step(*data()[0], whole(scale))
     assert_same(problem.model, snapshot(expected.model))
 
 
