@@ -28,15 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastsam.distributed.dtensor import (
-    all_reduce,
-    is_dtensor,
-    largest_over_ranks,
-    loaded,
-    refuse_flattened,
-    refuse_partial,
-)
+from fastsam.distributed.dtensor import all_reduce, is_dtensor, largest_over_ranks, loaded
+from fastsam.distributed.peers import Peers, other_seed
 from fastsam.distributed.reducer import reducers_of
+from fastsam.distributed.unsupported import refuse_pipelines, refuse_unsupported
 from fastsam.kernels.tensor_list import buckets
 
 PerturbSync = Literal["global", "replica"] | int
@@ -67,8 +62,8 @@ class ParallelModel:
         perturb_sync: PerturbSync | None,
         under_ddp: Literal["global", "replica"] = "global",
     ) -> None:
-        refuse_partial(params)
-        refuse_flattened(params)
+        refuse_unsupported(params)
+        refuse_pipelines(params)
         modules = list(model.modules()) if model is not None else []
         self._reducers = reducers_of(modules)
         self._fsdp = [m for m in modules if isinstance(m, loaded("torch.distributed.fsdp", "FSDPModule"))]
@@ -78,26 +73,21 @@ class ParallelModel:
         sharing = _ranks_sharing(self.perturb_sync, size)
         self.is_local = sharing < size
         self._is_sharded = bool(self._fsdp) or any(map(is_dtensor, params))
-        if size > 1:
-            self._check(model)
+        if self.is_local:
+            self._check_local_ascents(model)
+        is_known = self._reducers or self._is_sharded
+        self._peers = None if is_known or size == 1 else Peers(params)
         self._sharing = sharing
         self._group = _own_group(self._world, sharing) if 1 < sharing < size else self._world
 
-    def _check(self, model: nn.Module | None) -> None:
-        """Raise or warn where several ranks would not train as they were asked to."""
-        if self.is_local and (reason := self._reason_against_local_ascents(model)):
+    def _check_local_ascents(self, model: nn.Module | None) -> None:
+        """Raise ValueError or warn where ranks cannot perturb by themselves."""
+        if reason := self._reason_against_local_ascents(model):
             raise ValueError(f"perturb_sync={self.perturb_sync!r} {reason}, or use perturb_sync='global'")
-        if self.is_local and model is not None and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        if model is not None and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             warnings.warn(
                 "SyncBatchNorm mixes the statistics of ranks whose weights differ under "
                 f"perturb_sync={self.perturb_sync!r}",
-                stacklevel=7,
-            )
-        if model is not None and not self._reducers and not self._is_sharded:
-            warnings.warn(
-                f"{dist.get_world_size()} processes run, but model is a plain {type(model).__name__}: unless something "
-                "else reduces gradients, ranks drift apart. Pass the DistributedDataParallel module that the loss "
-                "uses.",
                 stacklevel=7,
             )
 
@@ -112,19 +102,23 @@ class ParallelModel:
         return None
 
     def refuse_other_seeds(self, seed: int, params: Sequence[Tensor]) -> None:
-        """Raise ValueError on every rank unless all have the same seed; ranks that are not known are not asked."""
+        """Raise ValueError unless all ranks that train the model have the same seed."""
+        if self._peers is not None:
+            self._peers.refuse_other_seeds(seed)
+            return
         number = seed % 2**62
         ends = torch.tensor([number, -number], device=params[0].device)
         if self._reducers:
             all_reduce(ends, self._world, dist.ReduceOp.MAX, "the seed")
         elif self._is_sharded:
             largest_over_ranks(ends, params)
-        largest, smallest = ends[0], -ends[1]
-        if smallest != largest:
-            raise ValueError(
-                f"seed={seed} on rank {dist.get_rank()}, but another rank has another one: ranks would perturb by "
-                "other random numbers. Pass the same seed on all ranks, not the rank's own"
-            )
+        if ends[0] != -ends[1]:
+            raise ValueError(other_seed(seed, "another rank has another one"))
+
+    def compare(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Warn once if final gradients differ between ranks of which nobody has said how they are reduced."""
+        if self._peers is not None and self._peers.compare([p.grad for group in groups for p in group["params"]]):
+            self._peers = None
 
     @property
     def reduce_in_backward(self) -> bool:

@@ -40,26 +40,6 @@ def laid_out_as(param: Any, grad: Any) -> Tensor:
         return grad.redistribute(placements=param.placements)
 
 
-def refuse_partial(params: Sequence[Any]) -> None:
-    """Raise ValueError if a parameter is a sum over ranks."""
-    for p in params:
-        if is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} is a sum over ranks (Partial), of which nobody holds a weight "
-                "to perturb; redistribute it"
-            )
-
-
-def refuse_flattened(params: Sequence[Tensor]) -> None:
-    """Raise ValueError if a parameter belongs to FSDP1, whose ranks hold stretches that do not say how they lie."""
-    for p in params:
-        if getattr(p, "_fsdp_flattened", False):
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} is sharded by FullyShardedDataParallel (FSDP1), where every "
-                "rank would perturb by the norm of its own shard; use torch.distributed.fsdp.fully_shard (FSDP2)"
-            )
-
-
 class Placement(NamedTuple):
     """How a tensor lies on several ranks: split along these dimensions of the mesh, copied along the others."""
 

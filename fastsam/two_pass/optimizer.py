@@ -454,6 +454,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None, is_counted: bool = True) -> None:
         """Restore the weights and take the base optimizer's step, unless the final gradient is not finite."""
         run = self._run
+        if is_counted:
+            run.parallel_model.compare(self.param_groups)
         found_inf, run.base_stepped = update(
             self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite, self.skip()
         )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fastsam.distributed.ddp import ParallelModel, PerturbSync
-from fastsam.distributed.dtensor import refuse_flattened, refuse_partial
+from fastsam.distributed.unsupported import refuse_unsupported
 from fastsam.two_pass.gradients import copies, flat, take
 from fastsam.two_pass.scaler_target import ScalerTarget
 from fastsam.two_pass.stage import Stage
@@ -41,8 +41,7 @@ class PassOptimizer(WrappedOptimizer):
         self._start()
 
     def _start(self) -> None:
-        refuse_partial(self._params())
-        refuse_flattened(self._params())
+        refuse_unsupported(self._params())
         self._run = StepState(self.param_groups, self.model, self._combines())
         self._scaler_target = ScalerTarget(self)
 

@@ -121,8 +121,9 @@ def test_sharded_models_that_cannot_have_it():
     model = mlp()
     shard(model)
     for given in (model, None):
+        opt = SAM(model.parameters(), torch.optim.SGD, model=given, perturb_sync="replica", lr=0.1)
         with pytest.raises(ValueError, match="these are sharded"):
-            SAM(model.parameters(), torch.optim.SGD, model=given, perturb_sync="replica", lr=0.1)
+            with_loss_function(opt, model, *batches(1)[0])
     with pytest.raises(ValueError, match="Partial"):
         SAM([nn.Parameter(DTensor.from_local(torch.ones(3), mesh_of(), [Partial()]))], torch.optim.SGD, lr=0.1)
     in_columns = mlp()
