@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastsam.distributed.dtensor import local
 
@@ -78,6 +79,24 @@ class ConsumedMark:
         return True
 
 
+def follow_steps(base: Optimizer, consumed: ConsumedMark) -> None:
+    """Let every step of the base optimizer count as one that consumes the gradients, whoever calls it.
+
+    Args:
+        base: the base optimizer; its own step is replaced by a fused one all the same, see `is_fusable`.
+        consumed: the mark to set, which the base does not keep alive.
+    """
+    reference = weakref.ref(consumed)
+
+    def follow(stepped: Optimizer, *_: object) -> None:
+        mark = reference()
+        if mark is not None:
+            mark.set(stepped.param_groups)
+
+    follow.only_watches = True  # type: ignore[attr-defined]
+    base.register_step_post_hook(follow)
+
+
 def _first_with_grad(group: dict) -> list[tuple[Tensor, Tensor]]:
     for p in group["params"]:
         if p.grad is not None:
@@ -94,6 +113,7 @@ def refuse_fresh(consumed: ConsumedMark, groups: Sequence[dict]) -> None:
         return
     raise RuntimeError(
         "step(closure) found gradients that no step has used: the closure runs backward itself, so they would be lost. "
-        "Drop the backward() before it, or use `with opt.ascent(): ...` and `with opt.descent(): ...` around your own "
+        "Call zero_grad() first if nobody needs them, such as those that another loss has left here. Else drop the "
+        "backward() before it, or use `with opt.ascent(): ...` and `with opt.descent(): ...` around your own "
         "backwards, then opt.step()."
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastsam.distributed.ddp import ParallelModel, PerturbSync
 from fastsam.distributed.unsupported import refuse_unsupported
-from fastsam.two_pass.gradients import copies, flat, take
+from fastsam.two_pass.gradients import copies, flat, follow_steps, take
 from fastsam.two_pass.scaler_target import ScalerTarget
 from fastsam.two_pass.stage import Stage
 from fastsam.two_pass.state import Pass, StepState
@@ -44,6 +44,7 @@ class PassOptimizer(WrappedOptimizer):
         refuse_unsupported(self._params())
         self._run = StepState(self.param_groups, self.model, self._combines())
         self._scaler_target = ScalerTarget(self)
+        follow_steps(self.base_optimizer, self._run.consumed)
 
     def _find_ranks(self) -> ParallelModel:
         """Return the ranks that train the model, found when the first step begins, on all ranks together."""

@@ -4,11 +4,15 @@ import gc
 
 import pytest
 import torch
+from laws import PLAIN, law
 from methods import by_closure, by_contexts, by_loss_function
 from problems import batches, largest_difference, losses_of, mlp
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR
+from training import Training
 
 from fastsam import SAM
+from fastsam.two_pass.restore_step import is_fusable, steps_in_a_kernel
 from fastsam.two_pass.stage import under_way
 
 X, Y = batches(1)[0]
@@ -127,7 +131,7 @@ def test_a_closure_after_a_backward_raises_and_names_the_ways_out(pair):
 
     backward(model)
     gradient = model[0].weight.grad.clone()
-    with pytest.raises(RuntimeError, match=r"found gradients .* Drop the backward.*opt\.ascent\(\)"):
+    with pytest.raises(RuntimeError, match=r"found gradients .*zero_grad\(\) first .*drop the backward.*opt\.ascent"):
         opt.step(closure)
     assert torch.equal(model[0].weight, before)
     assert torch.equal(model[0].weight.grad, gradient), "the user's gradient must survive the refusal"
@@ -344,3 +348,29 @@ def test_an_optimizer_that_is_dropped_takes_its_unfinished_step_with_it(base):
         kept.load_state_dict(kept.state_dict())
     finally:
         gc.enable()
+
+
+@law(skips=PLAIN | {"gradients that are there concern closures": lambda cell: cell.way != "closure"})
+def test_a_step_of_the_base_consumes_the_gradients(cell):
+    """Whoever calls it; they are no leftovers then, and the fused step stays."""
+    left, cleared = Training(cell), Training(cell)
+    # torch's schedulers put a step of their own around the base's
+    schedules = [ConstantLR(training.opt.base_optimizer, factor=1.0) for training in (left, cleared)]
+    for _ in range(3):
+        for training in (left, cleared):
+            training.step()
+            training.opt.zero_grad()
+            training.begin()
+            training.losses(*training.batch).mean().backward()
+            training.opt.base_optimizer.step()
+            if training is cleared:
+                training.opt.zero_grad()
+        for schedule in schedules:
+            schedule.step()
+    assert all(map(torch.equal, left.weights(), cleared.weights()))
+    base = left.opt.base_optimizer
+    assert is_fusable(base) == steps_in_a_kernel(base)
+    left.begin()
+    left.losses(*left.batch).mean().backward()
+    with pytest.raises(RuntimeError, match=r"found gradients that no step has used.*zero_grad\(\) first"):
+        left.step()
