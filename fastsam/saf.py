@@ -81,7 +81,8 @@ class SAF(Trajectory):
         ValueError: an argument out of range, named with its value.
         MemoryError: the records do not fit.
         FileExistsError: the directory holds the history of an earlier run.
-        RuntimeError: several processes, and neither a sampler nor a directory.
+        RuntimeError: several processes, and neither a sampler nor a directory; here, or where the process group was
+            started later, in the first call.
     """
 
     def __init__(
@@ -114,19 +115,27 @@ class SAF(Trajectory):
             raise ValueError(f"num_samples is {num_samples}, but the sampler's is {sampler.num_samples}")
         self.num_samples, self.num_classes, self.lag = num_samples, num_classes, lag
         self.sampler, self.storage, self.save_history = sampler, storage, save_history
-        self._shared = storage not in ("device", "host") and _world_size() > 1
+        self._history: History | None = None
+        self._shared = self._knows_processes = False
         self._check_processes()
         own_samples = num_samples if sampler is None else sampler.num_own_samples
         self._layout = Layout(own_samples, num_classes, lag, history_dtype)
         self._resume = resume
-        self._history: History | None = None
         self._loaded: Fields | None = None
         self._rows_this_epoch = 0
         if device is not None:
             self._open(torch.device(device))
 
     def _check_processes(self) -> None:
+        """Find whether processes share the records; raise RuntimeError where each would have its own."""
+        if self._history is None:
+            self._shared = self.storage not in ("device", "host") and _world_size() > 1
         if _world_size() > 1 and self.sampler is None and not self._shared:
+            if self.storage not in ("device", "host"):
+                raise RuntimeError(
+                    f"SAF has opened {self.storage} before the group of {_world_size()} processes was there to share "
+                    "it; make SAF after init_process_group, or without device="
+                )
             raise RuntimeError(
                 f"{_world_size()} processes: a sample that moves to another one would not find its past there (the "
                 "authors' code finds one in that many). Train with SampleToRankSampler and pass it as sampler=, or "
@@ -179,6 +188,10 @@ class SAF(Trajectory):
                 "SAF cannot follow first_step() and second_step(): the first pass has been recorded already. Use "
                 "opt.step(losses, ...), or `with opt.ascent(): ...` and `with opt.descent(): ...`"
             )
+        if not self._knows_processes:
+            # Frameworks start the process group after the loss was made.
+            self._check_processes()
+            self._knows_processes = True
         history = self._history or self._open(logits.device)
         if capture.current() is not None and not history.direct:
             raise RuntimeError("SAF's records are not on the device, which a captured step needs; use storage='device'")

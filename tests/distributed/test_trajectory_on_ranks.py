@@ -97,7 +97,7 @@ def test_every_row_finds_its_past_where_a_history_per_process_finds_a_part(tmp_p
             directory = tmp_path / way
             loss_of = SAF(n, C, lag=3, start_epoch=0, lam=1.0, storage=directory, reduction="none")
             if way == "per process":  # as the authors have it
-                loss_of._shared, loss_of.storage = False, "device"
+                loss_of._shared, loss_of.storage, loss_of._knows_processes = False, "device", True
         found = rows = 0
         for epoch in range(1, 7):
             sampler.set_epoch(epoch)
@@ -118,6 +118,26 @@ def test_neither_is_an_error_that_explains_itself():
         RuntimeError, match=r"2 processes: .*SampleToRankSampler .*sampler=.*storage=.*DistributedSampler"
     ):
         SAF(N, C)
+
+
+@pytest.mark.ranks(2)
+def test_processes_that_start_after_the_loss_was_made_are_seen_in_the_first_call(tmp_path):
+    ids = torch.arange(4)
+
+    def made_before_the_group(**options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastsam.saf._world_size", lambda: 1)
+            return SAF(N, C, **options)
+
+    for options in ({}, {"storage": "host"}, {"device": "cpu"}):
+        with pytest.raises(RuntimeError, match=r"2 processes: .*SampleToRankSampler"):
+            made_before_the_group(**options)(torch.randn(4, C), Y[:4], ids)
+    opened = made_before_the_group(storage=tmp_path / f"of rank {dist.get_rank()}", device="cpu")
+    with pytest.raises(RuntimeError, match=r"has opened .* before the group of 2 processes"):
+        opened(torch.randn(4, C), Y[:4], ids)
+    shared = made_before_the_group(storage=tmp_path / "history")
+    shared(torch.randn(4, C), Y[:4], ids)
+    assert shared._shared
 
 
 @pytest.mark.ranks(2)
