@@ -35,23 +35,29 @@ from fastsam.two_pass.wrapper import SEED, STEP
 class ESAM(SAM):
     """SAM at a lower price: part of the tensors are perturbed, and part of the rows are used in the second pass.
 
-    With DistributedDataParallel all ranks draw the same masks, and each chooses among its own rows. Takes the arguments
-    of `SAM`, and:
+    With DistributedDataParallel all ranks draw the same masks, and each chooses among its own rows. A step in which no
+    tensor that the mask keeps has a gradient is the base optimizer's. A step that fails has used up its mask: the next
+    one draws another, by a counter in the parameter groups, so that a run that goes on from a checkpoint draws what the
+    run that wrote it does. Takes the arguments of `SAM`, and:
 
     Args:
         beta: probability that a tensor (or element) is perturbed, in (0, 1]; set for each group. 1 perturbs all.
         gamma: share of the rows that the second pass uses, in (0, 1]: max(1, floor(gamma n + 1e-6)) of n, two at
             least where `model` has batch norm in training mode. 1 uses all and skips the selection forward. With less
             than 1 only `step(loss_fn, *batch)` works; the first group's value counts.
-        mask: "tensor" draws for whole tensors and does not compute the ascent gradients of the others, which a
-            compiled model answers by recompiling, and for which graph_step computes all and draws on the device;
-            "element" draws for every element, saves nothing, and of sharded weights takes those whose shards are whole
-            rows, as fully_shard's are.
+        mask: "tensor" draws for whole tensors, and `step(loss_fn, *batch)` does not compute the ascent gradients of
+            the others; a tensor's hooks then run in the first pass only where a gradient that is needed goes through
+            it. All are computed in the other ways, by graph_step, with sharded weights, with DDP's static_graph, where
+            processes run but `model` is not the DDP module, and where the loss's graph holds an `autograd.Function`,
+            as those of reentrant checkpoints and compiled models do. "element" draws for every element, saves nothing,
+            and of sharded weights takes those whose shards are whole rows, as fully_shard's are.
         norm: of the gradient in eps. "masked": of the perturbed part, as the authors' code; then ||eps|| = rho / beta.
             "full": of the whole gradient, which has to be computed; then the mean of eps over masks is SAM's.
             "estimated": of the perturbed part, over sqrt(beta).
         selection: "reforward" runs a new forward on the chosen rows; "reuse" runs backward through the forward that
-            chose them, on all rows, which costs more and is there for comparison.
+            chose them, on all rows, which costs more and is there for comparison. The forward that chooses runs under
+            `torch.no_grad()`, but for losses that differentiate inside: where torch says that something does not
+            require a gradient it is run once more, with gradients, as all later ones are.
         strict: choose the rows strictly above the smallest of the largest deltas, as the authors' code does (63 of
             128 at gamma = 0.5; none at all where all are equal). Waits for the device.
 
@@ -202,18 +208,15 @@ class ESAM(SAM):
     def select(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], first: Tensor) -> Tensor:
         """Return the losses of B+, the k rows whose loss the perturbation raises most (Eq. 6)."""
         n = len(first)
-        k = self._number_of_rows(n)
+        # Where nothing is perturbed no row is sharp, and the step is the base optimizer's.
+        k = self._number_of_rows(n) if self.is_perturbed else n
         self.last_selected_fraction = k / n
-        if k == n and (not self.strict or self._gamma == 1):
+        if k == n and not (self.strict and self._gamma < 1 and self.is_perturbed):
             return super().select(loss_fn, batch, first)
         if self.selection == "reuse":
             losses = check_losses(loss_fn(*batch), n)
             return losses.index_select(0, self._rows(losses.detach(), first, k))
-        with torch.no_grad():
-            after = check_losses(loss_fn(*batch), n, needs_grad=False)
-        # In torch 2.8 an autocast around the step keeps casts of the weights that were made without a gradient.
-        torch.clear_autocast_cache()
-        rows = self._rows(after, first, k)
+        rows = self._rows(self.losses_without_backward(loss_fn, batch, n), first, k)
         self.replay_draws()
         return check_losses(loss_fn(*take_rows(batch, rows)), len(rows))
 

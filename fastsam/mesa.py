@@ -24,6 +24,7 @@ from fastsam.kernels.past import Past
 from fastsam.trajectory.loss import Trajectory, check_number, uncompiled
 from fastsam.two_pass import capture
 from fastsam.two_pass.batch import tensors_of
+from fastsam.two_pass.forward_alone import ForwardAlone
 from fastsam.two_pass.stage import Stage, under_way
 from fastsam.two_pass.state import found_inf_of
 
@@ -91,6 +92,7 @@ class MESA(Trajectory):
         # In a tuple, so that the model is not registered as a part of this module.
         self._student = (student,)
         self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
+        self._forward_alone = ForwardAlone()
         self._first_pass: tuple[Any, Tensor] | None = None
         """Inputs and teacher logits of the step's first pass, for its second one."""
         self._begun: tuple[Any, Tensor, torch.cuda.Stream | None] | None = None
@@ -168,17 +170,17 @@ class MESA(Trajectory):
             past.record_stream(current)
         return past
 
-    @torch.no_grad()
     def _teacher_forward(self, inputs: Any, dtype: torch.dtype | None) -> Tensor:
         """Return the teacher's logits, in the precision of the context around it or under autocast to `dtype`."""
         kind = next(self.teacher.parameters()).device.type
-        with nullcontext() if dtype is None else torch.autocast(kind, dtype):
+
+        def forward() -> Any:
             if isinstance(inputs, Mapping):
-                output = self.teacher(**inputs)
-            elif isinstance(inputs, tuple):
-                output = self.teacher(*inputs)
-            else:
-                output = self.teacher(inputs)
+                return self.teacher(**inputs)
+            return self.teacher(*inputs) if isinstance(inputs, tuple) else self.teacher(inputs)
+
+        with nullcontext() if dtype is None else torch.autocast(kind, dtype):
+            output = self._forward_alone(forward)
         return getattr(output, "logits", output).detach()
 
     def _dtype(self, logits: Tensor) -> torch.dtype | None:

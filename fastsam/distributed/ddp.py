@@ -127,8 +127,11 @@ class ParallelModel:
 
     @property
     def may_skip_gradients(self) -> bool:
-        """Whether a backward may leave some gradients out."""
-        return not any(r.ddp.static_graph for r in self._reducers)
+        """Whether a backward may leave some gradients out, in no_sync() where DDP would wait for them."""
+        if self._reducers:
+            return not any(r.ddp.static_graph for r in self._reducers)
+        # There may be a DDP module that we were not given.
+        return not (self._is_sharded or _is_running())
 
     @property
     def are_several(self) -> bool:

@@ -34,6 +34,8 @@ class _TrajectoryLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, past: Past, options: dict[str, Any]) -> Tensor:
         loss, gradient, scale = ops.trajectory_loss(logits.detach(), targets, past, **options)
         ctx.save_for_backward(gradient, scale)
+        # ESAM's first pass may leave gradients out of a graph with this function.
+        ctx.runs_no_backward = True
         return loss
 
     @staticmethod

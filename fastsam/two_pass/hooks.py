@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastsam.distributed.dtensor import local
 from fastsam.two_pass.ascent import Ascent, as_real
 from fastsam.two_pass.batch import check_losses
+from fastsam.two_pass.gradients import clear, put, take
 from fastsam.two_pass.passes import PassOptimizer
 
 
@@ -65,7 +67,7 @@ class MethodHooks(PassOptimizer):
     def needs_gradient(self) -> list[bool]:
         """Return for each parameter in group order whether the ascent needs its gradient.
 
-        The others are left out of the first backward where that is possible.
+        Those of the others are not computed in the first pass of `step(loss_fn, *batch)`, where that changes nothing.
         """
         return [True] * len(self._params())
 
@@ -167,6 +169,46 @@ class MethodHooks(PassOptimizer):
     def replay_draws(self) -> None:
         """Let one more forward of the second pass draw the first pass's random numbers."""
         self._run.replay_draws()
+
+    def losses_without_backward(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], n: int) -> Tensor:
+        """Return the losses of one more forward of the second pass, shape [n], detached; no backward follows it.
+
+        It runs as `ForwardAlone` says, on the first pass's draws, and leaves p.grad as it is.
+
+        Args:
+            loss_fn: the user's.
+            batch: its arguments.
+            n: their rows.
+
+        Raises:
+            TypeError: the loss function returned something else than n losses.
+        """
+        run, params = self._run, self._params()
+
+        def forward() -> Tensor:
+            # DDP would wait for a backward.
+            with run.parallel_model.no_sync() if torch.is_grad_enabled() else nullcontext():
+                return check_losses(loss_fn(*batch), n, needs_grad=False)
+
+        def rewind() -> None:
+            torch.clear_autocast_cache()
+            self.replay_draws()
+
+        # A loss that needs gradients inside may leave some in p.grad.
+        grads = take(params)
+        clear(params)
+        try:
+            losses = run.forward_alone(forward, rewind)
+        finally:
+            put(params, grads)
+        # In torch 2.8 an autocast around the step keeps casts of the weights that were made without a gradient.
+        torch.clear_autocast_cache()
+        return losses.detach()
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether weights are perturbed now, as far as the host knows: a gradient that is not finite perturbs none."""
+        return self._run.backup.valid
 
     @property
     def trains_batch_norm(self) -> bool:

@@ -29,6 +29,7 @@ from fastsam.two_pass.capture import Capturable, watch
 from fastsam.two_pass.gradients import ConsumedMark, clear, put, refuse_fresh, take
 from fastsam.two_pass.hooks import MethodHooks, Pair
 from fastsam.two_pass.module_state import MeanUpdate
+from fastsam.two_pass.partial_backward import run_backward
 from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel, update
 from fastsam.two_pass.stage import Stage
 from fastsam.two_pass.wrapper import FROM_BASE, SEED, STEP, TAKEN
@@ -181,6 +182,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             run.abort()
             if closure is not None:
                 # What a failed pass leaves is no gradient, and the step that it belongs to is over.
+                run.failed = True
                 self._start_afresh()
             self._forget_scaler()
             raise
@@ -248,23 +250,30 @@ class TwoPassOptimizer(MethodHooks, Capturable):
 
     def _start_afresh(self) -> None:
         """Drop whatever earlier passes left in p.grad."""
-        self._run.forget_pairs()
+        self._forget_pairs()
         clear(self._params())
 
-    def _pair(self, first_pass: Callable[[], Any], second_pass: Callable[[], Any], sync: bool = True) -> Any:
+    def _pair(
+        self,
+        first_pass: Callable[[], Any],
+        second_pass: Callable[[], Any],
+        sync: bool = True,
+        is_partial: bool = False,
+    ) -> Any:
         """Run both passes, of which the second adds to p.grad, and return what the first one run returned.
 
         Args:
             first_pass: runs forward and backward.
             second_pass: runs forward and backward at perturbed weights.
             sync: reduce p.grad between DDP's ranks in the second pass; without, that of a later pair does it for both.
+            is_partial: the first pass's backward leaves some gradients out.
         """
         run = self._run
         if type(self).is_warm is Capturable.is_warm:  # which otherwise tells steps apart by itself
             watch(self.has_second_pass)
         if not self.has_second_pass():
             return self._single(first_pass, sync)
-        first = self._ascend(first_pass) if self.has_first_pass() else None
+        first = self._ascend(first_pass, is_partial) if self.has_first_pass() else None
         if not self.has_first_pass():
             run.skip_ascent(self.param_groups)
         run.enter_descent(self._perturb_params, self._syncs(sync))
@@ -275,9 +284,9 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         run.leave_descent()
         return first if self.has_first_pass() else second
 
-    def _ascend(self, first_pass: Callable[[], Any]) -> Any:
+    def _ascend(self, first_pass: Callable[[], Any], is_partial: bool) -> Any:
         run = self._run
-        self._enter_ascent()
+        self._enter_ascent(is_partial)
         with torch.enable_grad():
             first = first_pass()
         run.leave_ascent()
@@ -320,15 +329,16 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         """Run both passes on a part of the batch; return the losses of the first, or of the only one."""
         n = batch_size(pair.batch)
         only_first = not self.has_second_pass()
+        needed = None if only_first else self._needed_in_ascent()
         kept: list[Tensor] = []
 
-        def backward(losses: Tensor, weight: float) -> None:
+        def backward(losses: Tensor, weight: float, leaves: list[Tensor] | None = None) -> None:
             loss = losses.mean() if weight == 1 else losses.mean() * weight
-            (loss if scaler is None else scaler.scale(loss)).backward()
+            run_backward(loss if scaler is None else scaler.scale(loss), leaves)
 
         def first_pass() -> None:
             losses = check_losses(loss_fn(*pair.batch), n)
-            backward(losses, pair.weight if only_first else 1.0)
+            backward(losses, pair.weight if only_first else 1.0, needed)
             kept.append(losses.detach())
 
         def second_pass() -> None:
@@ -339,7 +349,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
                 kept.append(losses.detach())
             backward(losses, pair.weight)
 
-        self._pair(first_pass, second_pass, sync)
+        self._pair(first_pass, second_pass, sync, is_partial=needed is not None)
         return kept[0]
 
     def _unscale_and_update(self, loss: Tensor, scaler: Any, clip_grad_norm: float | None) -> Tensor:
@@ -355,21 +365,20 @@ class TwoPassOptimizer(MethodHooks, Capturable):
 
     # the parts of a pass
 
-    def _enter_ascent(self) -> None:
-        self._run.enter_ascent(self.param_groups, self.same_rng, self._ascends_locally())
-        self._run.freeze(self._left_out())
-
-    def _left_out(self) -> list[Tensor]:
-        """The parameters that the first backward leaves out, since their ascent gradients are not needed."""
-        if not self._run.parallel_model.may_skip_gradients:
-            return []
-        wanted = zip(self._params(), self.needs_gradient(), strict=True)
-        return [p for p, is_needed in wanted if not is_needed and p.requires_grad]
-
-    def _ascends_locally(self) -> bool:
-        """Whether DDP, which waits for every gradient, is to leave the ascent's as they are on each rank."""
+    def _enter_ascent(self, is_partial: bool = False) -> None:
+        # DDP, which waits for every gradient, leaves them as they are on each rank where some are not computed.
         ranks = self._run.parallel_model
-        return ranks.is_local or ranks.is_inside_no_sync or (ranks.reduce_in_backward and bool(self._left_out()))
+        is_local = ranks.is_local or ranks.is_inside_no_sync or (ranks.reduce_in_backward and is_partial)
+        self._run.enter_ascent(self.param_groups, self.same_rng, is_local)
+
+    def _needed_in_ascent(self) -> list[Tensor] | None:
+        """The parameters whose gradients a first backward of ours is to compute; None for all."""
+        if not self.has_first_pass() or not self._run.parallel_model.may_skip_gradients:
+            return None
+        needs = self.needs_gradient()
+        if all(needs):
+            return None
+        return [p for p, is_needed in zip(self._params(), needs, strict=True) if is_needed]
 
     def _combines(self) -> bool:
         return type(self).combine is not TwoPassOptimizer.combine

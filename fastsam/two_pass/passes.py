@@ -94,8 +94,8 @@ class PassOptimizer(WrappedOptimizer):
         """Whether the method makes its own of a second pass's gradient."""
 
     @abstractmethod
-    def _enter_ascent(self) -> None:
-        """Begin the first pass."""
+    def _enter_ascent(self, is_partial: bool = False) -> None:
+        """Begin the first pass; its backward may leave some gradients out, if it is ours."""
 
     @abstractmethod
     def _perturb_params(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
@@ -152,6 +152,12 @@ class PassOptimizer(WrappedOptimizer):
         next_step = self.param_groups[0][STEP] + 1
         for group in self.param_groups:
             group[STEP] = next_step
+
+    def _forget_pairs(self) -> None:
+        """Begin another step. One that failed has used up its random numbers, so that no mask fails for ever."""
+        if self._run.failed:
+            self._count_step()
+        self._run.forget_pairs()
 
     def descent(self, sync: bool = True) -> Pass:
         """Context for the second pass, at perturbed weights: its backward passes add to p.grad.
@@ -278,7 +284,7 @@ class PassOptimizer(WrappedOptimizer):
         super().zero_grad(set_to_none)
         run.consumed.set(self.param_groups, zeroed=not set_to_none)
         if run.stage is Stage.IDLE:
-            run.forget_pairs()
+            self._forget_pairs()
             run.at_end = []
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fastsam.distributed.ddp import ParallelModel
 from fastsam.kernels import ops
 from fastsam.kernels.tensor_list import Backup
 from fastsam.two_pass.ascent import Ascent
+from fastsam.two_pass.forward_alone import ForwardAlone
 from fastsam.two_pass.gradients import ConsumedMark, clear, copies, flat, put, sums, take
 from fastsam.two_pass.module_state import RunningStatistics
 from fastsam.two_pass.rng import RandomState
@@ -56,12 +57,12 @@ class StepState:
         self.ascent_grads: list[Tensor | None] = []
         self.ascent: Ascent | None = None
         self.grad_scale: Tensor | float | None = None
-        self.frozen: list[Tensor] = []
         self.backup = Backup([])
         # Known when the first step begins.
         self.parallel_model: ParallelModel = None  # type: ignore[assignment]
         self.ascent_is_local = False
         self.is_first_forward = False
+        self.forward_alone = ForwardAlone()
         self.base_stepped = False
         self.unreduced = ExitStack()
         self.statistics = RunningStatistics(model)
@@ -174,22 +175,9 @@ class StepState:
         self.ascent_grads, self.ascent_is_local = [None] * len(self.params), False
         self.is_first_forward, self.stage = True, Stage.ASCENDED
 
-    def freeze(self, params: Sequence[Tensor]) -> None:
-        """Switch off requires_grad until the ascent is left, so that no work goes into these gradients."""
-        self.frozen = [p for p in params if p.requires_grad]
-        for p in self.frozen:
-            p.requires_grad_(False)
-
-    def unfreeze(self) -> None:
-        """Undo `freeze`. Idempotent."""
-        for p in self.frozen:
-            p.requires_grad_(True)
-        self.frozen = []
-
     def leave_ascent(self) -> None:
         """Keep the ascent gradient and put p.grad back."""
         self.unreduced.close()
-        self.unfreeze()
         # the second pass of a method that combines may not write over the first one's gradient
         overwritten = self.owns_descent and self.parallel_model.overwrites_gradients(unreduced=self.ascent_is_local)
         # Somebody's no_sync() inside of the pass.
@@ -202,7 +190,6 @@ class StepState:
     def leave_single(self) -> None:
         """Count the only pass of a step without a second one as a pair."""
         self.unreduced.close()
-        self.unfreeze()
         self.add_aside()
         self.finish_pair()
 
@@ -303,7 +290,6 @@ class StepState:
     def abort(self) -> None:
         """Put everything back as it was before the pass, and statistics as before the step. Idempotent."""
         self.restore()
-        self.unfreeze()
         self.unreduced.close()
         self.statistics.rewind()
         self._end_passes()

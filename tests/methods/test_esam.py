@@ -11,8 +11,8 @@ from problems import assert_same, batches, cnn, largest_difference, losses_of, m
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsam import ESAM, SAM
-from fastsam.kernels import philox
+from fastsam import ESAM, SAF, SAM
+from fastsam.kernels import ops, philox
 
 SGD = torch.optim.SGD
 X, Y = batches(1, rows=128)[0]
@@ -151,15 +151,13 @@ def test_weight_gradients_of_masked_tensors_are_not_computed(backend, monkeypatc
         return model(x).square().mean(1)
 
     work = {}
+    full = 4 + 4 + 3  # forwards, weight gradients, input gradients (none for the batch itself)
     for kept in ([True] * 4, [True, False, False, True], [False, False, False, True]):
         opt = ESAM(model.parameters(), SGD, rho=0.1, lr=0.0, gamma=1.0, norm=norm)
         monkeypatch.setattr(opt, "_kept", lambda kept=kept: kept)
-        with opt.ascent(), Work() as count:
-            losses(x).mean().backward()
-        work[tuple(kept)] = count.mm
-        assert [p.requires_grad for p in model.parameters()] == [True] * 4
-        opt.restore()
-    full = 4 + 4 + 3  # forwards, weight gradients, input gradients (none for the batch itself)
+        with Work() as count:
+            opt.step(losses, x)
+        work[tuple(kept)] = count.mm - full  # the second pass computes all
     masked = {(True,) * 4: full, (True, False, False, True): full - 2, (False, False, False, True): full - 3 - 3}
     assert work == (masked if norm == "masked" else dict.fromkeys(masked, full))
 
@@ -168,9 +166,87 @@ def test_convolutions_skip_their_weight_gradient_too(backend, monkeypatch):
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(48, 10))
     opt = ESAM(model.parameters(), SGD, rho=0.1, lr=0.1, gamma=1.0)
     monkeypatch.setattr(opt, "_kept", lambda: [True, True, False, False, True, True])
-    with opt.ascent(), Work() as count:
-        losses_of(model)(torch.randn(4, 1, 8, 8), torch.arange(4)).mean().backward()
-    assert count.conv_weights == 1
+    with Work() as count:
+        opt.step(losses_of(model), torch.randn(4, 1, 8, 8), torch.arange(4))
+    assert count.conv_weights == 1 + 2, "one in the first pass, and both in the second"
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_gradients_are_left_out_where_the_graph_holds_no_function_but_safs(monkeypatch, function):
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    model, computed = mlp(), []
+    x, y = batches(1)[0]
+    saf = SAF(len(x), 3, lag=1, start_epoch=1, reduction="none")
+    opt = esam(model, gamma=1.0)
+    monkeypatch.setattr(opt, "_kept", lambda: [False, False, True, True])
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: computed.append(p))
+
+    def losses(x, y, ids):
+        return saf(Double.apply(model(x)) if function else model(x), y, ids)
+
+    for epoch in (1, 2):
+        saf.set_epoch(epoch)
+        opt.step(losses, x, y, torch.arange(len(x)))
+    assert len(computed) == (4 if function else 2)
+
+
+@pytest.mark.parametrize("norm", ["masked", "full", "estimated"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_kept_tensors_without_a_gradient_make_a_base_step(backend, monkeypatch, norm, frozen):
+    """One head for each task, on a backbone that may be frozen; the mask keeps another task's head."""
+    model, plain = (nn.ModuleList([mlp()[0], nn.Linear(8, 3), nn.Linear(8, 3)]).double() for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    opt, base = esam(model, norm=norm), SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    monkeypatch.setattr(opt, "_kept", lambda: [False, False, False, False, True, True])
+
+    def losses_with(model):
+        model[0].requires_grad_(not frozen)
+        return lambda x, y: F.cross_entropy(model[1](torch.tanh(model[0](x))), y, reduction="none")
+
+    for x, y in batches(3):
+        opt.step(losses_with(model), x, y)
+        base.zero_grad()
+        losses_with(plain)(x, y).mean().backward()
+        base.step()
+        assert opt.last_selected_fraction == 1.0
+    assert largest_difference(model, plain) < 1e-15
+
+
+def test_a_step_that_fails_does_not_repeat_its_mask_and_a_resumed_run_goes_on_alike(backend):
+    def failing(*batch):
+        raise MemoryError
+
+    ends = []
+    for is_resumed in (False, True):
+        model = mlp()
+        opt = esam(model, gamma=1.0, beta=0.5, seed=1)
+        for step, (x, y) in enumerate(batches(4)):
+            drawn = {tuple(masks(opt))}
+            for _ in range(3):
+                with pytest.raises(MemoryError):
+                    opt.step(failing, x, y)
+                drawn.add(tuple(masks(opt)))
+                with pytest.raises(MemoryError), opt.ascent():
+                    failing()
+                opt.zero_grad()
+                drawn.add(tuple(masks(opt)))
+            assert len(drawn) > 2
+            if is_resumed and step == 2:
+                saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+                opt = esam(model := mlp(seed=5), gamma=1.0, beta=0.5)
+                for part, state in zip((model, opt), saved, strict=True):
+                    part.load_state_dict(state)
+            opt.step(losses_of(model), x, y)
+        ends.append(snapshot(model))
+    assert_same(model, ends[0])
 
 
 def test_an_empty_mask_is_a_plain_base_step_in_one_pass(backend, monkeypatch):
@@ -369,6 +445,35 @@ def test_both_forwards_that_are_compared_draw_the_same_dropout(backend):
     assert torch.equal(after, torch.rand(3))
 
 
+def test_a_loss_that_differentiates_inside_is_tried_without_gradients_once(backend):
+    """And draws the first pass's numbers; whatever else it raises is raised."""
+    model, modes, draws = mlp(dropout=0.5), [], []
+    model[2].register_forward_hook(lambda m, args, out: draws.append(out == 0))
+
+    def losses(x, y):
+        modes.append(torch.is_grad_enabled())
+        rows = losses_of(model)(x, y)
+        rows.mean().backward(retain_graph=True)
+        return rows
+
+    opt = esam(model, beta=1.0)
+    opt.step(losses, X, Y)
+    assert modes == [True, False, True, True]
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[0], draws[2])
+    opt.step(losses, X, Y)
+    assert modes[4:] == [True, True, True]
+    for error in (ZeroDivisionError, RuntimeError):
+
+        def broken(x, y, error=error):
+            if not torch.is_grad_enabled():
+                raise error("a reason of its own")
+            return losses_of(model)(x, y)
+
+        with pytest.raises(error, match="a reason of its own"):
+            esam(model).step(broken, X, Y)
+
+
 def test_nested_batches_are_cut_to_the_chosen_rows(backend):
     model, seen = mlp(), []
 
@@ -382,11 +487,15 @@ def test_nested_batches_are_cut_to_the_chosen_rows(backend):
     assert torch.equal(rows["x"][:, :1], rows["pair"][1])
 
 
-def test_compiled_models_take_the_element_mask_without_recompiling(backend):
+@pytest.mark.parametrize(("name", "mask"), [("torch", "tensor"), ("triton", "element")])
+def test_compiled_models_take_a_mask_without_recompiling(choose, name, mask):
+    if name == "triton" and ops._triton_backend() is None:
+        pytest.skip("triton is not installed")
+    choose(name)
     torch._dynamo.reset()
     model = cnn()
     compiled = torch.compile(model, backend="aot_eager", dynamic=True)
-    opt = ESAM(model.parameters(), SGD, rho=0.05, model=compiled, lr=0.05, gamma=1.0, mask="element")
+    opt = ESAM(model.parameters(), SGD, rho=0.05, model=compiled, lr=0.05, gamma=1.0, mask=mask)
     x, y = torch.randn(8, 1, 8, 8), torch.randint(0, 10, (8,))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
