@@ -230,7 +230,7 @@ def found_nonfinite(launches: Sequence[Launch]) -> list[Tensor]:
 def _found_on_one_device(launches: Sequence[Launch]) -> Tensor:
     device = launches[0].device
     n_programs = sum(each.n_programs(block_size(*each.dtypes, vectors=_VECTORS)) for each in launches)
-    found = torch.empty((), device=device) if n_programs else torch.zeros((), device=device)
+    found = (torch.empty if n_programs else torch.zeros)((), dtype=torch.float32, device=device)
     with counters(1, device) as arrivals:
 
         def work_of(each: Launch) -> Work:

@@ -62,11 +62,11 @@ def found_nonfinite(grads: Sequence[Tensor]) -> Tensor:
     if reads_scalars(device) and math.isfinite(
         sum(t.sum().item() for positions in alike for t in _joined([grads[i] for i in positions]))
     ):
-        return torch.zeros((), device=device)
+        return torch.zeros((), dtype=torch.float32, device=device)
     flags: list[Tensor] = []
     for positions in alike:
         some = [grads[i] for i in positions]
-        flag, one = torch.zeros((), device=some[0].device), torch.ones((), device=some[0].device)
+        flag, one = (torch.full((), value, dtype=torch.float32, device=some[0].device) for value in (0.0, 1.0))
         torch._amp_foreach_non_finite_check_and_unscale_(some, flag, one)
         flags.append(flag.to(device))
     return torch.stack(flags).amax()

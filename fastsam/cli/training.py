@@ -116,7 +116,7 @@ class TrainingRun:
         """Train one epoch, score it, and add it to the history."""
         clock = StepClock(self.device)
         self.losses.hits.zero_()
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         # drawn on the CPU for the whole epoch, so that no step waits for them
         order = self._order().to(self.device)
         moves = draw_moves(len(order), self.moves).to(self.device)

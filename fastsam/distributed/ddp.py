@@ -210,7 +210,7 @@ class ParallelModel:
         if not self.is_local:
             return flag
         device = self._device
-        raised = torch.zeros((), device=device) if flag is None else flag.to(device, torch.float32)
+        raised = torch.zeros((), dtype=torch.float32, device=device) if flag is None else flag.to(device, torch.float32)
         all_reduce(raised, self._world, dist.ReduceOp.MAX, "the flag of a non-finite ascent")
         return raised != 0
 

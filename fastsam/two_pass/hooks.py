@@ -223,7 +223,7 @@ class MethodHooks(PassOptimizer):
     def unscaled(self, tensor: Tensor) -> Tensor:
         """Return a gradient without the loss scale that backward was run with, where `state_holds_scale`."""
         scale = self._run.grad_scale
-        return tensor if scale is None else tensor / torch.as_tensor(scale, device=tensor.device).to(tensor.dtype)
+        return tensor if scale is None else tensor / torch.as_tensor(scale, dtype=tensor.dtype, device=tensor.device)
 
     def states_of(self, params: list[Tensor], name: str) -> list[Tensor]:
         """Return this rank's entries of the method's own tensor of this name for each parameter; zeros before any."""

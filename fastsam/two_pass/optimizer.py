@@ -308,7 +308,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         self._start_afresh()
         # a product of its own, which only methods that keep a gradient are charged for
         if scaler is not None and self.state_holds_scale:
-            run.grad_scale = scaler.scale(torch.ones((), device=run.skipped.device))
+            run.grad_scale = scaler.scale(torch.ones((), dtype=torch.float32, device=run.skipped.device))
         averages = len(pairs) > 1 and self.averages_statistics()
         statistics = MeanUpdate(run.statistics.moving() if averages else [])
         losses: list[Tensor] = []
