@@ -171,7 +171,7 @@ class ParallelModel:
         """Whether all ranks hold the same gradients; reads the device, for a step that may have left them unreduced."""
         found = [g for g in grads if g is not None]
         squares = [g.double().square().sum().to(self._device) for g in found]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), device=self._device)
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self._device)
         ends = torch.stack([total, -total]).double()
         all_reduce(ends, self._world, dist.ReduceOp.MAX, "the norm of the final gradient")
         return bool(ends[0] == -ends[1]) or not bool(ends.isfinite().all())

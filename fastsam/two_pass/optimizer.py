@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# torch.compiler.disable would import the compiler, and Triton with it.
+from torch._compile import _disable_dynamo as uncompiled
 from torch.optim import Optimizer
 
 from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
@@ -31,6 +34,7 @@ from fastsam.two_pass.hooks import MethodHooks, Pair
 from fastsam.two_pass.module_state import MeanUpdate
 from fastsam.two_pass.partial_backward import run_backward
 from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel, update
+from fastsam.two_pass.scaler_target import refuse_no_gradient
 from fastsam.two_pass.stage import Stage
 from fastsam.two_pass.wrapper import FROM_BASE, SEED, STEP, TAKEN
 
@@ -119,6 +123,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
 
     # one step
 
+    @uncompiled
     def step(
         self,
         closure: Callable[..., Any] | None = None,
@@ -190,6 +195,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
     def _check_step(self, closure: Any, batch: tuple, scaler: Any, clip_grad_norm: float | None) -> Any:
         """Raise if the step cannot be taken; return the batch as it was read, None without one."""
         run = self._run
+        refuse_no_gradient(self.__dict__.get("found_inf"))
         if not run.in_second_step:
             run.refuse("step()", Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
         if run.failed and not batch:
@@ -483,7 +489,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
 
     def _warn_about_base_step(self) -> None:
         run = self._run
-        if run.warned_about_base_step or all(float(group.get("lr", 1)) == 0 for group in self.param_groups):
+        rates = [group.get("lr") for group in self.param_groups]
+        if run.warned_about_base_step or all(lr is not None and float(lr) == 0 for lr in rates):
             return
         run.warned_about_base_step = True
         warnings.warn(

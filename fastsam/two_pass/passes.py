@@ -7,9 +7,10 @@ opt.step()
 
 from abc import abstractmethod
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo as uncompiled
 
 from fastsam.distributed.ddp import ParallelModel, PerturbSync
 from fastsam.distributed.unsupported import refuse_unsupported
@@ -34,11 +35,28 @@ class PassOptimizer(WrappedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._run.refuse("copying or pickling the optimizer", Stage.DESCENT, Stage.FIRST)
-        return {k: v for k, v in super().__getstate__().items() if k not in ("_run", "_scaler_target")}
+        kept = {k: v for k, v in super().__getstate__().items() if k not in ("_run", "_scaler_target")}
+        return {**kept, "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._start()
+        super().__setstate__({name: value for name, value in state.items() if name != "skipped_steps"})
+        # a copy has no step under way, and only what is no copy has one already
+        if "_run" not in self.__dict__:
+            self._start()
+            if "skipped_steps" in state:
+                self._run.skipped = state["skipped_steps"]
+
+    if not TYPE_CHECKING:  # or nothing would be an unknown attribute
+
+        def __getattr__(self, name: str) -> Any:
+            # Schedule-free bases switch between the weights of training and of evaluation; others have no such methods.
+            if name not in ("train", "eval") or not hasattr(self.__dict__.get("base_optimizer"), name):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return partial(self._switch, name)
+
+    def _switch(self, mode: str) -> None:
+        self._run.refuse(f"{mode}()", *_UNDER_WAY)
+        getattr(self.base_optimizer, mode)()
 
     def _start(self) -> None:
         refuse_unsupported(self._params())
@@ -207,6 +225,7 @@ class PassOptimizer(WrappedOptimizer):
 
     # two calls
 
+    @uncompiled
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights along the gradient in p.grad, as davda54/sam does; `second_step` comes next.
 
@@ -243,6 +262,7 @@ class PassOptimizer(WrappedOptimizer):
             run.abort()
             raise
 
+    @uncompiled
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and take the base optimizer's step with the gradient in p.grad.
 

@@ -93,8 +93,9 @@ def run_own_step(base: Optimizer) -> None:
     kwargs: Any = {}
     for pre_hook in base._optimizer_step_pre_hooks.values():
         args, kwargs = pre_hook(base, args, kwargs) or (args, kwargs)
-    # exactly one level below the wrapper that fires hooks: global ones have fired for the outer step
-    type(base).step.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
+    step: Any = type(base).step
+    # exactly one level below torch's wrapper that fires hooks, if any: global ones have fired for the outer step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(*args, **kwargs)
     for post_hook in base._optimizer_step_post_hooks.values():
         post_hook(base, args, kwargs)
 

@@ -29,4 +29,17 @@ class ScalerTarget:
 
     def step(self) -> None:
         """Called by the scaler, with its scale and its finding set as attributes."""
+        refuse_no_gradient(self.__dict__.get("found_inf"))
         self._optimizer._update(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
+
+
+def refuse_no_gradient(found_inf: Any) -> None:
+    """Raise AssertionError as torch's GradScaler does where no parameter has a gradient.
+
+    Args:
+        found_inf: what the scaler has set, a sum over devices: of no tensor it is the number 0.
+    """
+    if isinstance(found_inf, int):
+        raise AssertionError(
+            "No inf checks were recorded for this optimizer: no parameter has a gradient; run backward() first"
+        )

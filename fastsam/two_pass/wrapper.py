@@ -4,19 +4,42 @@
 its counters lie in the base's param groups, so that every checkpoint format that carries an optimizer carries them too.
 """
 
+import gc
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 
+from fastsam.two_pass.foreign_base import (
+    Entries,
+    Parts,
+    add_entries,
+    complete,
+    follow_inner,
+    is_own,
+    refuse_base,
+    settings_of,
+    take_entries,
+)
+
 STEP, TAKEN, SEED = "fastsam_step", "fastsam_taken", "fastsam_seed"
 """Keys of the counters in every group: perturbations, which address random draws; steps taken or skipped; the seed."""
-_WRAPS = "_fastsam_wraps"
 FROM_BASE: Any = object()
 """Stands for `params` where the base optimizer exists already."""
+_OF_BASE = ("param_groups", "state", "defaults")
+
+
+class _Wrapping(NamedTuple):
+    """Who wraps a base, and the keys that it added to each group."""
+
+    wrapper: weakref.ref
+    added: list[set[str]]
+
+
+_wrapped: "weakref.WeakKeyDictionary[Optimizer, _Wrapping]" = weakref.WeakKeyDictionary()
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,6 +57,8 @@ class WrappedOptimizer(Optimizer):
     """A `torch.optim.Optimizer` whose groups, state and defaults are those of `base_optimizer`."""
 
     base_optimizer: Optimizer
+    _loading: tuple[Entries, list[dict[str, Any]]] | None = None
+    """The method's tensors and the groups' options, while the base loads a state dict."""
 
     def __init__(
         self,
@@ -48,14 +73,17 @@ class WrappedOptimizer(Optimizer):
             base = _accept_instance(base_optimizer, base_kwargs)
         else:
             base = _build_base(params, base_optimizer, base_kwargs, type(self).__name__)
-        _refuse_unsupported(base)
+        refuse_base(base)
+        complete(base)
         # a name the base already uses (Adadelta's rho, RMSprop's alpha) gives way to sam_<name>
-        self._option_keys = {name: f"sam_{name}" if name in base.defaults else name for name in options}
+        taken = settings_of(base)
+        self._option_keys = {name: f"sam_{name}" if name in taken else name for name in options}
         defaults = {self._option_keys[name]: value for name, value in options.items()} | {STEP: 0, TAKEN: 0, SEED: seed}
         for group in base.param_groups:
             self._check_group({**defaults, **group})
         self.base_optimizer = base
         base.defaults.update(defaults)
+        _wrapped[base] = _Wrapping(weakref.ref(self), [defaults.keys() - group.keys() for group in base.param_groups])
         for group in base.param_groups:
             self._fill(group, defaults)
         self._option_defaults = defaults
@@ -64,17 +92,25 @@ class WrappedOptimizer(Optimizer):
     def _attach(self) -> None:
         # This is how torch sets up hooks without new groups.
         Optimizer.__setstate__(self, {})
-        setattr(self.base_optimizer, _WRAPS, True)
         self.base_optimizer.register_load_state_dict_pre_hook(_weakly(self._before_load))
         self.base_optimizer.register_load_state_dict_post_hook(_weakly(self._after_load))
 
     def __getstate__(self) -> dict[str, Any]:
         transient = ("step", "_loading", "grad_scale", "found_inf")
-        return {k: v for k, v in self.__dict__.items() if k not in transient and not k.startswith("_optimizer_")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in transient and not k.startswith("_optimizer_")}
+        return {**kept, "base_optimizer": Parts.of(self.base_optimizer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._attach()
+        self.__dict__.update({name: value for name, value in state.items() if name not in _OF_BASE})
+        if isinstance(base := state.get("base_optimizer"), Parts):
+            self.base_optimizer = base.build()
+        # torch's own load_state_dict hands these alone
+        for name in (name for name in _OF_BASE if name in state):
+            setattr(self, name, state[name])
+        if "base_optimizer" in state:
+            base, keys = self.base_optimizer, self._option_defaults.keys()
+            _wrapped[base] = _Wrapping(weakref.ref(self), [set(keys) for _ in base.param_groups])
+            self._attach()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} around {self.base_optimizer!r}"
@@ -148,44 +184,57 @@ class WrappedOptimizer(Optimizer):
         """Return the base optimizer's state dict."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = self.base_optimizer.state_dict()
+        base = self.base_optimizer
+        state_dict = add_entries(base, base.state_dict(), self._own_entries())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
+
+    def _own_entries(self) -> Entries:
+        params = [p for group in self.param_groups for p in group["params"]]
+        own = {i: {k: v for k, v in self.state.get(p, {}).items() if is_own(k)} for i, p in enumerate(params)}
+        return {i: entries for i, entries in own.items() if entries}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict into the base optimizer; see `_before_load` for what it may lack or hold."""
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        self.base_optimizer.load_state_dict(state_dict)
+        base = self.base_optimizer
+        try:
+            # not every base runs the hooks that do the same where somebody loads into the base itself
+            base.load_state_dict(self._before_load(base, state_dict))
+            self._after_load(base)
+        finally:
+            self._loading = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _before_load(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Keep from the base what it would choke on or cast: davda54's weight copies, and the method's own tensors."""
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        # The base optimizer refuses unequal numbers of groups itself.
-        for own, loaded in zip(base.param_groups, groups, strict=False):
-            self._fill(loaded, {key: own.get(key, default) for key, default in self._option_defaults.items()})
-            self.check_options({name: loaded[key] for name, key in self._option_keys.items() if key in loaded})
-        positions = {index: i for i, index in enumerate(index for group in groups for index in group["params"])}
-        state, self._loading = {}, {}
-        for index, entries in state_dict["state"].items():
-            if not isinstance(entries, dict):
-                state[index] = entries
-                continue
-            plain = {k: v for k, v in entries.items() if k != "old_p" and not str(k).startswith("fastsam_")}
-            if plain:
-                state[index] = plain
-            own_entries = {k: v for k, v in entries.items() if str(k).startswith("fastsam_")}
-            if own_entries:
-                self._loading[positions[index]] = own_entries
-        return {**state_dict, "state": state, "param_groups": groups}
+        """Keep from the base what it would choke on or cast, and give the groups the options that they lack."""
+        if self._loading is not None:
+            return state_dict
+        options = [{key: group.get(key, v) for key, v in self._option_defaults.items()} for group in base.param_groups]
+        if "param_groups" in state_dict:
+            groups = [dict(group) for group in state_dict["param_groups"]]
+            # The base optimizer refuses unequal numbers of groups itself.
+            for own, loaded in zip(options, groups, strict=False):
+                self._fill(loaded, own)
+                self.check_options({name: loaded[key] for name, key in self._option_keys.items() if key in loaded})
+            state_dict = {**state_dict, "param_groups": groups}
+        state_dict, entries = take_entries(state_dict)
+        self._loading = entries, options
+        return state_dict
 
     def _after_load(self, base: Optimizer) -> None:
+        if self._loading is None:
+            return
+        (found, options), self._loading = self._loading, None
+        follow_inner(base)
+        for own, group in zip(options, base.param_groups, strict=False):
+            self._fill(group, own)
         params = [p for group in base.param_groups for p in group["params"]]
-        for position, entries in self.__dict__.pop("_loading", {}).items():
+        for position, entries in found.items():
             p = params[position]
             moved = {k: v.to(p.device) if isinstance(v, torch.Tensor) else v for k, v in entries.items()}
             base.state[p].update(moved)
@@ -196,9 +245,35 @@ def _accept_instance(base: Any, base_kwargs: dict) -> Optimizer:
         raise TypeError(f"wrap() takes an optimizer instance, got {base!r}; for a class use the constructor")
     if base_kwargs:
         raise TypeError(f"wrap() does not know {', '.join(base_kwargs)}; set it on the base optimizer instead")
-    if isinstance(base, WrappedOptimizer) or hasattr(base, _WRAPS):
-        raise ValueError(f"{type(base).__name__} is part of a fastsam optimizer already; wrap a plain optimizer")
+    if isinstance(base, WrappedOptimizer) or _is_in_use(base):
+        raise ValueError(
+            f"{type(base).__name__} is part of a fastsam optimizer already; wrap a plain optimizer, or `del` the one "
+            "that wraps it, and schedulers of it, first"
+        )
+    _forget_wrapper(base)
     return base
+
+
+def _is_in_use(base: Optimizer) -> bool:
+    """Whether a wrapper of this base is still there, be it unreferenced in a cycle that nobody has collected yet."""
+    if base not in _wrapped or _wrapped[base].wrapper() is None:
+        return False
+    gc.collect()
+    return _wrapped[base].wrapper() is not None
+
+
+def _forget_wrapper(base: Optimizer) -> None:
+    """Take out of the base what a wrapper that is gone has added, so that the next one's options count."""
+    if (wrapping := _wrapped.pop(base, None)) is None:
+        return
+    every = set().union(*wrapping.added)
+    added = [*wrapping.added, *(every for _ in base.param_groups[len(wrapping.added) :])]
+    for holder, keys in zip((base.defaults, *base.param_groups), (every, *added), strict=True):
+        for key in keys:
+            holder.pop(key, None)
+    for entries in base.state.values():
+        for name in list(filter(is_own, entries if isinstance(entries, dict) else ())):
+            del entries[name]
 
 
 def _build_base(params: Iterable, base: Any, base_kwargs: dict, method: str) -> Optimizer:
@@ -217,22 +292,6 @@ def _build_base(params: Iterable, base: Any, base_kwargs: dict, method: str) -> 
             f"help({method}) says what {method} takes"
         )
     return base(params, **base_kwargs)
-
-
-def _refuse_unsupported(base: Optimizer) -> None:
-    name = type(base).__name__
-    if isinstance(base, torch.optim.LBFGS):
-        raise ValueError("LBFGS evaluates its closure many times a step, which SAM cannot follow; use SGD or AdamW")
-    if isinstance(base, torch.optim.SparseAdam):
-        raise ValueError(f"{name} takes sparse gradients alone, but a perturbation is dense; use SGD or AdamW")
-    if base.defaults.get("differentiable") or any(group.get("differentiable") for group in base.param_groups):
-        raise ValueError(f"{name}(differentiable=True) cannot be wrapped: weights change in place; drop the option")
-    for group in base.param_groups:
-        if any(hasattr(p, "_in_backward_optimizers") for p in group["params"]):
-            raise ValueError(
-                "a parameter is stepped inside backward (apply_optimizer_in_backward); that would step in both passes. "
-                "Remove it and let this optimizer step."
-            )
 
 
 def _find_apex(name: str) -> type[Optimizer]:

@@ -53,7 +53,7 @@ def weights(n=2):
         (TypeError, "takes an optimizer instance, got .*SGD", lambda: SAM.wrap(SGD)),
         (TypeError, "does not know lr; set it on the base", lambda: SAM.wrap(SGD(weights(), lr=0.1), lr=0.2)),
         (ValueError, "wrap a plain optimizer", lambda: SAM.wrap(SAM(weights(), SGD, lr=0.1))),
-        (ValueError, "wrap a plain optimizer", lambda: SAM.wrap(SAM(weights(), SGD, lr=0.1).base_optimizer)),
+        (ValueError, "wrap a plain optimizer", lambda: (opt := SAM(weights(), SGD, lr=0.1)).wrap(opt.base_optimizer)),
         (ValueError, "base_optimizer 'FusedSGD' is unknown; pass a class, or", lambda: SAM(weights(), "FusedSGD")),
     ],
 )
