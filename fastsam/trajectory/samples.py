@@ -1,25 +1,36 @@
 """Sample ids: which sample a row of a batch is, and, with several processes, which of them always meets it."""
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+SAMPLE_ID = "sample_id"
+"""Key of the id in items that are mappings."""
 
 
 class IndexedDataset(Dataset):
     """A dataset whose items carry their index: `(*item, index)` of a tuple item, `(item, index)` of any other.
 
+    An item that is a mapping, as Hugging Face's datasets yield, also gets it as its key "sample_id", which reaches
+    collators and models that know dictionaries alone. Datasets that hand out whole batches (`__getitems__`, as
+    `torch.utils.data.Subset` and `random_split`) do so here. Attributes are the dataset's.
+
     Args:
-        dataset: a map-style dataset: it has `__getitem__` and `__len__`.
+        dataset: a map-style dataset: it has `__getitem__` and `__len__`. Ids count its own items: those of a Subset are
+            positions in the Subset.
 
     Raises:
-        TypeError: the dataset has no length or cannot be indexed, so its samples have no ids.
+        TypeError: the dataset has no length, cannot be indexed or is an `IterableDataset`, so its samples have no ids.
+        ValueError: from an item that has a key "sample_id" already.
     """
 
     def __init__(self, dataset: Any) -> None:
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        lacks = not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__")
+        if lacks or isinstance(dataset, IterableDataset):
             kind = type(dataset).__name__
             raise TypeError(f"{kind} cannot be indexed, so its samples have no ids; use a map-style dataset")
         self.dataset = dataset
@@ -28,12 +39,34 @@ class IndexedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        item = self.dataset[index]
-        return (*item, index) if isinstance(item, tuple) else (item, index)
+        return self._with_id(self.dataset[index], index)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, ...]]:
+        """Return the items of a batch, as DataLoader asks for them."""
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
+        return [self._with_id(item, index) for item, index in zip(items, indices, strict=True)]
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return (self[index] for index in range(len(self)))
+
+    def _with_id(self, item: Any, index: Any) -> tuple[Any, ...]:
+        number = operator.index(index)
+        number += len(self) if number < 0 else 0
+        if isinstance(item, tuple):
+            return (*item, number)
+        if isinstance(item, Mapping):
+            if SAMPLE_ID in item:
+                raise ValueError(
+                    f"an item has a key {SAMPLE_ID!r} already; rename it, since it stands for the sample's id"
+                )
+            item = {**item, SAMPLE_ID: number}
+        return item, number
 
     def __getattr__(self, name: str) -> Any:
-        # While it is being unpickled there is no dataset yet.
-        if name == "dataset":
+        # Special methods are this class's own: the dataset's would copy or pickle the dataset alone. While it is being
+        # unpickled there is no dataset yet.
+        if name == "dataset" or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
