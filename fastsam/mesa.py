@@ -9,8 +9,7 @@ The teacher v stands for the trajectory that SAF remembers, for one copy of the 
 docs/algorithms.md#mesa.
 """
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from fastsam.distributed.dtensor import is_dtensor
 from fastsam.kernels import ops
 from fastsam.kernels.past import Past
 from fastsam.trajectory.loss import Trajectory, check_number, uncompiled
+from fastsam.trajectory.teacher import Pick, copy_of, filled, logits_of, paired
 from fastsam.two_pass import capture
 from fastsam.two_pass.batch import tensors_of
 from fastsam.two_pass.forward_alone import ForwardAlone
@@ -46,9 +46,17 @@ class MESA(Trajectory):
     Inside a fastsam optimizer's step both passes compare with the same teacher, whose forward runs once if both have
     the same inputs.
 
+    Teacher and model are paired by the names of their tensors. After surgery on the model that changes the names or
+    shapes of parameters (a head added or replaced, pruning, a parametrization) build MESA anew. A buffer that a forward
+    adds or replaces by one of another shape reaches the teacher as a copy.
+
     Args:
         model: what is trained, or its DistributedDataParallel or torch.compile wrapper; held, not registered. To
             compile the teacher as well, call `mesa.teacher.compile()`.
+        teacher: a second module with the parameters and buffers of `model`, which are copied into it, for models that
+            `copy.deepcopy` cannot copy. Default: a deep copy of the model.
+        output: how to pick the logits out of what the model returns: a key or attribute, an index, or a function.
+            Default: the returned tensor, or its key or attribute "logits".
         lam: weight of the divergence, >= 0.
         tau: temperature, > 0.
         decay: of the average, in (0, 1): about the last 1 / (1 - decay) steps. 0.9998 is the authors' for ImageNet.
@@ -61,8 +69,9 @@ class MESA(Trajectory):
             around the call, or of the logits where they are 16 bits.
 
     Raises:
-        TypeError: model is no module, or an argument has the wrong type.
-        ValueError: an argument out of range, or a model whose parameters are DTensors (FSDP2, tensor parallel).
+        TypeError: model is no module, cannot be deep-copied, or an argument has the wrong type.
+        ValueError: an argument out of range, a model whose parameters are DTensors (FSDP2, tensor parallel), or a
+            teacher that shares tensors with the model or has others.
     """
 
     teacher: nn.Module
@@ -80,6 +89,8 @@ class MESA(Trajectory):
         ignore_index: int = -100,
         reduction: Literal["mean", "sum", "none"] = "mean",
         teacher_dtype: torch.dtype | None = None,
+        teacher: nn.Module | None = None,
+        output: Pick = None,
     ) -> None:
         super().__init__(lam, tau, start_epoch, label_smoothing, tau_squared, ignore_index, reduction)
         if not isinstance(model, nn.Module):
@@ -88,10 +99,12 @@ class MESA(Trajectory):
         student = _unwrap(model)
         if any(map(is_dtensor, student.parameters())):
             raise ValueError("the model's parameters are DTensors, which MESA cannot average; use SAF, or DDP")
-        self.decay, self.teacher_dtype = decay, teacher_dtype
+        if isinstance(output, bool) or not (output is None or isinstance(output, (str, int)) or callable(output)):
+            raise TypeError(f"output must be a key, an index or a function, got {output!r}")
+        self.decay, self.teacher_dtype, self.output = decay, teacher_dtype, output
         # In a tuple, so that the model is not registered as a part of this module.
         self._student = (student,)
-        self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
+        self.teacher = (copy_of(student) if teacher is None else filled(teacher, student)).requires_grad_(False).eval()
         self._forward_alone = ForwardAlone()
         self._first_pass: tuple[Any, Tensor] | None = None
         """Inputs and teacher logits of the step's first pass, for its second one."""
@@ -181,7 +194,7 @@ class MESA(Trajectory):
 
         with nullcontext() if dtype is None else torch.autocast(kind, dtype):
             output = self._forward_alone(forward)
-        return getattr(output, "logits", output).detach()
+        return logits_of(output, self.output).detach()
 
     def _dtype(self, logits: Tensor) -> torch.dtype | None:
         is_half = logits.dtype in (torch.float16, torch.bfloat16)
@@ -201,7 +214,7 @@ class MESA(Trajectory):
             found_inf: 0-dim tensor; where it is not 0 the step was skipped, and the teacher stays where it is.
 
         Raises:
-            RuntimeError: the weights are perturbed now.
+            RuntimeError: the weights are perturbed now, or the model has other parameters than the teacher.
         """
         step = under_way()
         if step is not None and step.stage in (Stage.DESCENT, Stage.FIRST):
@@ -212,7 +225,7 @@ class MESA(Trajectory):
         # A forward that is still running reads the teacher's weights, which this changes.
         if self._begun is not None:
             self._finish_begun()
-        pairs = list(zip(_tensors(self.teacher), _tensors(self._student[0]), strict=True))
+        pairs = paired(self.teacher, self._student[0])
         averaged = [(v, w) for v, w in pairs if v.is_floating_point() or v.is_complex()]
         averages = [torch.view_as_real(v) if v.is_complex() else v for v, _ in averaged]
         values = [torch.view_as_real(w) if w.is_complex() else w for _, w in averaged]
@@ -266,8 +279,3 @@ def _unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
