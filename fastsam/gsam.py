@@ -44,6 +44,9 @@ class GSAM(SAM):
         ValueError: alpha outside [0, 1], rho_min without lr_max or the reverse, lr_min above lr_max; and what `SAM`
             raises.
         TypeError: a number is none; and what `SAM` raises.
+
+    Both passes must have the same loss scale, as they have in `step(loss_fn, *batch, scaler=)` and under contexts;
+    `first_step` and `second_step` cannot tell, and want gradients without one.
     """
 
     def __init__(

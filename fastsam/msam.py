@@ -180,11 +180,12 @@ class MSAM(SAM):
         trained = [p for p in self._params() if p.requires_grad]
         m = len(self._sizes(batch.n))
         shards = BatchedShards(self.model, trained, loss_fn, batch, m)  # type: ignore[arg-type]
-        return self._batched_passes(shards, _unscaled if scaler is None else scaler.scale)
+        return self._batched_passes(shards, scaler)
 
-    def _batched_passes(self, shards: BatchedShards, scale: Callable[[Tensor], Tensor]) -> Tensor:
+    def _batched_passes(self, shards: BatchedShards, scaler: Any) -> Tensor:
         """Run all first passes at once, then all second ones, each shard at weights of its own."""
-        self._start_afresh()
+        self._start_on_batch(scaler)
+        scale: Callable[[Tensor], Tensor] = _unscaled if scaler is None else scaler.scale
         self._enter_ascent()
         statistics = self._run.statistics.moving()
         losses, gradients, moved_statistics = shards.first_pass(statistics, scale)

@@ -221,7 +221,7 @@ class MethodHooks(PassOptimizer):
         return self._run.pending
 
     def unscaled(self, tensor: Tensor) -> Tensor:
-        """Return a gradient without the loss scale that backward was run with, where `state_holds_scale`."""
+        """Return a gradient, or the norm of one, without the loss scale that backward was run with, if it is known."""
         scale = self._run.grad_scale
         return tensor if scale is None else tensor / torch.as_tensor(scale, dtype=tensor.dtype, device=tensor.device)
 

@@ -311,10 +311,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
     def _passes_on_batch(self, loss_fn: Callable, batch: Batch, scaler: Any) -> Tensor:
         """Run all passes of a step and return the first ones' mean loss."""
         run, pairs = self._run, self.passes(batch)
-        self._start_afresh()
-        # a product of its own, which only methods that keep a gradient are charged for
-        if scaler is not None and self.state_holds_scale:
-            run.grad_scale = scaler.scale(torch.ones((), dtype=torch.float32, device=run.skipped.device))
+        self._start_on_batch(scaler)
         averages = len(pairs) > 1 and self.averages_statistics()
         statistics = MeanUpdate(run.statistics.moving() if averages else [])
         losses: list[Tensor] = []
@@ -330,6 +327,13 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         statistics.finish()
         run.last_grad_norm = self.norm_of_pairs(norms)
         return losses[0].mean() if len(losses) == 1 else torch.cat(losses).mean()
+
+    def _start_on_batch(self, scaler: Any) -> None:
+        """Drop what earlier passes left, and note the scale that the backward passes of this step will have."""
+        self._start_afresh()
+        if scaler is not None and scaler.is_enabled():
+            # a copy, since the scaler changes its own in update()
+            self._run.grad_scale = scaler.scale(torch.ones((), dtype=torch.float32, device=self._run.skipped.device))
 
     def _pair_on_batch(self, loss_fn: Callable, pair: Pair, scaler: Any, sync: bool) -> Tensor:
         """Run both passes on a part of the batch; return the losses of the first, or of the only one."""
@@ -403,7 +407,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         run.last_grad_norm = None
         if found:
             ascent = self._ascent(params, found)
-            run.last_grad_norm = self.perturb(ascent, 0)
+            norm = self.perturb(ascent, 0)
+            run.last_grad_norm = None if norm is None else self.unscaled(norm)
             run.ascent = ascent if self._combines() else None
         self._count_step()
 
@@ -464,7 +469,12 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             run.params = self._params()
             self._combine()
             is_counted = True
+        # under a GradScaler whose scale the ascent was not told
+        holds_scale = run.pairs > 0 and found_inf is not None and run.grad_scale is None
         self._update(grad_scale, found_inf, is_counted)
+        if holds_scale and run.last_grad_norm is not None:
+            # where unscale_() has taken it out of p.grad, nobody knows it any more
+            run.last_grad_norm = None if grad_scale is None else run.last_grad_norm / grad_scale
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None, is_counted: bool = True) -> None:
         """Restore the weights and take the base optimizer's step, unless the final gradient is not finite."""

@@ -84,9 +84,10 @@ class PassOptimizer(WrappedOptimizer):
 
     @property
     def last_grad_norm(self) -> Tensor | None:
-        """Norm of the ascent gradient that this rank last used: a 0-dim tensor on its device.
+        """Norm of the ascent gradient that this rank last used, without a loss scale: a 0-dim tensor on its device.
 
-        None if nothing was perturbed.
+        None if nothing was perturbed; and after contexts under a GradScaler whose `unscale_` was called, unless
+        `ascent(grad_scale=)` was told its scale.
         """
         return self._run.last_grad_norm
 
@@ -139,7 +140,8 @@ class PassOptimizer(WrappedOptimizer):
 
         Args:
             grad_scale: what the loss is multiplied by before its backward, a GradScaler's scale; for methods whose
-                state must not hold it (LookSAM). Default: 1.
+                state must not hold it (LookSAM), and for `last_grad_norm` where `scaler.unscale_` is called before the
+                step. Default: 1.
 
         Raises:
             RuntimeError: inside another pass, or the last ascent has not been used by a descent.

@@ -11,6 +11,7 @@ from training import Training, moments
 
 from fastsam import SAM
 from fastsam.graph.plain_step import as_stepper
+from fastsam.methods import METHODS
 
 NO_SCALER = {
     "scaler.step(opt, closure) is refused, of all optimizers": lambda cell: cell.way == "closure",
@@ -52,12 +53,16 @@ def clipped_step(training, clip):
 
 @law(skips=NO_SCALER, backends=("torch", "triton"))
 def test_a_scaler_changes_nothing_but_the_scale(cell):
-    """In steps that clip, and in those between."""
+    """In steps that clip, and in those between; `last_grad_norm` does not have it either."""
     training, plain = Training(cell), Training(cell)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     for clip in (None, 0.1, None, 0.1):
         scaled_step(training, scaler, clip)
         clipped_step(plain, clip)
+        norms = [getattr(t.opt, "last_grad_norm", None) for t in (training, plain)]
+        assert (norms[0] is None) == (norms[1] is None)
+        if norms[0] is not None:
+            torch.testing.assert_close(*norms, rtol=1e-9, atol=0.0)
     assert largest_difference(training.model, plain.model) < 1e-9
     assert scaler.get_scale() == 1024.0 * 2**2, "the growth tracker must tick once a step"
 
@@ -218,6 +223,40 @@ def test_a_closure_under_a_scaler_is_refused(backend):
     opt.step(losses_of(model), x, y, scaler=scaler)  # the refusal leaves nothing behind
     scaler.update()
     opt.step(losses_of(model), x, y)
+
+
+NOT_TOLD = {
+    "only contexts may not be told the scale": lambda cell: cell.way != "contexts",
+    "a method that keeps a gradient has to be told": lambda cell: (
+        cell.subject.optimizer and METHODS[cell.subject.optimizer].cls.state_holds_scale
+    ),
+}
+
+
+@law(skips=PLAIN | NOT_TOLD)
+def test_a_norm_is_without_a_scale_that_contexts_were_not_told(cell):
+    """It is found in `scaler.step`; after `scaler.unscale_` nobody knows it, and then there is no norm."""
+    training, plain = Training(cell), Training(cell)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for unscales in (False, True):
+        opt = training.opt
+        training.begin()
+        for pair in opt.passes(training.batch):
+            with opt.ascent():
+                scaler.scale(training.losses(*pair.batch).mean()).backward()
+            with opt.descent():
+                scaler.scale(training.losses(*pair.batch).mean() * pair.weight).backward()
+        if unscales:
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        training.taken += 1
+        plain.step()
+        if unscales or plain.opt.last_grad_norm is None:
+            assert opt.last_grad_norm is None
+        else:
+            torch.testing.assert_close(opt.last_grad_norm, plain.opt.last_grad_norm, rtol=1e-9, atol=0.0)
 
 
 def test_final_gradients_are_left_unscaled(backend):
