@@ -11,7 +11,7 @@ from problems import batches, largest_difference, losses_of, mlp
 from fastsam import ESAM
 
 
-def esam_step(model, base, opt, parts, gamma, sharing, norm):
+def esam_step(model, base, opt, parts, gamma, sharing, norm, losses_of=losses_of):
     """ESAM's step of docs/algorithms.md over ranks, in plain torch.
 
     `parts` are the ranks' batches; the mask is the optimizer's.
@@ -62,6 +62,31 @@ def test_esam(sync, norm):
             assert_equal_on_ranks(model.parameters())
         assert empty, "no step without a perturbation, which takes a way of its own"
         assert largest_difference(model, expected) < EXACT
+
+
+def weighted_losses_of(model):
+    """Times the size of a layer's gradient, which the loss takes itself, in the forward that selects, too."""
+
+    def losses(x, y):
+        rows = losses_of(model)(x, y)
+        weight = getattr(model, "module", model)[0].weight
+        (g,) = torch.autograd.grad(rows.mean(), weight, retain_graph=True)
+        return rows * g.norm()
+
+    return losses
+
+
+@pytest.mark.ranks(2)
+def test_losses_that_differentiate_inside():
+    model, expected = mlp(), mlp()
+    base = torch.optim.SGD(expected.parameters(), **SGD)
+    opt = ESAM(model.parameters(), torch.optim.SGD, 0.1, beta=0.4, model=(ddp := wrap(model)), **SGD)
+    for x, y in batches(4, rows=16):
+        parts = list(zip(x.chunk(2), y.chunk(2), strict=True))
+        esam_step(expected, base, opt, parts, 0.5, 2, "masked", weighted_losses_of)
+        opt.step(weighted_losses_of(ddp), *rows_of_rank((x, y)))
+        assert_equal_on_ranks(model.parameters())
+    assert largest_difference(model, expected) < EXACT
 
 
 @pytest.mark.ranks(4)

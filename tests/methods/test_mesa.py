@@ -141,6 +141,27 @@ def test_no_gradient_reaches_the_teacher_and_it_holds_no_student(backend):
     assert {name.split(".")[0] for name in mesa.state_dict()} == {"teacher", "_extra_state"}
 
 
+def test_a_model_that_differentiates_in_its_forward_has_a_teacher(backend):
+    class Sloping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            z = self.net(x)
+            (slope,) = torch.autograd.grad(z.square().sum(), x, create_graph=self.training)
+            return z + slope[:, :3]
+
+    model = Sloping()
+    mesa = MESA(model, start_epoch=0)
+    for _ in range(2):
+        loss = mesa(model(X), Y, X)
+        loss.backward()
+        torch.testing.assert_close(loss, F.cross_entropy(model(X), Y))  # it is the model, so far
+    assert all(p.grad is None for p in mesa.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_weights_are_averaged(backend, dtype):
     model = mlp(dtype)
