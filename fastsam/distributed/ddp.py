@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastsam.distributed.dtensor import all_reduce, is_dtensor, largest_over_ranks, loaded
-from fastsam.distributed.peers import Peers, other_seed
+from fastsam.distributed.peers import Peers, norm_of, other_seed
 from fastsam.distributed.reducer import reducers_of
 from fastsam.distributed.unsupported import refuse_pipelines, refuse_unsupported
 from fastsam.kernels.tensor_list import buckets
@@ -69,6 +69,7 @@ class ParallelModel:
         self._fsdp = [m for m in modules if isinstance(m, loaded("torch.distributed.fsdp", "FSDPModule"))]
         self._world = self._reducers[0].ddp.process_group if self._reducers else None
         self.perturb_sync = perturb_sync or (under_ddp if self._reducers else "global")
+        _refuse_several_groups([r.ddp.process_group for r in self._reducers])
         size = dist.get_world_size(self._world) if _is_running() else 1
         sharing = _ranks_sharing(self.perturb_sync, size)
         self.is_local = sharing < size
@@ -169,10 +170,8 @@ class ParallelModel:
 
     def agree(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether all ranks hold the same gradients; reads the device, for a step that may have left them unreduced."""
-        found = [g for g in grads if g is not None]
-        squares = [g.double().square().sum().to(self._device) for g in found]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self._device)
-        ends = torch.stack([total, -total]).double()
+        norm = norm_of(grads, self._device)
+        ends = torch.stack([norm, -norm])
         all_reduce(ends, self._world, dist.ReduceOp.MAX, "the norm of the final gradient")
         return bool(ends[0] == -ends[1]) or not bool(ends.isfinite().all())
 
@@ -229,6 +228,17 @@ def check_perturb_sync(perturb_sync: Any) -> None:
     is_size = isinstance(perturb_sync, int) and not isinstance(perturb_sync, bool) and perturb_sync > 0
     if not is_size and perturb_sync not in (None, "global", "replica"):
         raise ValueError(f"perturb_sync must be None, 'global', 'replica' or a number of ranks, got {perturb_sync!r}")
+
+
+def _refuse_several_groups(groups: Sequence[Any]) -> None:
+    """Raise ValueError if modules of one optimizer are copied among different ranks, as experts are."""
+    ranks = {tuple(dist.get_process_group_ranks(group)) for group in groups}
+    if len(ranks) > 1:
+        raise ValueError(
+            f"model holds DistributedDataParallel modules over the ranks {' and '.join(map(str, sorted(ranks)))}: some "
+            "ranks hold other weights than others, and each would perturb by the norm of its own; use fully_shard "
+            "(FSDP2), whose weights know their ranks"
+        )
 
 
 def _is_running() -> bool:

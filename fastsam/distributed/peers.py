@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Peers:
         """
         self._steps += 1
         if self._steps == 1:
-            self._norm = math.sqrt(sum(float(g.double().norm()) ** 2 for g in grads if g is not None))
+            self._norm = float(norm_of(grads, torch.device("cpu")))
         elif self._steps & (self._steps - 1):
             return False
         notes = self._exchange("norm", repr(self._norm))
@@ -61,7 +62,7 @@ class Peers:
                     f"rank {dist.get_rank()} and {float(note):.6g} on rank {rank}. Unless every process trains a model "
                     "of its own, nobody reduces them and ranks drift apart: pass model=, the DistributedDataParallel "
                     "module, and call it in the loss",
-                    stacklevel=6,
+                    stacklevel=7,
                 )
                 return True
         return len(notes) == dist.get_world_size() - 1 or self._steps >= LAST_LOOK
@@ -79,6 +80,13 @@ class Peers:
             # The process that serves the store has ended, or there is no store: nobody is left to be compared with.
             self._steps = LAST_LOOK
         return found
+
+
+def norm_of(grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Return the 2-norm over all gradients that are there, 0-dim float64 on `device`."""
+    dense = [g.to_dense() if g.is_sparse else g for g in grads if g is not None]
+    parts = [torch.linalg.vector_norm(g.abs(), dtype=torch.float64).to(device) for g in dense]
+    return torch.stack([torch.zeros((), dtype=torch.float64, device=device), *parts]).norm()
 
 
 def other_seed(seed: int, whose: str) -> str:

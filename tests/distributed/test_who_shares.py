@@ -165,6 +165,15 @@ def test_stages_of_a_pipeline_are_refused(way):
         way(opt, stage.submod, *batches(1)[0])
 
 
+@pytest.mark.ranks(2)
+def test_modules_that_are_copied_among_other_ranks_are_refused():
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    model = torch.nn.ModuleList([wrap(mlp()), wrap(mlp(), process_group=alone)])
+    opt = SAM(model.parameters(), torch.optim.SGD, model=model, lr=0.1)
+    with pytest.raises(ValueError, match=r"over the ranks .* and \(0, 1\)|over the ranks \(0, 1\) and"):
+        opt.step(losses_of(model[0]), *batches(1)[0])
+
+
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("how", ["ddp", "replicate"])
 def test_tensor_parallel_weights_below_ddp_are_refused(how):
