@@ -13,11 +13,11 @@ mask at the start of every step and keep exactly floor(gamma |B|) rows.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.distributed.ddp import PerturbSync
@@ -28,6 +28,7 @@ from fastsam.sam import SAM, check_choice
 from fastsam.two_pass import capture
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.batch import check_losses, take_rows
+from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 from fastsam.two_pass.wrapper import SEED, STEP
 
@@ -78,11 +79,13 @@ class ESAM(SAM):
         norm: Literal["masked", "full", "estimated"] = "masked",
         selection: Literal["reforward", "reuse"] = "reforward",
         strict: bool = False,
-        model: nn.Module | None = None,
+        model: Modules = None,
         perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
+        generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        keep: Sequence[Any] = (),
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
@@ -99,8 +102,10 @@ class ESAM(SAM):
             model=model,
             perturb_sync=perturb_sync,
             same_rng=same_rng,
+            generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            keep=keep,
             seed=seed,
             **base_kwargs,
         )
@@ -217,7 +222,7 @@ class ESAM(SAM):
             losses = check_losses(loss_fn(*batch), n)
             return losses.index_select(0, self._rows(losses.detach(), first, k))
         rows = self._rows(self.losses_without_backward(loss_fn, batch, n), first, k)
-        self.replay_draws()
+        self.replay()
         return check_losses(loss_fn(*take_rows(batch, rows)), len(rows))
 
     def _number_of_rows(self, n: int) -> int:

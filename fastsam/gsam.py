@@ -12,16 +12,17 @@ Descending along -g_perp raises the loss at w without changing that at w + eps, 
 and norms are over all perturbed tensors and ranks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM, check_radius
 from fastsam.two_pass.ascent import Ascent
+from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 
 
@@ -60,11 +61,13 @@ class GSAM(SAM):
         rho_min: float | None = None,
         lr_max: float | None = None,
         lr_min: float | None = None,
-        model: nn.Module | None = None,
+        model: Modules = None,
         perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
+        generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        keep: Sequence[Any] = (),
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
@@ -83,8 +86,10 @@ class GSAM(SAM):
             model=model,
             perturb_sync=perturb_sync,
             same_rng=same_rng,
+            generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            keep=keep,
             seed=seed,
             **base_kwargs,
         )

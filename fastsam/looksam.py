@@ -7,16 +7,17 @@ g_v is the part of SAM's gradient that is orthogonal to the plain one, which cha
 steps have a single pass. t counts steps, taken or skipped; the first step is SAM's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM, check_choice, check_radius
 from fastsam.two_pass.ascent import Ascent
+from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 from fastsam.two_pass.wrapper import TAKEN
 
@@ -58,11 +59,13 @@ class LookSAM(SAM):
         k: int = 5,
         alpha: float = 0.7,
         scope: Literal["global", "tensor"] = "global",
-        model: nn.Module | None = None,
+        model: Modules = None,
         perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
+        generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        keep: Sequence[Any] = (),
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
@@ -76,8 +79,10 @@ class LookSAM(SAM):
             model=model,
             perturb_sync=perturb_sync,
             same_rng=same_rng,
+            generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            keep=keep,
             seed=seed,
             **base_kwargs,
         )

@@ -12,17 +12,17 @@ restore: 4 + 16 + 8 bytes per float32 parameter. That restore can be fused with 
 needs w itself; the last shard's is part of the base step, as in SAM.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM, check_choice
 from fastsam.two_pass.batch import Batch, batch_size, split_rows
-from fastsam.two_pass.module_state import set_to_means
+from fastsam.two_pass.module_state import Modules, as_one, set_to_means
 from fastsam.two_pass.optimizer import Pair, TwoPassOptimizer
 from fastsam.two_pass.vmap_shards import WAY_OUT, BatchedShards, check_batchable
 
@@ -75,11 +75,13 @@ class MSAM(SAM):
         weighting: Literal["sample", "uniform"] = "sample",
         bn_update: Literal["mean", "sequential"] = "mean",
         execution: Literal["sequential", "batched"] = "sequential",
-        model: nn.Module | None = None,
+        model: Modules = None,
         perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
+        generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        keep: Sequence[Any] = (),
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
@@ -87,7 +89,7 @@ class MSAM(SAM):
         check_choice("bn_update", bn_update, ("mean", "sequential"))
         check_choice("execution", execution, ("sequential", "batched"))
         if execution == "batched":
-            check_batchable(model, bn_update)
+            check_batchable(as_one(model), bn_update)
         self.weighting, self.bn_update, self.execution = weighting, bn_update, execution
         TwoPassOptimizer.__init__(
             self,
@@ -97,8 +99,10 @@ class MSAM(SAM):
             model=model,
             perturb_sync=perturb_sync,
             same_rng=same_rng,
+            generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            keep=keep,
             seed=seed,
             **base_kwargs,
         )
@@ -147,7 +151,7 @@ class MSAM(SAM):
                 f"execution='batched' needs equal shards, and {n} rows make shards of {max(sizes)} and {min(sizes)}; "
                 f"pass another size, leave out a last batch of another size (drop_last=True), or {WAY_OUT}"
             )
-        if self.execution == "batched" and self._run.statistics.any_cumulative():
+        if self.execution == "batched" and self._run.module_state.any_cumulative():
             raise ValueError(f"execution='batched' cannot run batch norm with momentum=None; {WAY_OUT}")
 
     def _sizes(self, n: int) -> list[int]:
@@ -179,7 +183,7 @@ class MSAM(SAM):
             return super()._passes_on_batch(loss_fn, batch, scaler)
         trained = [p for p in self._params() if p.requires_grad]
         m = len(self._sizes(batch.n))
-        shards = BatchedShards(self.model, trained, loss_fn, batch, m)  # type: ignore[arg-type]
+        shards = BatchedShards(as_one(self.model), trained, loss_fn, batch, m)  # type: ignore[arg-type]
         return self._batched_passes(shards, scaler)
 
     def _batched_passes(self, shards: BatchedShards, scaler: Any) -> Tensor:
@@ -187,7 +191,7 @@ class MSAM(SAM):
         self._start_on_batch(scaler)
         scale: Callable[[Tensor], Tensor] = _unscaled if scaler is None else scaler.scale
         self._enter_ascent()
-        statistics = self._run.statistics.moving()
+        statistics = self._run.module_state.statistics()
         losses, gradients, moved_statistics = shards.first_pass(statistics, scale)
         self._run.leave_ascent()
         weights = shards.copies_of_weights()

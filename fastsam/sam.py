@@ -11,16 +11,17 @@ With adaptive=True it is ASAM (Kwon et al. 2021, https://arxiv.org/abs/2102.1160
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.kernels.reference import E0
 from fastsam.two_pass.ascent import Ascent
+from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 
 OFFICIAL_ETA, OFFICIAL_E0 = 0.01, 1e-16
@@ -40,8 +41,11 @@ class SAM(TwoPassOptimizer):
         adaptive: False for SAM; True for ASAM with `T = |w|` for every tensor; "official" for the ASAM paper's code:
             `T = |w| + 0.01` for tensors whose name contains "weight" and T = 1 for the others, which needs `model` or
             named parameters. ASAM wants a rho about ten times as large.
-        model: the module that is trained, or its wrapper. With it the running statistics of batch norm are those of
-            the first pass alone, and after a step that fails those before it; without it they are yours to handle. It
+        model: the module that is trained, or its wrapper; or a sequence of modules. With it every forward of a step
+            starts from the buffers that the step found, and the step ends with what its first pass left: running
+            statistics, codebooks, queues, spectral norm's vectors, whatever kind of module moves them, and frozen
+            parameters that a forward moves, which are searched for in a few first steps and in every 256th (a wait
+            each). After a step that fails all are what they were before it. Without it they are yours to handle. It
             is held, not registered.
         perturb_sync: which ranks of a DistributedDataParallel (or `replicate()`) model share a perturbation: "global"
             perturbs all alike, along the gradient of the whole batch; "replica" perturbs each along its own, unreduced,
@@ -49,12 +53,18 @@ class SAM(TwoPassOptimizer):
             ranks. None means "global", but for `MSAM` under DDP. Pass DDP's module as `model`. DDP weighs ranks
             equally, whatever their batch sizes are. With fully_shard only "global" works. Looked up when the first
             step begins, on all ranks together: process groups and wrappers may come after the optimizer.
-        same_rng: draw the same random numbers (dropout) in both passes. `first_step`/`second_step` cannot.
+        same_rng: draw the same random numbers (dropout) in both passes: from torch's generators on all devices,
+            Python's `random`, NumPy's global generator and `generators`. `first_step`/`second_step` cannot. Global
+            generators from which another thread draws meanwhile are not supported.
+        generators: torch.Generator, random.Random, numpy.random.Generator and RandomState objects that the loss
+            function draws from.
         stochastic_rounding: "auto" or True round the perturbation of float16 and bfloat16 weights stochastically,
             since rounding to nearest drops most of it; False rounds to nearest. Shards of whole rows (fully_shard)
             round as the whole weights would on one process; shards of columns draw numbers of their own.
         check_finite: skip steps whose final gradient holds inf or NaN, and count them in `skipped_steps`. Costs one
             read of the gradient unless a GradScaler has looked already.
+        keep: what a forward moves beside `model`'s buffers and is to be kept to one forward as well: tensors, and
+            objects with state_dict() and load_state_dict().
         seed: of the random numbers of stochastic rounding.
         **base_kwargs: the base optimizer's own arguments (lr, momentum, ...).
 
@@ -82,11 +92,13 @@ class SAM(TwoPassOptimizer):
         rho: float = 0.05,
         adaptive: bool | Literal["official"] = False,
         *,
-        model: nn.Module | None = None,
+        model: Modules = None,
         perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
+        generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        keep: Sequence[Any] = (),
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
@@ -97,8 +109,10 @@ class SAM(TwoPassOptimizer):
             model=model,
             perturb_sync=perturb_sync,
             same_rng=same_rng,
+            generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            keep=keep,
             seed=seed,
             **base_kwargs,
         )

@@ -166,16 +166,27 @@ def restore_(backup: Backup) -> None:
     Args:
         backup: as `perturb_` left it; invalid afterwards.
     """
-    if not backup.valid:
+    if backup.valid:
+        copy_(*backup.pending())
+        backup.discard()
+
+
+@torch.no_grad()
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, bit for bit: one launch for all that are of one width and device.
+
+    Args:
+        targets: tensors to write, of any dtypes; the storage stays where it is.
+        sources: tensors of the same shapes, dtypes and devices.
+    """
+    if not targets:
         return
-    weights, copies = backup.pending()
-    kernels, launches, rest = _split(weights, copies, by_width=True)
+    kernels, launches, rest = _split(targets, sources, by_width=True)
     if rest:
-        reference.restore_(*_take(rest, weights, copies))
+        reference.restore_(*_take(rest, targets, sources))
     if launches:
         kernels.restore_(launches)
-        torch.autograd.graph.increment_version(weights)
-    backup.discard()
+        torch.autograd.graph.increment_version(targets)
 
 
 @torch.no_grad()

@@ -23,7 +23,9 @@ class SGDOptions(NamedTuple):
 
 def restore_(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
     """Copy the copies back into the weights, bit for bit."""
-    torch._foreach_copy_(list(weights), list(copies))
+    # A list of several dtypes would be copied tensor by tensor.
+    for rows in buckets(w.dtype for w in weights):
+        torch._foreach_copy_([weights[i] for i in rows], [copies[i] for i in rows])
 
 
 def restore_sgd_step_(

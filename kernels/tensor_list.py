@@ -34,6 +34,17 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
 
 
+def as_words(tensor: Tensor) -> Tensor:
+    """One-dimensional view of a dense tensor's memory in words of 4 bytes, or of 1; a gappy tensor as it is.
+
+    The words are called float32 and uint8, as kernels that move bits know them.
+    """
+    if not is_dense(tensor):
+        return tensor
+    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8 if tensor.numel() else tensor.dtype)
+    return flat.view(torch.float32) if len(flat) % 4 == 0 and flat.data_ptr() % 4 == 0 else flat
+
+
 def buckets(keys: Iterable[Hashable]) -> list[list[int]]:
     """Positions that share a key, in order of first appearance."""
     keys = list(keys)

@@ -202,7 +202,9 @@ def msam(step):
     m, size = o["num_shards"], o.get("shard_size")
     sizes = [n // m + (i < n % m) for i in range(m)] if m else [min(size, n - i) for i in range(0, n, size)]
     shares = [1 / len(sizes) if o.get("weighting") == "uniform" else size / n for size in sizes]
-    one_by_one = o.get("bn_update") == "sequential" or o["way"] == "contexts"
+    one_by_one = o.get("bn_update") == "sequential"
+    # between contexts nobody says how many rows a pair had
+    counts = [1 / len(sizes) if o["way"] == "contexts" else size / n for size in sizes]
     start, left, d = step.statistics(), [], [torch.zeros_like(p) for p in step.params]
     for rows, share in zip(torch.arange(n).split(sizes), shares, strict=True):
         if not one_by_one:
@@ -213,7 +215,7 @@ def msam(step):
         d = [d_n + share * v for d_n, v in zip(d, g_adv, strict=True)]
     if not one_by_one:
         for b, of_shards in zip(step.buffers, zip(*left, strict=True), strict=True):
-            mean = sum(s * (size / n) for s, size in zip(of_shards, sizes, strict=True))
+            mean = sum(s * share for s, share in zip(of_shards, counts, strict=True))
             b.copy_(mean if b.is_floating_point() else of_shards[0])  # a counter counts one update
     return d
 

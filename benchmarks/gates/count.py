@@ -188,12 +188,12 @@ class Counts(TorchDispatchMode):
         if _waits(func, args):
             self._count(self.reads, name)
         elif func.namespace == "aten" and not (self._in_pass or func.is_view or name in FREE):
-            self._count(self.operations, name)
+            self._count(self.operations, name, _times(name, args))
         return func(*args, **(kwargs or {}))
 
-    def _count(self, counter: Counter[str], name: str) -> None:
+    def _count(self, counter: Counter[str], name: str, times: int = 1) -> None:
         if not self._in_kernel:  # what the interpreter does is no operation of ours
-            counter[name] += 1
+            counter[name] += times
 
     def launching(self, run: Callable) -> Callable:
         """Count a kernel where it is run."""
@@ -228,6 +228,13 @@ class Counts(TorchDispatchMode):
             return result
 
         return uncounted
+
+
+def _times(name: str, args: tuple) -> int:
+    """How many operations a device runs: of lists of several dtypes one for each tensor, of one dtype one in all."""
+    lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+    mixed = name.startswith("_foreach") and any(len({t.dtype for t in tensors}) > 1 for tensors in lists)
+    return len(lists[0]) if mixed else 1
 
 
 def _waits(func: Any, args: tuple) -> bool:

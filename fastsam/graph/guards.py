@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.two_pass.gradients import flat
+from fastsam.two_pass.module_state import modules_of
 from fastsam.two_pass.restore_step import steps_in_a_kernel
+from fastsam.two_pass.snapshot import has_value
 from fastsam.two_pass.wrapper import STEP, TAKEN
 
 _REFRESHED = ("lr", "momentum", "dampening", "weight_decay", "betas", "eps")
@@ -28,8 +30,8 @@ class Guards:
         self._stepper = stepper
         self._base: Optimizer = getattr(stepper, "base_optimizer", None) or stepper.optimizer
         self._optimizers = [self._base] + ([stepper] if isinstance(stepper, Optimizer) else [])
-        model = getattr(stepper, "model", None)
-        self._modules = [] if model is None else list(model.modules())
+        models = modules_of(getattr(stepper, "model", None))
+        self._modules = [module for model in models for module in model.modules()]
         # what these depend on is looked at too
         self._refreshed = (*(_REFRESHED if steps_in_a_kernel(self._base) else ()), *stepper.refreshed)
 
@@ -53,8 +55,12 @@ class Guards:
             "the optimizer's state": tuple(map(_address, states)),
             "the optimizer's step hooks": hooks,
             "the mode of the model": tuple(map(_training, self._modules)),
+            "the memory of the model's buffers": tuple([b.data_ptr() for b in self._buffers() if has_value(b)]),
             "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         }
+
+    def _buffers(self) -> list[Any]:
+        return [b for module in self._modules for _, b in module._buffers.items()]
 
     def numbers(self) -> list[Any]:
         """Return what the tables of a capture follow. A tensor on the device is followed by the kernel itself."""

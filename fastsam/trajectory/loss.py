@@ -57,6 +57,9 @@ class Trajectory(nn.Module):
         ValueError: an argument out of range, named with its value.
     """
 
+    keeps_own_state = True
+    """Tells an optimizer around the model of which the loss is a part that it keeps its state to one pass by itself."""
+
     def __init__(
         self,
         lam: float,

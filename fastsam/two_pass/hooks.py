@@ -12,6 +12,7 @@ from fastsam.distributed.dtensor import local
 from fastsam.two_pass.ascent import Ascent, as_real
 from fastsam.two_pass.batch import check_losses
 from fastsam.two_pass.gradients import clear, put, take
+from fastsam.two_pass.module_state import modules_of
 from fastsam.two_pass.passes import PassOptimizer
 
 
@@ -57,8 +58,11 @@ class MethodHooks(PassOptimizer):
         return [Pair(batch)]
 
     def averages_statistics(self) -> bool:
-        """Whether batch norm's statistics move once in a step of several pairs, by the mean of the pairs'."""
-        return True
+        """Whether batch norm's statistics move once in a step of several pairs, by the mean of the pairs'.
+
+        Default: no, each pair's first pass goes on from those that the pair before left.
+        """
+        return False
 
     def norm_of_pairs(self, norms: list[Tensor | None]) -> Tensor | None:
         """Return `last_grad_norm` of a step of these pairs. Default: the last one's."""
@@ -160,15 +164,15 @@ class MethodHooks(PassOptimizer):
         """
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         if not names and self.model is not None:
-            name_of = {id(p): name for name, p in self.model.named_parameters()}
+            name_of = {id(p): name for module in modules_of(self.model) for name, p in module.named_parameters()}
             names = [name_of.get(id(p), "") for p in self._params()]
         if not names or not all(names):
             raise ValueError("this option needs parameter names: pass model=, or model.named_parameters() as params")
         return names
 
-    def replay_draws(self) -> None:
-        """Let one more forward of the second pass draw the first pass's random numbers."""
-        self._run.replay_draws()
+    def replay(self) -> None:
+        """Let one more forward of the second pass draw the first pass's random numbers and find its module state."""
+        self._run.replay()
 
     def losses_without_backward(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], n: int) -> Tensor:
         """Return the losses of one more forward of the second pass, shape [n], detached; no backward follows it.
@@ -213,7 +217,7 @@ class MethodHooks(PassOptimizer):
     @property
     def trains_batch_norm(self) -> bool:
         """Whether a layer of `model` normalises by the statistics of its batch, which takes two rows."""
-        return self._run.statistics.any_training()
+        return self._run.module_state.any_training()
 
     @property
     def pending(self) -> dict[Any, Any]:

@@ -14,11 +14,11 @@ Batch-norm statistics and random draws are the first pass's alone, and after an 
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # torch.compiler.disable would import the compiler, and Triton with it.
 from torch._compile import _disable_dynamo as uncompiled
@@ -31,9 +31,10 @@ from fastsam.two_pass.batch import Batch, batch_size, check_losses, read_batch
 from fastsam.two_pass.capture import Capturable, watch
 from fastsam.two_pass.gradients import ConsumedMark, clear, put, refuse_fresh, take
 from fastsam.two_pass.hooks import MethodHooks, Pair
-from fastsam.two_pass.module_state import MeanUpdate
+from fastsam.two_pass.module_state import Modules, check_keep, modules_of
 from fastsam.two_pass.partial_backward import run_backward
 from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel, update
+from fastsam.two_pass.rng import check_generators
 from fastsam.two_pass.scaler_target import refuse_no_gradient
 from fastsam.two_pass.stage import Stage
 from fastsam.two_pass.wrapper import FROM_BASE, SEED, STEP, TAKEN
@@ -56,11 +57,13 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         base_optimizer: class of the optimizer that takes the step, or "apex.FusedSGD" and the like.
         options: the method's hyperparameters with their values, which become keys of every param group, where users
             set them group by group and `option` reads them. `perturb` is added: False leaves a group's tensors out.
-        model: the module that is trained, or its wrapper.
+        model: the module that is trained, or its wrapper; or a sequence of modules.
         perturb_sync: which ranks share a perturbation: None, "global", "replica" or a number; see `SAM`.
         same_rng: draw the same random numbers in both passes.
+        generators: of random numbers, beside the global ones.
         stochastic_rounding: round the perturbation of 16-bit weights stochastically: "auto", True or False.
         check_finite: skip steps whose final gradient is not finite.
+        keep: module state beside that of `model`, to be kept to one forward as well.
         seed: of the method's random numbers.
         **base_kwargs: the base optimizer's own arguments.
 
@@ -77,16 +80,19 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         base_optimizer: type[Optimizer] | str,
         options: dict[str, Any],
         *,
-        model: nn.Module | None = None,
+        model: Modules = None,
         perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
+        generators: Sequence[Any] = (),
         stochastic_rounding: Any = "auto",
         check_finite: bool = True,
+        keep: Sequence[Any] = (),
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        modules = modules_of(model)
+        check_keep(keep)
+        check_generators(generators)
         check_perturb_sync(perturb_sync)
         for name, flag in (("same_rng", same_rng), ("check_finite", check_finite)):
             if not isinstance(flag, bool):
@@ -97,6 +103,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             raise TypeError(f"seed must be an integer, got {seed!r}")
         super().__init__(params, base_optimizer, {**options, "perturb": True}, seed, base_kwargs)
         self.model = model
+        self.keep, self.generators = keep, generators
         self.perturb_sync = perturb_sync
         self.same_rng = same_rng
         self.stochastic_rounding = bool(stochastic_rounding)
@@ -104,7 +111,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         # An error in the first step would come too late.
         self.check("the constructor")
         self._start()
-        if model is not None and not {id(p) for p in self._params()} & {id(p) for p in model.parameters()}:
+        if modules and not {id(p) for p in self._params()} & {id(p) for m in modules for p in m.parameters()}:
             warnings.warn(
                 "none of the optimizer's parameters belongs to model; build the optimizer after to_empty() and the "
                 "like, which replace parameters",
@@ -312,8 +319,6 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         """Run all passes of a step and return the first ones' mean loss."""
         run, pairs = self._run, self.passes(batch)
         self._start_on_batch(scaler)
-        averages = len(pairs) > 1 and self.averages_statistics()
-        statistics = MeanUpdate(run.statistics.moving() if averages else [])
         losses: list[Tensor] = []
         norms: list[Tensor | None] = []
         for i, pair in enumerate(pairs):
@@ -321,10 +326,9 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             run.restore()
             # The last backward reduces the sum of all pairs between DDP's ranks.
             is_last = i == len(pairs) - 1
+            run.share = pair.share
             losses.append(self._pair_on_batch(loss_fn, pair, scaler, is_last))
             norms.append(run.last_grad_norm)
-            statistics.add(pair.share)
-        statistics.finish()
         run.last_grad_norm = self.norm_of_pairs(norms)
         return losses[0].mean() if len(losses) == 1 else torch.cat(losses).mean()
 
@@ -481,6 +485,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         run = self._run
         if is_counted:
             run.parallel_model.compare(self.param_groups)
+        run.module_state.merge_pairs()
         found_inf, run.base_stepped = update(
             self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite, self.skip()
         )
@@ -516,8 +521,10 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         run, base = self._run, self.base_optimizer
         if self._find_ranks().are_several:
             return "it is taken by several processes"
-        if run.statistics.any_cumulative():
+        if run.module_state.any_cumulative():
             return "batch norm with momentum=None reads its counter on the host"
+        if run.generators:
+            return "generators= are not part of a capture, so every replay would draw the same numbers"
         reads = self.check_finite or scaler is not None or not all(g.get("capturable") for g in base.param_groups)
         return not_in_a_kernel(base) if reads and not is_fusable(base) else None
 

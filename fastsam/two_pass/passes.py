@@ -6,19 +6,21 @@ opt.step()
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 
 from fastsam.distributed.ddp import ParallelModel, PerturbSync
 from fastsam.distributed.unsupported import refuse_unsupported
 from fastsam.two_pass.gradients import copies, flat, follow_steps, take
+from fastsam.two_pass.module_state import Modules, ModuleState, as_one, modules_of
 from fastsam.two_pass.scaler_target import ScalerTarget
 from fastsam.two_pass.stage import Stage
 from fastsam.two_pass.state import Pass, StepState
-from fastsam.two_pass.wrapper import SEED, STEP, WrappedOptimizer
+from fastsam.two_pass.wrapper import SEED, STEP, WrappedOptimizer, weakly
 
 _UNDER_WAY = (Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
 
@@ -26,7 +28,9 @@ _UNDER_WAY = (Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
 class PassOptimizer(WrappedOptimizer):
     """A wrapped optimizer with a first and a second pass, whose weights are perturbed in the second alone."""
 
-    model: nn.Module | None
+    model: Modules
+    keep: Sequence[Any]
+    generators: Sequence[Any]
     same_rng: bool
     stochastic_rounding: bool
     perturb_sync: PerturbSync | None
@@ -60,7 +64,8 @@ class PassOptimizer(WrappedOptimizer):
 
     def _start(self) -> None:
         refuse_unsupported(self._params())
-        self._run = StepState(self.param_groups, self.model, self._combines())
+        state = ModuleState(modules_of(self.model), self.keep, weakly(self.averages_statistics))
+        self._run = StepState(self.param_groups, state, self._combines(), self.generators)
         self._scaler_target = ScalerTarget(self)
         follow_steps(self.base_optimizer, self._run.consumed)
 
@@ -69,7 +74,7 @@ class PassOptimizer(WrappedOptimizer):
         run = self._run
         if run.parallel_model is None:
             params = self._params()
-            ranks = ParallelModel(self.model, params, self.perturb_sync, self.perturb_sync_under_ddp)
+            ranks = ParallelModel(as_one(self.model), params, self.perturb_sync, self.perturb_sync_under_ddp)
             if self.has_draws():
                 ranks.refuse_other_seeds(self.param_groups[0][SEED], params)
             run.parallel_model = ranks
@@ -103,6 +108,10 @@ class PassOptimizer(WrappedOptimizer):
     @abstractmethod
     def has_draws(self) -> bool:
         """Whether the perturbation depends on random numbers."""
+
+    @abstractmethod
+    def averages_statistics(self) -> bool:
+        """Whether batch norm's statistics move once in a step of several pairs."""
 
     @abstractmethod
     def check(self, call: str, rows: int | None = None) -> None:
@@ -231,7 +240,9 @@ class PassOptimizer(WrappedOptimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights along the gradient in p.grad, as davda54/sam does; `second_step` comes next.
 
-        Random draws are not replayed in this way; with `model`, batch-norm statistics are those of the first pass.
+        Random draws are not replayed in this way. With `model`, module state is that of the first pass; the second one
+        starts from what `second_step` left before, which is not known in the first step, where it starts from what the
+        first pass left.
 
         Args:
             zero_grad: clear the gradients afterwards.

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsam.distributed.ddp import ParallelModel
 from fastsam.kernels import ops
@@ -14,7 +14,7 @@ from fastsam.kernels.tensor_list import Backup
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.forward_alone import ForwardAlone
 from fastsam.two_pass.gradients import ConsumedMark, clear, copies, flat, put, sums, take
-from fastsam.two_pass.module_state import RunningStatistics
+from fastsam.two_pass.module_state import ModuleState
 from fastsam.two_pass.rng import RandomState
 from fastsam.two_pass.stage import WAYS_IN, WAYS_OUT, Stage, execute
 
@@ -33,16 +33,18 @@ class StepState:
 
     Args:
         groups: the optimizer's parameter groups.
-        model: the module whose statistics are kept to one forward, or None.
+        module_state: of the modules that are kept to one forward.
         owns_descent: whether a second pass leaves its gradient alone in p.grad until `add_aside`, as a method that
             combines it with the first pass's needs it.
+        generators: of random numbers, beside the global ones.
     """
 
     def __init__(
         self,
         groups: Sequence[dict[str, Any]],
-        model: nn.Module | None,
+        module_state: ModuleState,
         owns_descent: bool,
+        generators: Sequence[Any] = (),
     ) -> None:
         self._stage = Stage.IDLE
         self.failed = False
@@ -65,7 +67,10 @@ class StepState:
         self.forward_alone = ForwardAlone()
         self.base_stepped = False
         self.unreduced = ExitStack()
-        self.statistics = RunningStatistics(model)
+        self.module_state = module_state
+        self.share = 1.0
+        """What the running statistics of the pair that is under way count among those of the step's pairs."""
+        self.generators = generators
         self.first_draws: RandomState | None = None
         self.later_draws: RandomState | None = None
         self.consumed = ConsumedMark()
@@ -91,6 +96,8 @@ class StepState:
     def finish(self) -> None:
         """The step has been taken: do what waited for it."""
         self.forget_pairs()
+        # A loop with first_step is likely to go on with it.
+        self.module_state.expect(self.in_second_step)
         torch.clear_autocast_cache()  # an autocast around the steps would go on with casts of the weights before it
         self.stage = Stage.IDLE
         at_end, self.at_end = self.at_end, []
@@ -99,9 +106,9 @@ class StepState:
 
     def forget_pairs(self) -> None:
         """Begin another step: no pair has been taken, and none has failed."""
-        self.pairs, self.failed, self.before_single, self.pending = 0, False, None, {}
+        self.pairs, self.failed, self.before_single, self.pending, self.share = 0, False, None, {}, 1.0
         self.grad_scale = None
-        self.statistics.end()
+        self.module_state.end()
 
     def refuse(self, call: str, *stages: Stage) -> None:
         """Raise RuntimeError if the step is in one of these stages."""
@@ -127,7 +134,7 @@ class StepState:
             is_local: keep this rank's gradient unreduced; `ParallelModel.average` is left to do.
         """
         self._start_pass(groups, unreduced=is_local)
-        self.first_draws = RandomState({p.device for p in self.params}) if same_rng else None
+        self.first_draws = self._random_state() if same_rng else None
         self._set_aside(unreduced=is_local)
         self.stage = Stage.ASCENT
         self.ascent_is_local = is_local
@@ -141,7 +148,7 @@ class StepState:
             groups: the optimizer's parameter groups.
             sync: reduce the gradient between DDP's ranks; without, a later pass does it for both.
         """
-        self._start_pass(groups, unreduced=not sync)
+        self._start_pass(groups, unreduced=not sync, is_only=True)
         # of gradients that are None, as they are but in accumulation, this copies nothing
         self.before_single = copies(self.params)
         if self.owns_descent:
@@ -150,13 +157,16 @@ class StepState:
         if not sync:
             self.unreduced.enter_context(self.parallel_model.no_sync())
 
-    def _start_pass(self, groups: Sequence[dict[str, Any]], unreduced: bool) -> None:
+    def _start_pass(self, groups: Sequence[dict[str, Any]], unreduced: bool, is_only: bool = False) -> None:
         self.params = flat(groups)
-        self.statistics.begin()
+        self.module_state.begin(self.share, is_only)
         overwrites = self.parallel_model.overwrites_gradients(unreduced)
         if not self.pairs and self.consumed.covers(groups) and (overwrites or not self.consumed.zeroed):
             # What the last step has left.
             clear(self.params)
+
+    def _random_state(self) -> RandomState:
+        return RandomState({p.device for p in self.params}, self.generators)
 
     def _set_aside(self, unreduced: bool) -> None:
         overwrites = self.parallel_model.overwrites_gradients(unreduced)
@@ -171,7 +181,7 @@ class StepState:
 
     def skip_ascent(self, groups: Sequence[dict[str, Any]]) -> None:
         """Go on to the second pass of a step without a first one, whose traces are then the step's."""
-        self._start_pass(groups, unreduced=False)
+        self._start_pass(groups, unreduced=False, is_only=True)
         self.ascent_grads, self.ascent_is_local = [None] * len(self.params), False
         self.is_first_forward, self.stage = True, Stage.ASCENDED
 
@@ -209,7 +219,7 @@ class StepState:
             keeps_gradients: leave p.grad as it is, for a caller that clears it.
         """
         if not self.is_first_forward:
-            self.statistics.save()
+            self.module_state.turn()
         self.is_first_forward, self.stage = False, Stage.DESCENT
         perturb(self.params, self.ascent_grads)
         # An autocast around the step would go on with casts of the other weights.
@@ -221,7 +231,7 @@ class StepState:
         if not sync:
             self.unreduced.enter_context(self.parallel_model.no_sync())
         if self.first_draws is not None:
-            self.later_draws = RandomState({p.device for p in self.params})
+            self.later_draws = self._random_state()
             self.first_draws.set()
 
     def undo_single(self) -> None:
@@ -230,15 +240,16 @@ class StepState:
         self.before_single = None
         self.pairs -= 1
 
-    def replay_draws(self) -> None:
-        """Rewind the random draws once more, for another forward in the second pass."""
+    def replay(self) -> None:
+        """Rewind random draws and module state once more, for another forward in the second pass."""
+        self.module_state.replay()
         if self.first_draws is not None:
             self.first_draws.set()
 
     def leave_descent(self) -> None:
         """Wipe the second pass's traces; the weights stay perturbed until they are restored."""
         self.unreduced.close()
-        self.statistics.put_back()
+        self.module_state.put_back()
         self._end_passes()
 
     def _end_passes(self) -> None:
@@ -288,10 +299,10 @@ class StepState:
         self.stage = Stage.IDLE
 
     def abort(self) -> None:
-        """Put everything back as it was before the pass, and statistics as before the step. Idempotent."""
+        """Put everything back as it was before the pass, and module state as before the step. Idempotent."""
         self.restore()
         self.unreduced.close()
-        self.statistics.rewind()
+        self.module_state.rewind()
         self._end_passes()
         if self.aside is not None:
             put(self.params, self.aside)

@@ -42,7 +42,7 @@ class _Wrapping(NamedTuple):
 _wrapped: "weakref.WeakKeyDictionary[Optimizer, _Wrapping]" = weakref.WeakKeyDictionary()
 
 
-def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """The same without keeping its owner, who is to go when nobody else holds it, and its unfinished step with it."""
     reference = weakref.WeakMethod(method)
 
@@ -92,8 +92,8 @@ class WrappedOptimizer(Optimizer):
     def _attach(self) -> None:
         # This is how torch sets up hooks without new groups.
         Optimizer.__setstate__(self, {})
-        self.base_optimizer.register_load_state_dict_pre_hook(_weakly(self._before_load))
-        self.base_optimizer.register_load_state_dict_post_hook(_weakly(self._after_load))
+        self.base_optimizer.register_load_state_dict_pre_hook(weakly(self._before_load))
+        self.base_optimizer.register_load_state_dict_post_hook(weakly(self._after_load))
 
     def __getstate__(self) -> dict[str, Any]:
         transient = ("step", "_loading", "grad_scale", "found_inf")

@@ -1,5 +1,10 @@
 """The laws of side effects: random draws of a step are its first pass's, hooks fire once, flags stay as they were."""
 
+import pickle
+import random
+from operator import eq
+
+import numpy as np
 import torch
 from laws import PLAIN, law
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -13,21 +18,34 @@ TAKEN = 3
     skips=PLAIN | {"the first pass draws before any call of ours": lambda cell: cell.way == "two_steps"},
 )
 def test_all_passes_draw_the_same_numbers_and_the_first_ones_draws_count(cell):
-    training = Training(cell, dropout=0.5).train(TAKEN)
+    own = [torch.Generator(), random.Random(0), np.random.default_rng(0), np.random.RandomState(0)]
+    training = Training(cell, dropout=0.5, generators=own).train(TAKEN)
+
+    def states():
+        numpy_states = (np.random.get_state(legacy=False), own[2].bit_generator.state, own[3].get_state(legacy=False))
+        torch_states = (torch.get_rng_state().tolist(), own[0].get_state().tolist())
+        return [pickle.dumps(s) for s in (*torch_states, random.getstate(), own[1].getstate(), *numpy_states)]
+
+    def draw(*_):
+        torch.rand(3, generator=own[0]), own[1].random(), own[2].random(), own[3].randn()
+        # an odd number of normal draws, of which NumPy makes two at once
+        random.gauss(), np.random.randn(3)
+
     side_by_side = cell.subject.variant == "batched" and cell.way == "loss_fn"
     pairs = 1 if side_by_side else len(training.opt.passes(training.batch))
     before, after = [], []
-    training.model.register_forward_pre_hook(lambda *_: before.append(torch.get_rng_state()))
-    training.model.register_forward_hook(lambda *_: after.append(torch.get_rng_state()))
+    training.model.register_forward_pre_hook(lambda *_: before.append(states()))
+    training.model.register_forward_hook(draw)
+    training.model.register_forward_hook(lambda *_: after.append(states()))
     training.step()
     forwards = len(before) // pairs
     assert forwards >= 2
     for first in range(0, len(before), forwards):
-        assert all(torch.equal(state, before[first]) for state in before[first : first + forwards])
-        assert not torch.equal(after[first], before[first]), "nothing was drawn"
+        assert all(found == before[first] for found in before[first : first + forwards])
+        assert not any(map(eq, after[first], before[first])), "nothing was drawn"
         if first:
-            assert torch.equal(before[first], after[first - forwards]), "a pair goes on from the first pass before it"
-    assert torch.equal(torch.get_rng_state(), after[len(before) - forwards])
+            assert before[first] == after[first - forwards], "a pair goes on from the first pass before it"
+    assert states() == after[len(before) - forwards]
 
 
 @law(skips=PLAIN)

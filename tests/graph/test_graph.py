@@ -3,8 +3,10 @@
 import copy
 import gc
 import math
+import random
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -625,6 +627,7 @@ def test_a_key_that_is_gone_is_a_change_too():
 REFUSED = [
     (with_hook, "SAM has step hooks"),
     (with_cumulative_norm, "momentum=None reads its counter"),
+    (lambda m: SAM(m.parameters(), torch.optim.SGD, generators=[torch.Generator()], **SGD), "generators= are not part"),
     (lambda m: ESAM(m.parameters(), torch.optim.SGD, model=m, strict=True, **SGD), "strict=True reads"),
     (lambda m: SAM(m.parameters(), torch.optim.RMSprop, model=m), "the base step is RMSprop's own"),
     (lambda m: SAM(m.parameters(), torch.optim.SGD, lr=0.1, foreach=True), "the base step is SGD's own"),
@@ -636,6 +639,34 @@ REFUSED = [
 def test_steps_that_cannot_be_captured_are_refused(recorder, opt_of, match):
     with pytest.raises(ValueError, match=match):
         graph_step(opt_of(net()), lambda x, y, ids: None, *data()[0])
+
+
+@pytest.mark.parametrize(
+    ("act", "match"),
+    [
+        (lambda m: m.register_buffer("extra", m.extra + 1), "puts another tensor in the place of 'extra'"),
+        (lambda m: random.random(), "draws from Python's random"),
+        (lambda m: np.random.randn(), "draws from NumPy's global generator"),
+    ],
+)
+def test_what_python_does_in_a_forward_is_refused_before_a_replay_would_leave_it_out(recorder, act, match):
+    problem = PROBLEMS["sam"]()
+    model = problem.model
+    model.register_buffer("extra", torch.zeros(3, device=DEVICE))
+    model.register_forward_hook(lambda *_: act(model) and None)
+    step, before = problem.graphed(warmup=1), snapshot(model)
+    with pytest.raises(RuntimeError, match=match):
+        step(*data()[0])
+    assert_same(model, before)
+
+
+def test_a_buffer_in_another_place_is_noticed(recorder):
+    problem = PROBLEMS["sam"]()
+    step = problem.graphed()
+    problem.train(step, 4)
+    problem.model[1].running_mean = torch.zeros_like(problem.model[1].running_mean)
+    problem.train(step, 3, first=4)
+    assert problem.model[1].running_mean.any()
 
 
 def test_amsgrad_is_refused_when_it_is_captured(recorder):

@@ -62,7 +62,7 @@ def copies(originals):
 
 def bits(t):
     """The tensor's bits as integers, to tell -0 from 0 and compare NaNs."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
     return t.contiguous().view(integers)
 
 

@@ -12,7 +12,7 @@ from kernel_cases import DEVICE, DTYPES, LISTS, SIZES, assert_same_bits, copies,
 
 from fastsam.kernels import philox, reference_common
 from fastsam.kernels.philox import Draw
-from fastsam.kernels.tensor_list import Backup, in_memory_order
+from fastsam.kernels.tensor_list import Backup, as_words, in_memory_order
 
 if kernels is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -251,6 +251,36 @@ def test_every_bit_pattern_survives(dtype):
     assert not torch.equal(weights[0], before[0])
     kernels.restore_(backup)
     assert_same_bits(weights, before)
+
+
+ANY = [*DTYPES, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.complex64]
+
+
+@pytest.mark.parametrize("implementation", [kernels, reference], ids=["triton", "torch"])
+def test_words_of_any_dtype_are_copied_bit_for_bit(implementation):
+    sources = [(t * 100).to(dtype) for dtype in ANY for t in tensors([torch.float32], sizes=(0, 1, 7, 5000))]
+    words = [as_words(t) for t in sources]
+    targets = [torch.empty_like(w) for w in words]
+    versions, addresses = [t._version for t in targets], [t.data_ptr() for t in targets]
+    implementation.copy_(targets, words)
+    assert_same_bits(targets, words)
+    assert addresses == [t.data_ptr() for t in targets]
+    assert all(t._version > before for t, before in zip(targets, versions, strict=True) if t.numel())
+    before = [t.clone() for t in sources]
+    for t in sources:
+        t.zero_()
+    implementation.copy_(words, targets)
+    assert_same_bits(sources, before)
+    implementation.copy_([], [])
+
+
+def test_words_are_of_four_bytes_wherever_the_memory_allows_it():
+    assert as_words(torch.zeros(4, dtype=torch.uint8)).dtype == torch.float32
+    assert as_words(torch.zeros(5, dtype=torch.uint8)).dtype == torch.uint8
+    assert as_words(torch.zeros(6, dtype=torch.uint8)[1:5]).dtype == torch.uint8
+    assert as_words(torch.zeros((), dtype=torch.int64)).shape == (2,)
+    gappy = torch.zeros(4, 4)[:, ::2]
+    assert as_words(gappy) is gappy
 
 
 @WORDS
