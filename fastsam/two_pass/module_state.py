@@ -277,7 +277,7 @@ class MeanUpdate:
 
     A running statistic is linear in that of the batch, r <- (1 - mu) r + mu s. So the mean of what the passes leave is
     one update with the mean of their s, whatever mu is (momentum=None too), and no layer has to be asked for its s.
-    What adds up is how far the statistics have moved, so that those that no pass moves stay what they are.
+    What no pass moves, as a frozen layer's, stays what it is to the last bit.
 
     Args:
         buffers: statistics, and integer counters, which count the one update.
@@ -289,31 +289,32 @@ class MeanUpdate:
         self._statistics, self._start = _split_pairs([(b, s) for b, s in pairs if b.is_floating_point()])
         self._counters, self._count_start = _split_pairs([(b, s) for b, s in pairs if not b.is_floating_point()])
         # 16 bits are too few for a sum
-        self._moved = [torch.zeros_like(b, dtype=torch.promote_types(b.dtype, torch.float32)) for b in self._statistics]
-        self._counted = [torch.zeros_like(c) for c in self._counters]
+        self._means = [torch.zeros_like(b, dtype=torch.promote_types(b.dtype, torch.float32)) for b in self._statistics]
+        self._moves = [torch.zeros_like(mean) for mean in self._means]
+        self._counts = [torch.zeros_like(c) for c in self._counters]
         self._weights = 0.0
 
     @torch.no_grad()
     def add(self, weight: float) -> None:
         """Take in what a pass has left, and go back to the start for the next one."""
         if self._statistics:
-            moves = torch._foreach_sub(_as(self._statistics, self._moved), _as(self._start, self._moved))
-            torch._foreach_add_(self._moved, moves, alpha=weight)
+            left = _as(self._statistics, self._means)
+            torch._foreach_add_(self._means, left, alpha=weight)
+            moves = torch._foreach_sub(left, _as(self._start, self._means))
+            torch._foreach_add_(self._moves, torch._foreach_abs(moves))
         if self._counters:
             # Not every pass runs every layer.
-            torch._foreach_maximum_(self._counted, torch._foreach_sub(self._counters, self._count_start))
+            torch._foreach_maximum_(self._counts, self._counters)
         self._weights += weight
         self._set(self._start, self._count_start)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Leave the mean in the buffers."""
-        if self._statistics:
-            torch._foreach_div_(self._moved, self._weights)
-            torch._foreach_add_(self._moved, _as(self._start, self._moved))
-        if self._counters:
-            torch._foreach_add_(self._counted, self._count_start)
-        self._set(self._moved, self._counted)
+        if abs(self._weights - 1) > 1e-9 and self._means:
+            torch._foreach_div_(self._means, self._weights)
+        rows = zip(self._moves, self._start, self._means, strict=True)
+        self._set([torch.where(moves == 0, start, mean) for moves, start, mean in rows], self._counts)
 
     def _set(self, statistics: list[Tensor], counters: list[Tensor]) -> None:
         _copy_all(self._statistics, statistics)

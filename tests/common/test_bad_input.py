@@ -47,7 +47,6 @@ def weights(n=2):
             lambda: SAM(weights(), SGD, momentun=0.9),
         ),
         (ValueError, "Invalid learning rate: -1", lambda: SAM(weights(), SGD, lr=-1)),
-        (TypeError, "model must be a torch.nn.Module, got list", lambda: SAM(weights(), SGD, lr=0.1, model=[])),
         (ValueError, "stochastic_rounding must be .* got 'on'", lambda: SAM(weights(), SGD, stochastic_rounding="on")),
         (TypeError, "seed must be an integer, got 0.5", lambda: SAM(weights(), SGD, lr=0.1, seed=0.5)),
         (TypeError, "takes an optimizer instance, got .*SGD", lambda: SAM.wrap(SGD)),

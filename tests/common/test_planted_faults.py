@@ -32,7 +32,7 @@ class DropsTheBackup(SAM):
 
 class KeepsStatistics(SAM):
     def step(self, *args, **keywords):
-        self._run.statistics.rewind = lambda: None
+        self._run.module_state.rewind = lambda: None
         return super().step(*args, **keywords)
 
 
