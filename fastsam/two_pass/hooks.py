@@ -196,7 +196,7 @@ class MethodHooks(PassOptimizer):
 
         def rewind() -> None:
             torch.clear_autocast_cache()
-            self.replay_draws()
+            self.replay()
 
         # A loss that needs gradients inside may leave some in p.grad.
         grads = take(params)
