@@ -107,6 +107,8 @@ class ParallelModel:
         if self._peers is not None:
             self._peers.refuse_other_seeds(seed)
             return
+        if not self.are_several:
+            return
         number = seed % 2**62
         ends = torch.tensor([number, -number], device=params[0].device)
         if self._reducers:
