@@ -35,9 +35,9 @@ def refuse_pipelines(params: Sequence[Tensor]) -> None:
     module = sys.modules.get("torch.distributed.pipelining.stage")
     if module is None:
         return
-    base, own = module._PipelineStageBase, {id(p) for p in params}
-    # By their types: to ask a proxy for its class may do anything.
-    stages: list[Any] = [o for o in gc.get_objects() if issubclass(type(o), base)]
+    own, kinds = {id(p) for p in params}, _with_subclasses(module._PipelineStageBase)
+    # An instance refers to its class.
+    stages: list[Any] = [o for o in gc.get_referrers(*kinds) if type(o) in kinds]
     ours = {s.stage_index: s.num_stages for s in stages if any(id(p) in own for p in s.submod.parameters())}
     if ours and len(ours) < max(ours.values()):
         raise ValueError(
@@ -45,3 +45,7 @@ def refuse_pipelines(params: Sequence[Tensor]) -> None:
             "every process would perturb by the norm of its own stages' gradient, where that of the whole model is "
             f"meant; {_FSDP2} or DistributedDataParallel without pipeline stages"
         )
+
+
+def _with_subclasses(cls: type) -> set[type]:
+    return {cls}.union(*map(_with_subclasses, cls.__subclasses__()))

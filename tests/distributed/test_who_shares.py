@@ -31,9 +31,18 @@ WAYS = [with_loss_function, with_closure, with_contexts, with_two_steps]
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("sync", ["global", "replica"])
-@pytest.mark.parametrize("way", WAYS[:3])
-@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize(
+    ("way", "sync", "options"),
+    [
+        (with_loss_function, "global", {"static_graph": True}),
+        (with_loss_function, "replica", {"gradient_as_bucket_view": True}),
+        (with_closure, "global", {"gradient_as_bucket_view": True}),
+        (with_closure, "replica", {}),
+        (with_contexts, "global", {}),
+        (with_contexts, "replica", {"static_graph": True}),
+        (with_two_steps, "global", {"gradient_as_bucket_view": True}),
+    ],
+)
 def test_replicate_is_ddp(way, sync, options):
     expected, model = mlp(), replicate(mlp(), **options)
     base = torch.optim.SGD(expected.parameters(), **SGD)
