@@ -70,8 +70,12 @@ class SAF(Trajectory):
         ignore_index: class index of rows that do not count.
         reduction: "mean" over the rows that count, "sum", or "none" for a loss per row.
         storage: "device"; "host" for pinned memory, where `prefetch` fetches the next batch's records ahead; or a
-            directory for memory-mapped files. With "host", or a directory and a GPU, ids have to be on the CPU.
-        resume: go on with the files in the directory. Without it a directory that holds a history is refused.
+            directory for memory-mapped files, which take their room on the disk at once. With "host", or a directory
+            and a GPU, ids have to be on the CPU. One history at a time uses a directory.
+        resume: go on with the files in the directory. Without it a directory that holds a history is refused. Files
+            are refused that are missing, cut short, unreadable, of another layout, of another run than the loaded
+            checkpoint, or, in one process, where records that a `state_dict` has seen are no longer what they were:
+            its first call after an epoch reads the records of that epoch, about 2 GB a second.
         sampler: the `SampleToRankSampler` in use; then this process keeps its own samples' records alone.
         save_history: whether `state_dict` holds the records. Without them a resumed run has no past for `lag` epochs,
             unless a directory kept it.
@@ -82,7 +86,7 @@ class SAF(Trajectory):
         MemoryError: the records do not fit.
         FileExistsError: the directory holds the history of an earlier run.
         RuntimeError: several processes, and neither a sampler nor a directory; here, or where the process group was
-            started later, in the first call.
+            started later, in the first call. Or another history uses the directory.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class SAF(Trajectory):
         self._layout = Layout(own_samples, num_classes, lag, history_dtype)
         self._resume = resume
         self._loaded: Fields | None = None
+        self._expected_run: str | None = None
         self._rows_this_epoch = 0
         if device is not None:
             self._open(torch.device(device))
@@ -151,11 +156,21 @@ class SAF(Trajectory):
         # The size is logged before any of it is allocated.
         logger.info("SAF's history, on %s: %s", device if self.storage == "device" else self.storage, self._layout)
         make = open_shared if self._shared else History
-        self._history = make(self._layout, self.storage, device, self._resume)
+        history = make(self._layout, self.storage, device, self._resume)
+        self._check_run(history.run)
+        self._history = history
         if self._loaded is not None:
             self._history.load_state_dict(self._loaded)
             self._loaded = None
         return self._history
+
+    def _check_run(self, run: str | None) -> None:
+        """Raise ValueError if the checkpoint that was loaded goes with the files of another run."""
+        if None not in (run, self._expected_run) and run != self._expected_run:
+            raise ValueError(
+                f"{self.storage} holds the history of another run than the checkpoint's; give the directory of that "
+                "one with resume=True, or load the checkpoint into a SAF with storage='device' to go on without records"
+            )
 
     @uncompiled
     def forward(self, logits: Tensor, targets: Tensor, sample_ids: Tensor) -> Tensor:
@@ -323,15 +338,23 @@ class SAF(Trajectory):
         """Return the epoch and, with `save_history`, the records: the tensors themselves, not copies."""
         self.check_ids()
         records = self._history.state_dict() if self._history is not None else self._loaded
-        return {"epoch": self.epoch, "lag": self.lag, "history": records if self.save_history else None}
+        state = {"epoch": self.epoch, "lag": self.lag, "history": records if self.save_history else None}
+        run = self._history.run if self._history is not None else self._expected_run
+        return state if run is None else {**state, "run": run}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on from a state of the same layout, or from one without records.
 
         Raises:
-            ValueError: the records are of other sizes; nothing is changed.
+            ValueError: the records are of other sizes, or left in the files of another run; nothing is changed.
         """
         records = state["history"] if self.save_history else None
+        before, self._expected_run = self._expected_run, state.get("run") if records is None else None
+        try:
+            self._check_run(self._history.run if self._history is not None else None)
+        except ValueError:
+            self._expected_run = before
+            raise
         if records is not None:
             self._layout.check(records)
             if self._history is None:

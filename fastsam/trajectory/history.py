@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastsam.kernels import ops
 from fastsam.kernels.past import NEVER, Past
-from fastsam.trajectory.storage import Fields, Layout, allocate, map_files
+from fastsam.trajectory.files import HistoryFiles
+from fastsam.trajectory.storage import Fields, Layout, allocate
 
 
 class History:
@@ -31,23 +32,39 @@ class History:
         storage: "device", "host", or a directory for files that are mapped into memory.
         device: where the logits are, and with "device" the records.
         resume: take over the files in the directory, rather than refuse to.
+        is_shared: several processes map the files.
+        is_owner: this process is the one of them that makes or checks the files.
 
     Raises:
         MemoryError: the records do not fit into the memory or onto the disk.
-        FileExistsError: the directory holds a history, and resume is False.
-        ValueError: it holds none or one of another layout, and resume is True.
+        FileExistsError, RuntimeError, ValueError: of a directory; see `HistoryFiles`.
     """
 
-    def __init__(self, layout: Layout, storage: str | os.PathLike, device: torch.device, resume: bool = False) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        storage: str | os.PathLike,
+        device: torch.device,
+        resume: bool = False,
+        is_shared: bool = False,
+        is_owner: bool = True,
+    ) -> None:
         self.layout, self.storage, self.device = layout, storage, device
+        self._files: HistoryFiles | None = None
         if storage in ("device", "host"):
             self._fields = allocate(layout, device if storage == "device" else torch.device("cpu"), device)
         else:
-            self._fields = map_files(layout, Path(storage), resume)
+            self._files = HistoryFiles(layout, Path(storage), resume, is_shared, is_owner)
+            self._fields = self._files.fields
         self.errors = torch.zeros(2, dtype=torch.int64, device=device)
         """How many positions were out of range, and one of them, as the kernel found."""
         self._prefetched: AsyncCopy | None = None
         self._pending_write: AsyncCopy | None = None
+
+    @property
+    def run(self) -> str | None:
+        """What tells the files of a run from another's; None for records that are in no files."""
+        return self._files.run if self._files is not None else None
 
     @property
     def direct(self) -> bool:
@@ -72,6 +89,8 @@ class History:
         """
         # 0 is the tag of what was never written.
         wanted = epoch - self.layout.lag if epoch > self.layout.lag else -1
+        if record and self._files is not None:
+            self._files.unseal(epoch % self.layout.lag)
         if self.direct:
             slot = {name: field[:-1] for name, field in self._slot(epoch).items()}
             records, scales, tags = slot["records"], slot.get("scales"), slot["tags"]
@@ -121,6 +140,8 @@ class History:
         kept = self._without_repeats(pending.positions).to(self._storage_device)
         positions = torch.where(is_recorded, kept, self.layout.samples)
         slot = self._slot(pending.epoch)
+        if self._files is not None:
+            self._files.unseal(pending.epoch % self.layout.lag)
         # The tags are cleared first and written last, so that an interrupt leaves no tag on a half-written record.
         slot["tags"].index_fill_(0, positions, NEVER)
         for name in sorted(slot, key="tags".__eq__):
@@ -162,6 +183,8 @@ class History:
     def state_dict(self) -> Fields:
         """Return all records and tags: the tensors themselves, not copies."""
         self.flush()
+        if self._files is not None:
+            self._files.seal()
         return dict(self._fields)
 
     def load_state_dict(self, state: Fields) -> None:
@@ -172,6 +195,8 @@ class History:
         """
         self.layout.check(state)
         self._prefetched = self._pending_write = None
+        if self._files is not None:
+            self._files.unseal(*range(self.layout.lag))
         for name, field in self._fields.items():
             field.copy_(state[name])
 
@@ -232,7 +257,7 @@ def open_shared(layout: Layout, storage: str | os.PathLike, device: torch.device
     if dist.get_rank() == 0:
         # A failure is told to all ranks, since they wait for this one.
         try:
-            history = History(layout, storage, device, resume)
+            history = History(layout, storage, device, resume, is_shared=True)
             message = [uuid.uuid4().hex]
             token.write_text(message[0])
         except Exception as error:
@@ -247,4 +272,4 @@ def open_shared(layout: Layout, storage: str | os.PathLike, device: torch.device
         raise RuntimeError(
             f"ranks {others} do not see rank 0's {storage}; SAF's history needs a directory that all share"
         )
-    return history or History(layout, storage, device, resume=True)
+    return history or History(layout, storage, device, resume=True, is_shared=True, is_owner=False)

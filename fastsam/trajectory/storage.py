@@ -1,7 +1,5 @@
-"""Where a history's tensors lie: their shapes and dtypes, their memory on a device or the host, and their files."""
+"""Where a history's tensors lie: their shapes and dtypes, and their memory on a device or the host."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,52 +95,6 @@ def allocate(layout: Layout, storage_device: torch.device, device: torch.device)
         name: torch.zeros(shape, dtype=dtype, device=storage_device, pin_memory=is_pinned)
         for name, (shape, dtype) in layout.fields().items()
     }
-
-
-def map_files(layout: Layout, directory: Path, resume: bool) -> Fields:
-    """Return the tensors of a history in files, which all processes that map them share.
-
-    Args:
-        layout: what is kept.
-        directory: where the files are, or are made.
-        resume: take over what the files hold.
-
-    Raises:
-        FileExistsError: the directory holds a history, and resume is False.
-        ValueError: it holds none or one of another layout, and resume is True.
-        MemoryError: new files do not fit onto the disk.
-    """
-    description = directory / "history.json"
-    if resume:
-        _check_description(layout, description)
-    else:
-        if description.exists():
-            raise FileExistsError(
-                f"{directory} holds the history of an earlier run; delete it, or go on with resume=True"
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        refuse_if_too_big(layout, str(directory), shutil.disk_usage(directory).free)
-    fields = {}
-    for name, (shape, dtype) in layout.fields().items():
-        path = directory / f"{name}.bin"
-        if not resume:
-            path.unlink(missing_ok=True)
-        # A new file is all zeros, and takes no room on the disk before it is written to.
-        size = torch.Size(shape).numel()
-        fields[name] = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
-    description.write_text(json.dumps(layout.as_json()))
-    return fields
-
-
-def _check_description(layout: Layout, description: Path) -> None:
-    actual = json.loads(description.read_text()) if description.exists() else {}
-    # Earlier versions wrote "top_k": null for the histories that there are now.
-    actual = {key: value for key, value in actual.items() if value is not None}
-    if actual != layout.as_json():
-        raise ValueError(
-            f"{description.parent} holds {actual or 'no history'}, not the history {layout.as_json()}; it cannot be "
-            "resumed"
-        )
 
 
 def refuse_if_too_big(layout: Layout, where: str, free: int | None) -> None:
