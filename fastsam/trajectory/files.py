@@ -224,7 +224,7 @@ def _check_file(path: Path, nbytes: int) -> None:
 
 
 def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def _checksum_of(about: dict[str, Any]) -> int:
