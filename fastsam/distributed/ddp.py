@@ -67,6 +67,7 @@ class ParallelModel:
         modules = list(model.modules()) if model is not None else []
         self._reducers = reducers_of(modules)
         self._fsdp = [m for m in modules if isinstance(m, loaded("torch.distributed.fsdp", "FSDPModule"))]
+        self._fsdp_groups = [group for m in self._fsdp for group in _parameter_groups(m)]
         self._world = self._reducers[0].ddp.process_group if self._reducers else None
         self.perturb_sync = perturb_sync or (under_ddp if self._reducers else "global")
         _refuse_several_groups([r.ddp.process_group for r in self._reducers])
@@ -170,6 +171,19 @@ class ParallelModel:
         """Whether the last forward may have left gradients unreduced; it says so too of one without gradients."""
         return self.is_inside_no_sync or any(r.left_unreduced for r in self._reducers)
 
+    def refuse_kept_gradients(self, call: str) -> None:
+        """Raise RuntimeError if FSDP2 keeps unreduced gradients to itself, so that a pass would leave none.
+
+        Args:
+            call: what the user has called.
+        """
+        if not all(group.reduce_grads and group.all_reduce_grads for group in self._fsdp_groups):
+            raise RuntimeError(
+                f"{call} under set_requires_gradient_sync(False) or set_requires_all_reduce(False): FSDP2 would keep "
+                "the first pass's gradient to itself, and add it to the second's. Leave both True; to accumulate, run "
+                "a pair of `with opt.ascent(): ...` and `with opt.descent(): ...` for each part"
+            )
+
     def agree(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether all ranks hold the same gradients; reads the device, for a step that may have left them unreduced."""
         norm = norm_of(grads, self._device)
@@ -230,6 +244,13 @@ def check_perturb_sync(perturb_sync: Any) -> None:
     is_size = isinstance(perturb_sync, int) and not isinstance(perturb_sync, bool) and perturb_sync > 0
     if not is_size and perturb_sync not in (None, "global", "replica"):
         raise ValueError(f"perturb_sync must be None, 'global', 'replica' or a number of ranks, got {perturb_sync!r}")
+
+
+def _parameter_groups(module: Any) -> list[Any]:
+    """FSDP2's own groups of a module's weights, one of them or, in later versions of torch, a list."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(filter(None, [state._fsdp_param_group] if groups is None else groups))
 
 
 def _refuse_several_groups(groups: Sequence[Any]) -> None:

@@ -210,8 +210,10 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         if closure is not None and not callable(closure):
             raise TypeError(f"step() takes a loss function or closure first, got {type(closure).__name__}")
         ranks = self._find_ranks()
-        if closure is not None and (batch or not run.pairs) and ranks.is_inside_no_sync:
-            raise RuntimeError(f"{_NAMES_OF_WAY_1[bool(batch)]} inside no_sync(): {_WOULD_DRIFT}")
+        if closure is not None and (batch or not run.pairs):
+            ranks.refuse_kept_gradients(_NAMES_OF_WAY_1[bool(batch)])
+            if ranks.is_inside_no_sync:
+                raise RuntimeError(f"{_NAMES_OF_WAY_1[bool(batch)]} inside no_sync(): {_WOULD_DRIFT}")
         if closure is not None and not batch and not run.pairs:
             self.check("step(closure)")
         if not batch and (scaler is not None or clip_grad_norm is not None):

@@ -213,7 +213,9 @@ class PassOptimizer(WrappedOptimizer):
         return Pass(self._run, check, enter, self._leave_descent)
 
     def _refuse_no_sync(self, call: str) -> None:
-        if self._find_ranks().is_inside_no_sync and self._combines():
+        ranks = self._find_ranks()
+        ranks.refuse_kept_gradients(call)
+        if ranks.is_inside_no_sync and self._combines():
             raise RuntimeError(
                 f"{call} inside no_sync(): {type(self).__name__} combines the gradients of every pair, so each pair "
                 "has to be reduced between the ranks; leave no_sync() out"
@@ -253,9 +255,10 @@ class PassOptimizer(WrappedOptimizer):
         run = self._run
         self.check("first_step()")
         run.require("first_step()", Stage.IDLE)
+        ranks = self._find_ranks()
+        ranks.refuse_kept_gradients("first_step()")
         if run.consumed.covers(self.param_groups):
             raise RuntimeError("first_step() needs fresh gradients; call backward() first")
-        ranks = self._find_ranks()
         if ranks.is_local and not ranks.left_unreduced:
             raise RuntimeError(
                 f"first_step() finds gradients that are reduced already, but perturb_sync={ranks.perturb_sync!r} needs "

@@ -135,6 +135,23 @@ def test_sharded_models_that_cannot_have_it():
         opt.add_param_group({"params": in_columns[2].weight})
 
 
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("way", WAYS[:4])
+def test_gradients_that_fsdp_keeps_to_itself_are_refused(way):
+    """It would add the ascent's to the descent's, and nothing would be perturbed."""
+    model, batch = mlp(), rows_of_rank(batches(1)[0])
+    shard(model)
+    opt = SAM(model.parameters(), torch.optim.SGD, model=model, lr=0.1)
+    model.set_requires_gradient_sync(False)
+    with pytest.raises(RuntimeError, match=r"set_requires_gradient_sync\(False\).*to accumulate, run a pair"):
+        way(opt, model, *batch)
+    fresh = mlp()
+    shard(fresh)
+    opt = SAM(fresh.parameters(), torch.optim.SGD, model=fresh, lr=0.1)
+    way(opt, fresh, *batch)
+    assert_equal_on_ranks(gathered(fresh))
+
+
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("way", WAYS[:4])
 def test_hybrid_sharding(way):
