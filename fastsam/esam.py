@@ -50,8 +50,10 @@ class ESAM(SAM):
             the others; a tensor's hooks then run in the first pass only where a gradient that is needed goes through
             it. All are computed in the other ways, by graph_step, with sharded weights, with DDP's static_graph, where
             processes run but `model` is not the DDP module, and where the loss's graph holds an `autograd.Function`,
-            as those of reentrant checkpoints and compiled models do. "element" draws for every element, saves nothing,
-            and of sharded weights takes those whose shards are whole rows, as fully_shard's are.
+            as those of reentrant checkpoints and compiled models do, unless its forward sets
+            `ctx.runs_no_backward = True`: its backward then runs no other backward, in which gradients of parameters
+            that are not its inputs would come about. "element" draws for every element, saves nothing, and of sharded
+            weights takes those whose shards are whole rows, as fully_shard's are.
         norm: of the gradient in eps. "masked": of the perturbed part, as the authors' code; then ||eps|| = rho / beta.
             "full": of the whole gradient, which has to be computed; then the mean of eps over masks is SAM's.
             "estimated": of the perturbed part, over sqrt(beta).
