@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastsam.arguments import check_choice, check_flag, check_number
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.distributed.dtensor import first_element
 from fastsam.kernels import ops, philox
 from fastsam.kernels.philox import Draw
-from fastsam.sam import SAM, check_choice
+from fastsam.sam import SAM
 from fastsam.two_pass import capture
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.batch import check_losses, take_rows
@@ -94,6 +95,7 @@ class ESAM(SAM):
         check_choice("mask", mask, ("tensor", "element"))
         check_choice("norm", norm, ("masked", "full", "estimated"))
         check_choice("selection", selection, ("reforward", "reuse"))
+        check_flag("strict", strict)
         self.mask, self.norm, self.selection, self.strict = mask, norm, selection, strict
         self.last_selected_fraction = 1.0
         TwoPassOptimizer.__init__(
@@ -116,11 +118,7 @@ class ESAM(SAM):
         """Raise TypeError or ValueError for a bad hyperparameter."""
         super().check_options(options)
         for name in ("beta", "gamma"):
-            value = options.get(name, 1.0)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}")
+            check_number(name, options.get(name, 1.0), lambda value: 0 < value <= 1, "in (0, 1]")
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

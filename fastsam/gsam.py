@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastsam.arguments import check_radius
 from fastsam.distributed.ddp import PerturbSync
-from fastsam.sam import SAM, check_radius
+from fastsam.sam import SAM
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import TwoPassOptimizer

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastsam.arguments import check_choice, check_integer, check_radius
 from fastsam.distributed.ddp import PerturbSync
-from fastsam.sam import SAM, check_choice, check_radius
+from fastsam.sam import SAM
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import TwoPassOptimizer
@@ -91,11 +92,7 @@ class LookSAM(SAM):
         """Raise TypeError or ValueError for a bad hyperparameter."""
         super().check_options(options)
         check_radius("alpha", options.get("alpha", 0.0))
-        k = options.get("k", 1)
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an integer, got {k!r} of type {type(k).__name__}")
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+        check_integer("k", options.get("k", 1), 1)
 
     def has_second_pass(self) -> bool:
         """Return whether this is a SAM step: every k-th, of which the first group's k counts."""

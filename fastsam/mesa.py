@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastsam.arguments import check_number, shown
 from fastsam.distributed.dtensor import is_dtensor
 from fastsam.kernels import ops
 from fastsam.kernels.past import Past
-from fastsam.trajectory.loss import Trajectory, check_number, uncompiled
+from fastsam.trajectory.loss import Trajectory, uncompiled
 from fastsam.trajectory.teacher import Pick, copy_of, filled, logits_of, paired
 from fastsam.two_pass import capture
 from fastsam.two_pass.batch import tensors_of
@@ -96,6 +97,9 @@ class MESA(Trajectory):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_number("decay", decay, lambda value: 0 < value < 1, "in (0, 1)")
+        is_floating = isinstance(teacher_dtype, torch.dtype) and teacher_dtype.is_floating_point
+        if teacher_dtype is not None and not is_floating:
+            raise TypeError(f"teacher_dtype must be a floating dtype or None, got {shown(teacher_dtype)}")
         student = _unwrap(model)
         if any(map(is_dtensor, student.parameters())):
             raise ValueError("the model's parameters are DTensors, which MESA cannot average; use SAF, or DDP")

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastsam.arguments import check_choice, check_integer, shown
 from fastsam.distributed.ddp import PerturbSync
-from fastsam.sam import SAM, check_choice
+from fastsam.sam import SAM
 from fastsam.two_pass.batch import Batch, batch_size, split_rows
 from fastsam.two_pass.module_state import Modules, as_one, set_to_means
 from fastsam.two_pass.optimizer import Pair, TwoPassOptimizer
@@ -112,10 +113,7 @@ class MSAM(SAM):
         super().check_options(options)
         given = {name: options[name] for name in ("num_shards", "shard_size") if options.get(name) is not None}
         for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_integer(name, value, 1)
         if len(given) != 1 and {"num_shards", "shard_size"} <= options.keys():
             both = f"both num_shards={options['num_shards']} and shard_size={options['shard_size']}"
             raise ValueError(
@@ -136,11 +134,6 @@ class MSAM(SAM):
 
     def _check_sizes(self, sizes: list[int]) -> None:
         n = sum(sizes)
-        if 0 in sizes:
-            raise ValueError(
-                f"num_shards={len(sizes)} is more than the {n} rows of the batch; pass fewer shards, or leave out a "
-                "last batch that is too small (drop_last=True)"
-            )
         if 1 in sizes and self.trains_batch_norm:
             raise ValueError(
                 f"a batch of {n} rows in {len(sizes)} shards leaves 1 row in a shard, and batch norm in training mode "
@@ -155,10 +148,15 @@ class MSAM(SAM):
             raise ValueError(f"execution='batched' cannot run batch norm with momentum=None; {WAY_OUT}")
 
     def _sizes(self, n: int) -> list[int]:
-        """Rows of each shard of a batch of n."""
+        """Rows of each shard of a batch of n; raises ValueError if there are fewer rows than shards."""
         m, size = (self.option(self.param_groups[0], name) for name in ("num_shards", "shard_size"))
         if m is None:
             return [min(size, n - start) for start in range(0, n, size)]
+        if m > n:
+            raise ValueError(
+                f"num_shards={shown(m)} is more than the {n} rows of the batch; pass fewer shards, or leave out a last "
+                "batch that is too small (drop_last=True)"
+            )
         return [n // m + (i < n % m) for i in range(m)]
 
     def passes(self, batch: tuple[Any, ...]) -> list[Pair]:

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastsam.arguments import LARGEST_INTEGER, check_flag, check_integer, shown
 from fastsam.trajectory.history import History, open_shared
-from fastsam.trajectory.loss import Trajectory, check_integer, uncompiled
+from fastsam.trajectory.loss import Trajectory, uncompiled
 from fastsam.trajectory.samples import SampleToRankSampler
 from fastsam.trajectory.storage import DTYPES, Fields, Layout
 from fastsam.two_pass import capture
@@ -110,11 +111,17 @@ class SAF(Trajectory):
         save_history: bool = True,
     ) -> None:
         super().__init__(lam, tau, start_epoch, label_smoothing, tau_squared, ignore_index, reduction)
-        check_integer("num_samples", num_samples, 1)
-        check_integer("num_classes", num_classes, 2)
-        check_integer("lag", lag, 1)
+        check_integer("num_samples", num_samples, 1, LARGEST_INTEGER)
+        check_integer("num_classes", num_classes, 2, LARGEST_INTEGER)
+        check_integer("lag", lag, 1, LARGEST_INTEGER)
+        for name, flag in (("resume", resume), ("save_history", save_history)):
+            check_flag(name, flag)
         if history_dtype not in DTYPES:
-            raise ValueError(f"history_dtype must be one of {', '.join(map(str, DTYPES))}, got {history_dtype}")
+            raise ValueError(f"history_dtype must be one of {', '.join(map(str, DTYPES))}, got {shown(history_dtype)}")
+        if not isinstance(storage, (str, os.PathLike)) or not os.fspath(storage):
+            raise TypeError(f"storage must be 'device', 'host' or the path of a directory, got {shown(storage)}")
+        if sampler is not None and not isinstance(sampler, SampleToRankSampler):
+            raise TypeError(f"sampler must be a fastsam.SampleToRankSampler or None, got {shown(sampler)}")
         if sampler is not None and sampler.num_samples != num_samples:
             raise ValueError(f"num_samples is {num_samples}, but the sampler's is {sampler.num_samples}")
         self.num_samples, self.num_classes, self.lag = num_samples, num_classes, lag

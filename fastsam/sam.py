@@ -10,14 +10,13 @@ With adaptive=True it is ASAM (Kwon et al. 2021, https://arxiv.org/abs/2102.1160
     eps   = rho T^2 g / ||T g||_2                        (Eq. 7)
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastsam.arguments import check_radius, shown
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.kernels.reference import E0
 from fastsam.two_pass.ascent import Ascent
@@ -25,7 +24,6 @@ from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 
 OFFICIAL_ETA, OFFICIAL_E0 = 0.01, 1e-16
-LARGEST = torch.finfo(torch.float32).max
 
 
 class SAM(TwoPassOptimizer):
@@ -121,8 +119,9 @@ class SAM(TwoPassOptimizer):
         """Raise TypeError or ValueError for a bad rho or adaptive."""
         super().check_options(options)
         check_radius("rho", options.get("rho", 0.0))
-        if options.get("adaptive", False) not in (False, True, "official"):
-            raise ValueError(f"adaptive must be False, True or 'official', got {options['adaptive']!r}")
+        adaptive = options.get("adaptive", False)
+        if not isinstance(adaptive, bool) and not (isinstance(adaptive, str) and adaptive == "official"):
+            raise ValueError(f"adaptive must be False, True or 'official', got {shown(adaptive)}")
 
     def check(self, call: str, rows: int | None = None) -> None:
         """Raise ValueError where adaptive="official" has no names to go by."""
@@ -166,30 +165,3 @@ class SAM(TwoPassOptimizer):
 
     def _is_official(self) -> bool:
         return any(self.option(group, "adaptive") == "official" for group in self.param_groups)
-
-
-def check_radius(name: str, value: Any) -> None:
-    """Raise TypeError unless a hyperparameter is a number, ValueError unless it is >= 0 and within float32.
-
-    Args:
-        name: of the hyperparameter, for the message.
-        value: what the user gave.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
-    if value > LARGEST:
-        raise ValueError(f"{name} must be at most {LARGEST:.3g}, the largest float32, got a larger number")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless an argument is one of these words.
-
-    Args:
-        name: of the argument, for the message.
-        value: what the user gave.
-        choices: the words.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastsam.arguments import shown
 from fastsam.distributed.dtensor import all_reduce, is_dtensor, largest_over_ranks, loaded
 from fastsam.distributed.peers import Peers, norm_of, other_seed
 from fastsam.distributed.reducer import reducers_of
@@ -242,8 +243,11 @@ class ParallelModel:
 def check_perturb_sync(perturb_sync: Any) -> None:
     """Raise ValueError unless this says who shares a perturbation, or leaves it to the method (None)."""
     is_size = isinstance(perturb_sync, int) and not isinstance(perturb_sync, bool) and perturb_sync > 0
-    if not is_size and perturb_sync not in (None, "global", "replica"):
-        raise ValueError(f"perturb_sync must be None, 'global', 'replica' or a number of ranks, got {perturb_sync!r}")
+    is_word = perturb_sync is None or (isinstance(perturb_sync, str) and perturb_sync in ("global", "replica"))
+    if not is_size and not is_word:
+        raise ValueError(
+            f"perturb_sync must be None, 'global', 'replica' or a number of ranks, got {shown(perturb_sync)}"
+        )
 
 
 def _parameter_groups(module: Any) -> list[Any]:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastsam.arguments import check_clip, check_integer, check_scaler
 from fastsam.graph import recorder as recorders
 from fastsam.graph.captured_step import CapturedStep, CaptureError
 from fastsam.graph.guards import Guards
@@ -92,7 +93,7 @@ class GraphStep:
         clip_grad_norm: float | None = None,
         warmup: int = 3,
     ) -> None:
-        _check_arguments(opt, loss_fn, example_batch, clip_grad_norm, warmup)
+        _check_arguments(opt, loss_fn, example_batch, scaler, clip_grad_norm, warmup)
         self._recorder = recorder = recorders.recorder_for(flat(opt.param_groups), example_batch)
         self._stepper: Any = as_stepper(opt, fused=recorder is not None)
         if recorder is not None and (reason := _why_not_capturable(opt) or self._stepper.why_not_capturable(scaler)):
@@ -185,16 +186,17 @@ def _reset(step: GraphStep | None) -> None:
         step.reset()
 
 
-def _check_arguments(opt: Any, loss_fn: Any, batch: tuple[Any, ...], clip_grad_norm: Any, warmup: Any) -> None:
+def _check_arguments(
+    opt: Any, loss_fn: Any, batch: tuple[Any, ...], scaler: Any, clip_grad_norm: Any, warmup: Any
+) -> None:
     if not isinstance(opt, Optimizer):
         raise TypeError(f"opt must be a torch optimizer, got {type(opt).__name__}")
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of the batch, got {type(loss_fn).__name__}")
     batch_size(batch)
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise ValueError(f"clip_grad_norm must be positive, got {clip_grad_norm}")
-    if isinstance(warmup, bool) or not isinstance(warmup, int):
-        raise TypeError(f"warmup must be an integer, got {warmup!r}")
+    check_scaler(scaler)
+    check_clip(clip_grad_norm)
+    check_integer("warmup", warmup)
     if warmup < 1:
         raise ValueError(f"warmup must be at least 1, got {warmup}: the first step makes what a capture needs")
 

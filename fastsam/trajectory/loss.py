@@ -10,8 +10,6 @@ optimizer's single forward and backward as they are. tau^2 stands in the authors
 (docs/algorithms.md#r-22).
 """
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +19,11 @@ from torch import Tensor, nn
 # torch.compiler.disable would import the compiler, and Triton with it.
 from torch._compile import _disable_dynamo as uncompiled
 
+from fastsam.arguments import LARGEST, LARGEST_INTEGER, check_choice, check_flag, check_integer, check_number
 from fastsam.kernels import ops
 from fastsam.kernels.past import Past
 
-__all__ = ["Trajectory", "check_integer", "check_number", "uncompiled"]
+__all__ = ["Trajectory", "uncompiled"]
 
 
 class _TrajectoryLoss(torch.autograd.Function):
@@ -75,8 +74,11 @@ class Trajectory(nn.Module):
         check_number("tau", tau, lambda value: value > 0, "> 0")
         check_number("label_smoothing", label_smoothing, lambda value: 0 <= value <= 1, "in [0, 1]")
         check_integer("start_epoch", start_epoch, 0)
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_flag("tau_squared", tau_squared)
+        check_integer("ignore_index", ignore_index, -LARGEST_INTEGER, LARGEST_INTEGER)
+        if tau_squared and float(lam) * float(tau) ** 2 > LARGEST:
+            raise ValueError(f"lam={lam} times the square of tau={tau} must be within float32, at most {LARGEST:.3g}")
         self.lam, self.tau, self.start_epoch, self.tau_squared = lam, tau, start_epoch, tau_squared
         self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
         self.epoch = 1
@@ -129,32 +131,3 @@ class Trajectory(nn.Module):
             "reduction": self.reduction,
         }
         return _TrajectoryLoss.apply(logits, targets, past, options)
-
-
-def check_number(name: str, value: Any, fits: Callable[[float], bool], words: str) -> None:
-    """Raise TypeError unless the value is a number, ValueError unless it is finite and fits.
-
-    Args:
-        name: of the argument, for the message.
-        value: what was given.
-        fits: whether a number is in range.
-        words: what `fits` says, for the message.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not (math.isfinite(value) and fits(value)):
-        raise ValueError(f"{name} must be finite and {words}, got {value}")
-
-
-def check_integer(name: str, value: Any, smallest: int) -> None:
-    """Raise TypeError unless the value is an integer, ValueError if it is too small.
-
-    Args:
-        name: of the argument, for the message.
-        value: what was given.
-        smallest: that is allowed.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if value < smallest:
-        raise ValueError(f"{name} must be at least {smallest}, got {value}")

@@ -8,6 +8,8 @@ import numpy as np
 import torch.distributed as dist
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from fastsam.arguments import LARGEST_INTEGER, check_flag, check_integer
+
 SAMPLE_ID = "sample_id"
 """Key of the id in items that are mappings."""
 
@@ -87,6 +89,7 @@ class SampleToRankSampler(Sampler[int]):
             one on the ranks that have fewer.
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: numbers that cannot be, or fewer samples than ranks.
         RuntimeError: num_replicas or rank is not given, and there is no process group.
     """
@@ -103,6 +106,13 @@ class SampleToRankSampler(Sampler[int]):
     ) -> None:
         if (num_replicas is None or rank is None) and not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("there is no process group; call init_process_group, or give num_replicas and rank")
+        for name, flag in (("shuffle", shuffle), ("drop_last", drop_last)):
+            check_flag(name, flag)
+        check_integer("num_samples", num_samples, 1, LARGEST_INTEGER)
+        check_integer("seed", seed, 0)
+        for name, number, smallest in (("num_replicas", num_replicas, 1), ("rank", rank, 0)):
+            if number is not None:
+                check_integer(name, number, smallest)
         self.num_replicas = dist.get_world_size() if num_replicas is None else num_replicas
         self.rank = dist.get_rank() if rank is None else rank
         if not 0 <= self.rank < self.num_replicas:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsam.arguments import check_flag
 from fastsam.distributed.dtensor import local
 from fastsam.two_pass.ascent import Ascent, as_real
 from fastsam.two_pass.batch import check_losses
@@ -42,8 +43,7 @@ class MethodHooks(PassOptimizer):
         Args:
             options: hyperparameters by name: the constructor's, those of one group, or of a checkpoint's group.
         """
-        if not isinstance(options.get("perturb", True), bool):
-            raise TypeError(f"perturb must be True or False, got {options['perturb']!r}")
+        check_flag("perturb", options.get("perturb", True))
 
     def check(self, call: str, rows: int | None = None) -> None:
         """Raise RuntimeError or ValueError where the method cannot take its step in this form.

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 from torch.optim import Optimizer
 
+from fastsam.arguments import check_clip, check_flag, check_integer, check_scaler, shown
 from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
 from fastsam.distributed.dtensor import laid_out_as
 from fastsam.two_pass.ascent import Ascent, as_dense
@@ -95,12 +96,13 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         check_generators(generators)
         check_perturb_sync(perturb_sync)
         for name, flag in (("same_rng", same_rng), ("check_finite", check_finite)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be True or False, got {flag!r}")
-        if stochastic_rounding not in ("auto", True, False):
-            raise ValueError(f"stochastic_rounding must be 'auto', True or False, got {stochastic_rounding!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an integer, got {seed!r}")
+            check_flag(name, flag)
+        if not isinstance(stochastic_rounding, bool) and not (
+            isinstance(stochastic_rounding, str) and stochastic_rounding == "auto"
+        ):
+            raise ValueError(f"stochastic_rounding must be 'auto', True or False, got {shown(stochastic_rounding)}")
+        # random numbers take it modulo 2^64
+        check_integer("seed", seed, -(2**63), 2**64 - 1)
         super().__init__(params, base_optimizer, {**options, "perturb": True}, seed, base_kwargs)
         self.model = model
         self.keep, self.generators = keep, generators
@@ -218,8 +220,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             self.check("step(closure)")
         if not batch and (scaler is not None or clip_grad_norm is not None):
             raise TypeError("scaler= and clip_grad_norm= go with step(loss_fn, *batch) alone")
-        if clip_grad_norm is not None and not clip_grad_norm > 0:
-            raise ValueError(f"clip_grad_norm must be positive, got {clip_grad_norm}")
+        check_scaler(scaler)
+        check_clip(clip_grad_norm)
         if closure is not None and not batch and "found_inf" in self.__dict__:
             raise RuntimeError(
                 "scaler.step(opt, closure) cannot unscale the second pass's gradients; use opt.step(loss_fn, *batch, "

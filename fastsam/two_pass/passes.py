@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 
+from fastsam.arguments import check_flag, check_number
 from fastsam.distributed.ddp import ParallelModel, PerturbSync
 from fastsam.distributed.unsupported import refuse_unsupported
 from fastsam.two_pass.gradients import copies, flat, follow_steps, take
@@ -155,6 +156,8 @@ class PassOptimizer(WrappedOptimizer):
         Raises:
             RuntimeError: inside another pass, or the last ascent has not been used by a descent.
         """
+        if grad_scale is not None and not isinstance(grad_scale, Tensor):
+            check_number("grad_scale", grad_scale, lambda scale: scale > 0, "> 0")
         self.check("ascent()")
         self._refuse_no_sync("ascent()")
         check = partial(self._run.require, "ascent()", Stage.IDLE)
@@ -204,6 +207,7 @@ class PassOptimizer(WrappedOptimizer):
         Raises:
             RuntimeError: no ascent came before, or inside another pass.
         """
+        check_flag("sync", sync)
         self._refuse_no_sync("descent()")
         if self._run.stage is Stage.IDLE and self._run.before_single is not None:
             check = partial(self._run.require, "descent()", Stage.IDLE)
@@ -253,6 +257,7 @@ class PassOptimizer(WrappedOptimizer):
             RuntimeError: a pass is under way, or no backward has run since the last step.
         """
         run = self._run
+        check_flag("zero_grad", zero_grad)
         self.check("first_step()")
         run.require("first_step()", Stage.IDLE)
         ranks = self._find_ranks()
@@ -289,6 +294,7 @@ class PassOptimizer(WrappedOptimizer):
             RuntimeError: first_step() did not come before.
         """
         run = self._run
+        check_flag("zero_grad", zero_grad)
         run.require("second_step()", Stage.FIRST)
         try:
             self._combine()

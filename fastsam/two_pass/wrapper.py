@@ -70,9 +70,9 @@ class WrappedOptimizer(Optimizer):
     ) -> None:
         self.check_options(options)
         if params is FROM_BASE:
-            base = _accept_instance(base_optimizer, base_kwargs)
+            base = _accept_instance(base_optimizer, base_kwargs, type(self))
         else:
-            base = _build_base(params, base_optimizer, base_kwargs, type(self).__name__)
+            base = _build_base(params, base_optimizer, base_kwargs, type(self))
         refuse_base(base)
         complete(base)
         # a name the base already uses (Adadelta's rho, RMSprop's alpha) gives way to sam_<name>
@@ -240,11 +240,15 @@ class WrappedOptimizer(Optimizer):
             base.state[p].update(moved)
 
 
-def _accept_instance(base: Any, base_kwargs: dict) -> Optimizer:
+def _accept_instance(base: Any, base_kwargs: dict, method: type) -> Optimizer:
     if not isinstance(base, Optimizer):
         raise TypeError(f"wrap() takes an optimizer instance, got {base!r}; for a class use the constructor")
     if base_kwargs:
-        raise TypeError(f"wrap() does not know {', '.join(base_kwargs)}; set it on the base optimizer instead")
+        name = method.__name__
+        raise TypeError(
+            f"{name}.wrap() does not know {', '.join(base_kwargs)}; set it on the base optimizer instead if it is the "
+            f"base's own. {name} knows {own_keywords(method)}"
+        )
     if isinstance(base, WrappedOptimizer) or _is_in_use(base):
         raise ValueError(
             f"{type(base).__name__} is part of a fastsam optimizer already; wrap a plain optimizer, or `del` the one "
@@ -276,11 +280,17 @@ def _forget_wrapper(base: Optimizer) -> None:
             del entries[name]
 
 
-def _build_base(params: Iterable, base: Any, base_kwargs: dict, method: str) -> Optimizer:
+def own_keywords(method: type) -> str:
+    """Return the keywords that a method's constructor spells out, for messages."""
+    parameters = list(inspect.signature(method).parameters.values())[2:]
+    return ", ".join(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+
+
+def _build_base(params: Iterable, base: Any, base_kwargs: dict, method: type) -> Optimizer:
     if isinstance(base, str):
         base = _find_apex(base)
     if isinstance(base, Optimizer):
-        raise TypeError(f"base_optimizer is an instance; pass its class, or use {method}.wrap(optimizer)")
+        raise TypeError(f"base_optimizer is an instance; pass its class, or use {method.__name__}.wrap(optimizer)")
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer class such as torch.optim.SGD, got {base!r}")
     known = inspect.signature(base).parameters
@@ -288,8 +298,12 @@ def _build_base(params: Iterable, base: Any, base_kwargs: dict, method: str) -> 
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         choices = ", ".join(name for name in known if name != "params")
         raise TypeError(
-            f"neither {method} nor {base.__name__} knows {', '.join(unknown)}; {base.__name__} takes {choices}, and "
-            f"help({method}) says what {method} takes"
+            f"{method.__name__} knows no {', '.join(unknown)}; it knows {own_keywords(method)}, and "
+            f"{base.__name__}'s own keywords are {choices}"
+        )
+    if isinstance(params, (str, torch.nn.Module)) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be tensors or groups of them, got {type(params).__name__}; pass model.parameters()"
         )
     return base(params, **base_kwargs)
 

@@ -1,5 +1,6 @@
 """Bad input gets an error that names the value and the remedy, before anything changes."""
 
+import inspect
 import sys
 import types
 
@@ -43,7 +44,7 @@ def weights(n=2):
         ),
         (
             TypeError,
-            r"neither SAM nor SGD knows momentun; SGD takes .*momentum",
+            r"SAM knows no momentun; it knows rho, adaptive, model, .*seed, and SGD's own keywords are lr, momentum",
             lambda: SAM(weights(), SGD, momentun=0.9),
         ),
         (ValueError, "Invalid learning rate: -1", lambda: SAM(weights(), SGD, lr=-1)),
@@ -59,6 +60,177 @@ def weights(n=2):
 def test_construction(error, needle, build):
     with pytest.raises(error, match=needle):
         build()
+
+
+HUGE = 10**400
+FLAG, NUMBER = ("off", 1, 0.0, None, [True]), ("0.1", None, True, [0.1], float("nan"), float("inf"), -1, HUGE, 1e308)
+INTEGER = ("2", 2.0, True, [2])
+COMMON = {
+    "same_rng": FLAG,
+    "check_finite": FLAG,
+    "stochastic_rounding": ("on", 1, None, ["auto"]),
+    "perturb_sync": ("all", 0, -1, 2.0, True, ["global"]),
+    "seed": (*INTEGER, None, HUGE, -HUGE),
+    "model": ("model", 3, nn.Linear),
+    "rho": NUMBER,
+    "adaptive": ("yes", 1, None, ["official"]),
+    "keep": ("buffers", 3, [3]),
+    "generators": (None, 3, ["numpy"]),
+}
+TRAJECTORY = {
+    "lam": NUMBER,
+    "tau": (*NUMBER, 0),
+    "start_epoch": (*INTEGER, None, -1),
+    "label_smoothing": (*NUMBER, 2),
+    "tau_squared": FLAG,
+    "ignore_index": (*INTEGER, None, HUGE),
+    "reduction": ("max", None, ["mean"]),
+}
+BAD = {
+    fastsam.SAM: COMMON,
+    fastsam.ESAM: {
+        **COMMON,
+        "beta": (*NUMBER, 0, 1.5),
+        "gamma": (*NUMBER, 0, 1.5),
+        "mask": ("row", None, ["tensor"]),
+        "norm": ("2", None),
+        "selection": ("slice", None),
+        "strict": FLAG,
+    },
+    fastsam.MSAM: {
+        **COMMON,
+        "num_shards": (*INTEGER, 0, -1),
+        "shard_size": (*INTEGER, 0, -1),
+        "weighting": ("rows", None, ["sample"]),
+        "bn_update": ("last", None),
+        "execution": ("auto", None),
+    },
+    fastsam.GSAM: {
+        **COMMON,
+        "alpha": (*NUMBER, 1.5),
+        "rho_min": (*(value for value in NUMBER if value is not None), 0.01),
+        "lr_max": (*(value for value in NUMBER if value is not None), 0.1),
+        "lr_min": tuple(value for value in NUMBER if value is not None),
+    },
+    fastsam.LookSAM: {**COMMON, "k": (*INTEGER, None, 0, -5), "alpha": NUMBER, "scope": ("row", None, ["global"])},
+    fastsam.SAF: {
+        **TRAJECTORY,
+        "num_samples": (*INTEGER, None, 0, HUGE),
+        "num_classes": (*INTEGER, None, 1, HUGE),
+        "lag": (*INTEGER, None, 0, HUGE),
+        "history_dtype": ("float16", None, torch.int64, [torch.float16]),
+        "storage": (None, 3, "", ["host"]),
+        "resume": FLAG,
+        "sampler": ("x", 3, [1, 2]),
+        "save_history": FLAG,
+    },
+    fastsam.MESA: {
+        **TRAJECTORY,
+        "model": ("model", None, nn.Linear),
+        "decay": (*NUMBER, 0, 1),
+        "teacher_dtype": ("float16", torch.int64, 16),
+        "teacher": ("model", nn.Linear),
+        "output": (True, 1.5, ["logits"]),
+    },
+    fastsam.SampleToRankSampler: {
+        "num_samples": (*INTEGER, None, 0, HUGE),
+        "num_replicas": (*INTEGER, 0),
+        "rank": (*INTEGER, 2, -1),
+        "shuffle": FLAG,
+        "seed": (*INTEGER, None, -1),
+        "drop_last": FLAG,
+    },
+}
+"""By class and argument, values of the wrong type or out of range."""
+OPTIMIZERS = [cls for cls in BAD if issubclass(cls, torch.optim.Optimizer)]
+NEEDED = {
+    fastsam.MSAM: {"num_shards": 2},
+    fastsam.SAF: {"num_samples": 4, "num_classes": 3},
+    fastsam.SampleToRankSampler: {"num_samples": 4, "num_replicas": 2, "rank": 0},
+}
+
+
+def build(cls, **arguments):
+    if issubclass(cls, torch.optim.Optimizer):
+        return cls(weights(), SGD, lr=0.1, **arguments)
+    return cls(**({"model": nn.Linear(1, 1)} if cls is fastsam.MESA else {}) | arguments)
+
+
+def assert_names(name, value, refused):
+    """Whether a call raises TypeError or ValueError that names the argument, and no other exception."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        refused()
+    # an OverflowError or a UnicodeError would be none of ours
+    assert type(caught.value) in (TypeError, ValueError), (name, value, caught.value)
+    assert name in str(caught.value), (name, value, caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("cls", BAD, ids=lambda cls: cls.__name__)
+def test_every_argument_is_checked_at_construction(cls):
+    """But for those that have no wrong type: where a class takes anything, the base's own, and a device of torch's."""
+    needed = NEEDED.get(cls, {})
+    build(cls, **needed)
+    for name in set(inspect.signature(cls).parameters) - {"params", "base_optimizer", "base_kwargs", "device"}:
+        for value in BAD[cls][name]:
+            others = {} if name == "shard_size" else needed
+            assert_names(name, value, lambda: build(cls, **{**others, name: value}))  # noqa: B023
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)
+def test_arguments_of_calls_are_checked(cls):
+    """Before anything is changed: the step is taken afterwards."""
+    model = mlp()
+    # gamma = 1 for ways that select no rows
+    own = {"gamma": 1.0} if cls is fastsam.ESAM else NEEDED.get(cls, {})
+    opt = cls(model.parameters(), SGD, lr=0.1, **own)
+    losses, (x, y) = losses_of(model), batches(1)[0]
+    before = snapshot(model)
+    for value in ("s", 3, True, object()):
+        assert_names("scaler", value, lambda: opt.step(losses, x, y, scaler=value))  # noqa: B023
+        assert_names("scaler", value, lambda: fastsam.graph_step(opt, losses, x, y, scaler=value))  # noqa: B023
+    for value in ("1", True, [1.0], 0, -1.0, float("nan"), HUGE, 1e308):
+        assert_names("clip_grad_norm", value, lambda: opt.step(losses, x, y, clip_grad_norm=value))  # noqa: B023
+        assert_names(
+            "clip_grad_norm",
+            value,
+            lambda: fastsam.graph_step(opt, losses, x, y, clip_grad_norm=value),  # noqa: B023
+        )
+    for value in (*INTEGER, None, 0):
+        assert_names("warmup", value, lambda: fastsam.graph_step(opt, losses, x, y, warmup=value))  # noqa: B023
+    for value in ("1024", True, 0, float("nan"), HUGE):
+        assert_names("grad_scale", value, lambda: opt.ascent(grad_scale=value))  # noqa: B023
+    for value in FLAG:
+        assert_names("sync", value, lambda: opt.descent(sync=value))  # noqa: B023
+        assert_names("zero_grad", value, lambda: opt.first_step(zero_grad=value))  # noqa: B023
+        assert_names("zero_grad", value, lambda: opt.second_step(zero_grad=value))  # noqa: B023
+    assert_same(model, before)
+    opt.step(losses, x, y)
+
+
+@pytest.mark.parametrize("num_shards", [13, 10**9, HUGE])
+def test_more_shards_than_rows(num_shards):
+    """At once, whatever the number, which is no length of a list."""
+    model = mlp()
+    opt = fastsam.MSAM(model.parameters(), SGD, num_shards=num_shards, lr=0.1)
+    shown = "an integer of more than 30 digits" if num_shards == HUGE else num_shards
+    with pytest.raises(ValueError, match=f"num_shards={shown} is more than the 12 rows of the batch"):
+        opt.step(losses_of(model), *batches(1)[0])
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)
+def test_an_unknown_keyword_names_our_class(cls):
+    own = NEEDED.get(cls, {})
+    with pytest.raises(TypeError, match=rf"^{cls.__name__} knows no q; it knows rho, .*SGD's own keywords are lr, mom"):
+        build(cls, q=2, **own)
+    with pytest.raises(TypeError, match=rf"^{cls.__name__}.wrap\(\) does not know q; .* {cls.__name__} knows rho, "):
+        cls.wrap(SGD(weights(), lr=0.1), q=2, **own)
+
+
+@pytest.mark.parametrize("params", [None, 3, nn.Linear(1, 1), "params"])
+def test_what_parameters_may_be(params):
+    with pytest.raises(TypeError, match=r"params must be tensors or groups of them, got .*; pass model.parameters"):
+        SAM(params, SGD, lr=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")

@@ -628,7 +628,7 @@ def test_two_step_loops_are_refused(backend):
         ({"start_epoch": -1}, ValueError, "start_epoch must be at least 0"),
         ({"history_dtype": torch.int32}, ValueError, f"history_dtype must be one of {HISTORY_DTYPES}, got torch.int32"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing"),
-        ({"reduction": "max"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'max'"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'max'"),
     ],
 )
 def test_bad_settings_are_named(keywords, error, message):

@@ -10,18 +10,19 @@ import pytest
 from fastsam.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-BELOW_METHODS = {"two_pass", "distributed", "kernels"}
+BELOW_METHODS = {"two_pass", "distributed", "kernels", "arguments"}
 ARROWS = {
     "__main__": {"fastsam", "cli", "installation"},
     "cli": {"fastsam", "methods", "graph", "two_pass"},
+    "arguments": set(),
     "fastsam": {"an optimizer", "a loss", "graph", "trajectory", "two_pass", "kernels", "installation"},
     "methods": {"an optimizer", "a loss"},
-    "graph": {"two_pass", "kernels"},
+    "graph": {"two_pass", "kernels", "arguments"},
     "an optimizer": BELOW_METHODS,
     "a loss": {"trajectory", *BELOW_METHODS},
-    "trajectory": {"kernels"},
-    "two_pass": {"distributed", "kernels"},
-    "distributed": {"kernels"},
+    "trajectory": {"kernels", "arguments"},
+    "two_pass": {"distributed", "kernels", "arguments"},
+    "distributed": {"kernels", "arguments"},
     "installation": set(),
     "kernels": set(),
 }
