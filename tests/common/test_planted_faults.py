@@ -11,6 +11,7 @@ import torch
 from laws import LAWS, Cell, Subject
 from test_captures import recorder  # noqa: F401
 from test_host_reads import as_on_a_device  # noqa: F401
+from test_losses_that_differentiate import penalty_and_reentrant_checkpoint
 
 from fastsam import SAM, LookSAM
 
@@ -64,6 +65,15 @@ class ThawsParameters(SAM):
     def after_step(self, skipped):
         for p in self._params():
             p.requires_grad_(True)
+
+
+class FreezesInThePasses(SAM):
+    def passes(self, batch):
+        self._params()[0].requires_grad_(False)
+        return super().passes(batch)
+
+    def after_step(self, skipped):
+        self._params()[0].requires_grad_(True)
 
 
 class ObeysNoGrad(SAM):
@@ -179,6 +189,7 @@ FAULTS = {
     "test_all_passes_draw_the_same_numbers_and_the_first_ones_draws_count": DrawsAnew,
     "test_hooks_fire_once_in_order": TellsHooksTwice,
     "test_flags_modes_and_storage_stay": ThawsParameters,
+    "test_user_code_in_a_loss_finds_the_gradients_that_it_finds_without_us": FreezesInThePasses,
     "test_a_callers_no_grad_does_not_reach_into_the_passes": ObeysNoGrad,
     "test_a_cut_into_groups_changes_nothing": TakesTheNormByGroup,
     "test_a_group_may_stay_out_of_the_perturbation": PerturbsEverything,
@@ -201,7 +212,7 @@ FAULTS = {
 }
 """For each law a method that breaks it, or a function that breaks what it stands on."""
 
-GIVEN = {"copier": copy.deepcopy}
+GIVEN = {"copier": copy.deepcopy, "use": penalty_and_reentrant_checkpoint}
 
 
 @pytest.mark.parametrize("name", FAULTS)
