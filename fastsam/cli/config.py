@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastsam.cli.errors import InputError
+from fastsam.cli.files import contents_of
 from fastsam.methods import METHODS
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,12 +97,13 @@ def read_config(checkpoint: dict[str, Any], path: Path) -> Config:
         path: where it was read, for the message.
 
     Raises:
-        InputError: another version of fastsam wrote it.
+        InputError: another version of fastsam wrote it, or somebody altered it.
     """
-    saved = with_options(checkpoint["config"])
-    if set(saved) != {field.name for field in fields(Config)}:
-        raise InputError(f"{path} was written by another version of fastsam; resume it with that one")
-    return Config(**saved)
+    with contents_of(path):
+        saved = with_options(checkpoint["config"])
+        if set(saved) != {field.name for field in fields(Config)}:
+            raise InputError(f"{path} was written by another version of fastsam; resume it with that one")
+        return Config(**saved)
 
 
 def with_options(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import json
 import math
 import os
-import pickle
 import platform
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -106,17 +106,39 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         InputError: there is none, or it cannot be read.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # torch reads past flipped bits; the archive has a checksum of every part of it
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"nothing to resume: {path} does not exist") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:
+        # a damaged archive ends in whatever error its bytes lead to
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
         raise InputError(f"{path} is broken, or no checkpoint") from error
+    if damaged:
+        raise InputError(f"{path} is broken: {damaged} in it is not what was written")
     parts = {"config", "history", "model", "optimizer", "of each process"}
     if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
         raise InputError(f"{path} is not a checkpoint of fastsam train")
     return checkpoint
+
+
+@contextmanager
+def contents_of(path: Path) -> Iterator[None]:
+    """Turn whatever a checkpoint's contents lead to into an InputError: someone may have altered them.
+
+    Args:
+        path: the checkpoint's, for the message.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise InputError(f"{path} does not hold the state of such a run ({reason})") from error
 
 
 def environment(device: str) -> dict[str, Any]:

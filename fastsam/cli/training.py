@@ -8,7 +8,7 @@ under DistributedDataParallel, and the first one scores, writes files and prints
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fastsam.cli import processes
 from fastsam.cli.config import AMP, Config, flat, read_config, refuse_differences
 from fastsam.cli.data import draw_moves, generator, load
 from fastsam.cli.errors import InputError
-from fastsam.cli.files import CHECKPOINT, read_checkpoint, write_checkpoint
+from fastsam.cli.files import CHECKPOINT, contents_of, read_checkpoint, write_checkpoint
 from fastsam.cli.models import MODELS, has_batch_norm
 from fastsam.cli.results import Epoch, Result, Watcher
 from fastsam.cli.steps import BatchLosses, StepClock, Task, build, build_criterion, cosine, note_of
@@ -245,11 +245,14 @@ def train(config: Config, out: Path, *, resume: bool = False, watcher: Watcher |
             cannot be compiled here.
     """
     watcher = watcher or Watcher()
-    run, path = TrainingRun(config), out / CHECKPOINT
+    path = out / CHECKPOINT
+    with contents_of(path) if resume else nullcontext():
+        run = TrainingRun(config)
     if resume:
         checkpoint = read_checkpoint(path)
         refuse_differences(path, flat(read_config(checkpoint, path)), flat(config))
-        run.load(checkpoint)
+        with contents_of(path):
+            run.load(checkpoint)
     else:
         run.save(path)
     watcher.started(config, run.history, run.steps_per_epoch)
