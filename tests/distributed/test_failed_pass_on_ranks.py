@@ -1,5 +1,6 @@
 """A pass that fails on one rank: the others raise too, weights are restored on each, nobody steps."""
 
+import itertools
 from datetime import timedelta
 from itertools import product
 
@@ -9,7 +10,10 @@ import torch.distributed as dist
 from ddp_steps import assert_equal_on_ranks, rows_of_rank, wrap
 from methods import OPTIONS, WAYS
 from problems import batches, losses_of, mlp
+from sharding import shard
+from torch.distributed.device_mesh import DeviceMesh
 
+from fastsam import SAM
 from fastsam.methods import METHODS
 
 CELLS = [
@@ -69,5 +73,33 @@ def test_a_pass_that_fails_on_one_rank(name, way, sync, forward):
             opt.step()
     opt.zero_grad()
     assert all(p.grad is None for p in model.parameters())
+    opt.state_dict()
+    dist.barrier()
+
+
+@pytest.mark.ranks(2)
+def test_sharded_weights_come_back_where_one_rank_fails():
+    group = dist.new_group(timeout=timedelta(seconds=30))
+    model = mlp()
+    # torch takes meshes of one name and the same ranks for one
+    shard(model, DeviceMesh.from_group(group, "cpu", mesh_dim_names=("failing",)))
+    batch, count = rows_of_rank(batches(1, rows=24)[0]), itertools.count()
+    opt = SAM(model.parameters(), torch.optim.SGD, model=model, **SGD)
+    before = [p.to_local().clone() for p in model.parameters()]
+
+    def losses(x, y):
+        if next(count) == 1:
+            dist.barrier()
+            if dist.get_rank() == 1:
+                raise OwnError
+            dist.distributed_c10d._set_pg_timeout(timedelta(milliseconds=500), group)
+        return losses_of(model)(x, y)
+
+    with pytest.raises(OwnError if dist.get_rank() == 1 else RuntimeError):
+        opt.step(losses, *batch)
+    assert next(count) == 2
+    for p, b in zip(opt.param_groups[0]["params"], before, strict=True):
+        assert torch.equal(p.to_local(), b)
+    opt.zero_grad()
     opt.state_dict()
     dist.barrier()
