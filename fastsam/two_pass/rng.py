@@ -54,6 +54,17 @@ class RandomState:
             sys.modules["numpy"].random.set_state(self._numpy)
             self._refuse_in_capture("NumPy's global generator")
 
+    def equals(self, other: "RandomState") -> bool:
+        """Whether another time's states are these."""
+        own = zip(self._own, other._own, strict=True)
+        return (
+            _are_same(self._cpu, other._cpu)
+            and _are_same(self._cuda, other._cuda)
+            and all(_are_same(a, b) for (_, a), (_, b) in own)
+            and self._python == other._python
+            and _are_same(self._numpy, other._numpy)
+        )
+
     def _refuse_in_capture(self, whose: str) -> None:
         if self._recorder is not None:
             raise RuntimeError(
@@ -120,4 +131,4 @@ def _are_same(some: Any, other: Any) -> bool:
         return True
     if isinstance(some, dict) and isinstance(other, dict):
         return some.keys() == other.keys() and all(_are_same(some[key], other[key]) for key in some)
-    return bool((some == other) if not hasattr(some, "shape") else (some == other).all())
+    return bool((some == other).all() if hasattr(some, "shape") else some == other)
