@@ -155,7 +155,7 @@ class _Everything:
             grads, values = self._grads
             with torch.no_grad():
                 for grad, value in zip(grads, values, strict=True):
-                    if grad is not None:
+                    if grad is not None and value is not None:
                         grad.copy_(value)
             put(self.params, grads)
             for name, value in self._run.items():

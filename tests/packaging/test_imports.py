@@ -17,6 +17,7 @@ ARROWS = {
     "arguments": set(),
     "fastsam": {"an optimizer", "a loss", "graph", "trajectory", "two_pass", "kernels", "installation"},
     "methods": {"an optimizer", "a loss"},
+    "testing": {"an optimizer", "two_pass", "distributed", "kernels"},
     "graph": {"two_pass", "kernels", "arguments"},
     "an optimizer": BELOW_METHODS,
     "a loss": {"trajectory", *BELOW_METHODS},
