@@ -12,6 +12,7 @@ restore: 4 + 16 + 8 bytes per float32 parameter. That restore can be fused with 
 needs w itself; the last shard's is part of the base step, as in SAM.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -33,8 +34,9 @@ class MSAM(SAM):
 
     Takes the arguments of `SAM`, and exactly one of `num_shards` and `shard_size`. Steps are taken with
     `step(loss_fn, *batch)`, which cuts the batch; or with one `ascent()`/`descent()` pair for each shard and `step()`
-    after the last, where cutting and weighting are yours. After a step the random number generators are where m first
-    passes leave them, and `last_grad_norm` is a tensor of shape [m].
+    after the last, where cutting and weighting are yours; a single pair where num_shards is more makes SAM's step, and
+    warns once. After a step the random number generators are where m first passes leave them, and `last_grad_norm` is a
+    tensor of shape [m].
 
     Under DistributedDataParallel perturb_sync=None means "replica": every shard of every rank is perturbed by itself,
     and gradients cross the network once a step. The paper's m is then the number of ranks times num_shards. With
@@ -63,6 +65,7 @@ class MSAM(SAM):
     """
 
     perturb_sync_under_ddp = "replica"
+    _warned_about_one_pair = False
 
     def __init__(
         self,
@@ -129,8 +132,25 @@ class MSAM(SAM):
                 f"{call} cannot cut the batch into shards; use opt.step(loss_fn, *batch), or for each shard "
                 "`with opt.ascent(): ...` and `with opt.descent(): ...`, then opt.step()"
             )
+        if call == "step()" and self._run.pairs == 1 and (self._num_shards or 1) > 1:
+            self._warn_about_one_pair()
         if rows is not None:
             self._check_sizes(self._sizes(rows))
+
+    def _warn_about_one_pair(self) -> None:
+        if self._warned_about_one_pair:
+            return
+        self._warned_about_one_pair = True
+        warnings.warn(
+            f"one ascent()/descent() pair is one shard, so that this step is SAM's, but num_shards={self._num_shards}: "
+            "under contexts the pairs are the shards. Run a pair for each shard before step(), with its share of the "
+            "rows and of the loss; or use opt.step(loss_fn, *batch), which cuts the batch; or pass num_shards=1",
+            stacklevel=6,
+        )
+
+    @property
+    def _num_shards(self) -> int | None:
+        return self.option(self.param_groups[0], "num_shards")
 
     def _check_sizes(self, sizes: list[int]) -> None:
         n = sum(sizes)

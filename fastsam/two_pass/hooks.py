@@ -49,7 +49,8 @@ class MethodHooks(PassOptimizer):
         """Raise RuntimeError or ValueError where the method cannot take its step in this form.
 
         Args:
-            call: "the constructor", `"step(loss_fn, *batch)"`, "step(closure)", "ascent()" or "first_step()".
+            call: "the constructor", `"step(loss_fn, *batch)"`, "step(closure)", "ascent()", "first_step()", or "step()"
+                where pairs of `ascent()` and `descent()` are finished.
             rows: of the batch, for `step(loss_fn, *batch)`.
         """
 

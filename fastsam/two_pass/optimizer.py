@@ -240,9 +240,11 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         read = read_batch(batch) if batch else None
         if read is not None:
             self.check("step(loss_fn, *batch)", read.n)
-        elif closure is not None and not run.pairs:
+        elif run.pairs:
+            self.check("step()")
+        elif closure is not None:
             refuse_fresh(run.consumed, self.param_groups)
-        elif closure is None and not run.pairs and not run.in_second_step and self.has_second_pass():
+        elif not run.in_second_step and self.has_second_pass():
             self._warn_about_base_step()
         return read
 

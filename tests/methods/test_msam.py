@@ -784,3 +784,25 @@ def test_batched_refuses_cumulative_statistics_and_foreign_parameters(backend):
     opt = MSAM([*mlp().parameters(), *(m := mlp()).parameters()], SGD, num_shards=2, model=m, execution="batched")
     with pytest.raises(ValueError, match=r"a parameter of shape \[8, 6\] is not in model="):
         opt.step(losses_of(m), X[:12], Y[:12])
+
+
+def test_a_single_pair_says_that_pairs_are_the_shards():
+    """Once, before the update; the step is SAM's."""
+    model, plain = mlp(), mlp()
+    opt = MSAM(model.parameters(), torch.optim.SGD, rho=0.1, num_shards=4, lr=0.1)
+    x, y = batches(1)[0]
+
+    def pair():
+        for context in (opt.ascent(), opt.descent()):
+            with context:
+                losses_of(model)(x, y).mean().backward()
+
+    pair()
+    with pytest.warns(UserWarning, match=r"pair is one shard.*num_shards=4: .* pairs are the shards.*num_shards=1"):
+        opt.step()
+    SAM(plain.parameters(), torch.optim.SGD, rho=0.1, lr=0.1).step(losses_of(plain), x, y)
+    assert largest_difference(model, plain) < 1e-15
+    for pairs in (1, 2):
+        for _ in range(pairs):
+            pair()
+        opt.step()
