@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from laws import LAWS, Cell, Subject
+from methods import WAYS
 from test_captures import recorder  # noqa: F401
 from test_host_reads import as_on_a_device  # noqa: F401
 from test_losses_that_differentiate import penalty_and_reentrant_checkpoint
 
 from fastsam import SAM, LookSAM
 from fastsam.testing import references
+from fastsam.two_pass import batch, optimizer
 
 MODULES = [importlib.import_module(file.stem) for file in sorted(Path(__file__).parent.glob("test_*.py"))
            if file.stem != "test_planted_faults"]  # fmt: skip
@@ -168,6 +170,28 @@ class CountsInPython(SAM):
             d_n.mul_(1 + self._calls / 100)
 
 
+class TakesTheScaleForKnown(SAM):
+    def perturb(self, ascent, k):
+        norm = super().perturb(ascent, k)
+        self._run.grad_scale = 1.0
+        return norm
+
+
+def leave_marks(monkeypatch):
+    """The loss function gets the marks of the batch."""
+    monkeypatch.setattr(batch, "_unmarked", lambda node: node)
+
+
+def see_no_change(monkeypatch):
+    """Nobody looks whether a tensor of the batch was changed."""
+    monkeypatch.setattr(batch, "_versions", lambda tensors: [])
+
+
+def lose_gradients(monkeypatch):
+    """A closure may lose gradients that are there."""
+    monkeypatch.setattr(optimizer, "refuse_fresh", lambda *_: None)
+
+
 def keep_casts(monkeypatch):
     """Nobody but autocast itself drops its casts."""
     clear = torch.clear_autocast_cache
@@ -215,6 +239,10 @@ FAULTS = {
     "test_a_plain_base_loads_the_checkpoint": SavesNoMoments,
     "test_copies_go_on_by_themselves": IsItsOwnCopy,
     "test_captured_steps_are_the_eager_ones_bit_for_bit": CountsInPython,
+    "test_a_nested_batch_is_cut_like_its_tensors": leave_marks,
+    "test_a_batch_that_the_loss_changes_in_place_is_refused": see_no_change,
+    "test_a_step_of_the_base_consumes_the_gradients": lose_gradients,
+    "test_a_norm_is_without_a_scale_that_contexts_were_not_told": TakesTheScaleForKnown,
 }
 """For each law a method that breaks it, or a function that breaks what it stands on."""
 
@@ -227,7 +255,8 @@ def test_a_law_turns_red_for_a_method_that_breaks_it(name, request, choose, monk
     fault = FAULTS[name]
     test = next(getattr(module, name) for module in MODULES if hasattr(module, name))
     row = "looksam" if inspect.isclass(fault) and issubclass(fault, LookSAM) else "sam"
-    cell = Cell(Subject(row), "sgd", "loss_fn")
+    # in the first way that the law takes
+    cell = next(c for way in WAYS if not test.law.reasons(c := Cell(Subject(row), "sgd", way)))
     if inspect.isclass(fault):
         cell = cell._replace(cls=fault)
     else:
