@@ -170,6 +170,12 @@ class CountsInPython(SAM):
             d_n.mul_(1 + self._calls / 100)
 
 
+class CountsInTheDefaultDtype(SAM):
+    def combine(self, ascent, d):
+        for d_n in d:
+            d_n.mul_(torch.tensor(1 / 3).double())
+
+
 class TakesTheScaleForKnown(SAM):
     def perturb(self, ascent, k):
         norm = super().perturb(ascent, k)
@@ -239,6 +245,7 @@ FAULTS = {
     "test_a_plain_base_loads_the_checkpoint": SavesNoMoments,
     "test_copies_go_on_by_themselves": IsItsOwnCopy,
     "test_captured_steps_are_the_eager_ones_bit_for_bit": CountsInPython,
+    "test_torchs_default_dtype_changes_no_number": CountsInTheDefaultDtype,
     "test_a_nested_batch_is_cut_like_its_tensors": leave_marks,
     "test_a_batch_that_the_loss_changes_in_place_is_refused": see_no_change,
     "test_a_step_of_the_base_consumes_the_gradients": lose_gradients,
