@@ -9,6 +9,7 @@ The teacher v stands for the trajectory that SAF remembers, for one copy of the 
 docs/algorithms.md#mesa.
 """
 
+import operator
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from fastsam.kernels.past import Past
 from fastsam.trajectory.loss import Trajectory, uncompiled
 from fastsam.trajectory.teacher import Pick, copy_of, filled, logits_of, paired
 from fastsam.two_pass import capture
-from fastsam.two_pass.batch import tensors_of
+from fastsam.two_pass.batch import leaves, tensors_of
 from fastsam.two_pass.forward_alone import ForwardAlone
 from fastsam.two_pass.stage import Stage, under_way
 from fastsam.two_pass.state import found_inf_of
@@ -262,16 +263,19 @@ class MESA(Trajectory):
 
 
 class _Batch:
-    """Inputs as they are now: equal to those of the same object whose tensors nobody has written into since."""
+    """Inputs as they are now: equal to those that hold the same objects, whose tensors nobody has written into since.
+
+    The containers need not be the same: a loss function gets new ones in every pass.
+    """
 
     def __init__(self, inputs: Any) -> None:
-        self._inputs, self._versions = (
-            inputs,
-            [None if t.is_inference() else t._version for t in tensors_of(inputs, every=True)],
-        )
+        self._kind, self._held = type(inputs), list(leaves(inputs))
+        self._versions = [None if t.is_inference() else t._version for t in tensors_of(inputs, every=True)]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Batch) and other._inputs is self._inputs and other._versions == self._versions
+        if not isinstance(other, _Batch) or (other._kind, other._versions) != (self._kind, self._versions):
+            return False
+        return len(other._held) == len(self._held) and all(map(operator.is_, other._held, self._held))
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -343,15 +343,16 @@ def replace_tensors(batch: Any, tensors: Iterable[Tensor], every: bool = False) 
 
 def has_only_tensors(batch: Batch) -> bool:
     """Whether all that is cut is a tensor, so that row numbers on the device suffice."""
-    return not any(isinstance(node, (_PerSample, np.ndarray)) or _has_batch_size(node) for node in _leaves(batch))
+    return not any(isinstance(node, (_PerSample, np.ndarray)) or _has_batch_size(node) for node in leaves(batch))
 
 
-def _leaves(node: Any) -> Iterator[Any]:
+def leaves(node: Any) -> Iterator[Any]:
+    """Yield what a batch, or a part of it, holds once all containers are taken apart."""
     inner = None if has_own_rows(node) else parts(node)
     if inner is None:
         yield node
     for part in inner or ():
-        yield from _leaves(part)
+        yield from leaves(part)
 
 
 def _unmarked(node: Any) -> Any:

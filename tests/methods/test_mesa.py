@@ -405,3 +405,27 @@ def test_channels_last_weights(backend):
         model[0].weight.mul_(3)
     mesa.update()
     torch.testing.assert_close(mesa.teacher[0].weight, 2 * before)
+
+
+def test_the_teacher_runs_once_in_a_step_whatever_its_inputs_are_nested_in():
+    """A loss function gets the same tensors in every pass, in new containers."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return self.net(x)
+
+    model, calls = Named(), []
+    mesa = MESA(model, start_epoch=0, reduction="none")
+    mesa.teacher.register_forward_hook(lambda *_: calls.append(1))
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    x, y = batches(1)[0]
+    opt.step(lambda batch, y: mesa(model(**batch), y, batch), {"x": x}, y)
+    assert len(calls) == 1
+    opt.step(lambda batch, y: mesa(model(*batch), y, batch), (x,), y)
+    assert len(calls) == 2
+    opt.step(lambda batch, y: mesa(model(*batch), y, (batch[0].clone(),)), (x,), y)
+    assert len(calls) == 4
