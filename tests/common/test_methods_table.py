@@ -73,9 +73,10 @@ class Problem:
         elif way == "closure":
             self.opt.step(self.backward)
         elif way == "contexts":
-            for context in (self.opt.ascent, self.opt.descent):
-                with context():
-                    self.losses(self.x, self.y).mean().backward()
+            for pair in self.opt.passes((self.x, self.y)):
+                for context in (self.opt.ascent, self.opt.descent):
+                    with context():
+                        self.losses(*pair.batch).mean().backward()
             self.opt.step()
         else:
             self.backward()
