@@ -1,12 +1,12 @@
 """SAF: Sharpness-Aware Training for Free (Du et al. 2022, https://arxiv.org/abs/2205.14083).
 
     z      = f_w(x)                                      logits of this epoch e
-    t      = z of epoch e - lag, of the same sample      (read before the next line)
+    t      = z of epoch e - lag, of the same sample
     record z
     loss   = CE(z, y) + lam tau^2 KL(softmax(t / tau) || softmax(z / tau))     (Eq. 9, from epoch start_epoch + 1 on)
 
-One forward and backward, and one kernel for the four lines. tau^2 stands in the authors' code, not in the paper; they
-record before they read, which takes one slot more. See docs/algorithms.md#saf.
+One forward and backward, and one kernel for the four lines. tau^2 stands in the authors' code, not in the paper. See
+docs/algorithms.md#saf.
 """
 
 import logging
@@ -41,8 +41,10 @@ class SAF(Trajectory):
             for x, y, ids in loader:                 # of IndexedDataset(train_set)
                 loss = saf(model(x), y, ids)
 
-    A row whose sample has no record of exactly `lag` epochs ago has no divergence, nor has the second of two rows of
-    one sample; both stay in the divisor. Rows of `ignore_index` count in nothing and are not recorded. In eval mode,
+    A row whose sample has no record of exactly `lag` epochs ago has no divergence, but stays in the divisor. A sample
+    that an epoch meets again, as with repeated augmentation or weighted sampling, finds its past each time; of a batch
+    its first row is recorded, of an epoch its last batch. Rows of `ignore_index` count in nothing and are not recorded.
+    In eval mode,
     and while lam = 0, it is `F.cross_entropy` itself and touches nothing; up to epoch `start_epoch` it is
     `F.cross_entropy` and records. Under mixup or CutMix pass class-probability targets and the first picture's ids, as
     the authors do, or better turn mixing off, since the record is of another picture then.
@@ -61,7 +63,7 @@ class SAF(Trajectory):
         num_classes: number of classes C >= 2.
         lam: weight of the divergence, >= 0.
         tau: temperature, > 0.
-        lag: how many epochs ago the past is, >= 1; also the number of records kept of each sample.
+        lag: how many epochs ago the past is, >= 1. Of each sample lag + 1 records are kept.
         start_epoch: the divergence counts after this epoch, from epoch start_epoch + 1 on.
         history_dtype: of the records: torch.float16, bfloat16, float32, float64, or int8 with one scale per record.
             float16 records are clamped to its range.
@@ -363,7 +365,7 @@ class SAF(Trajectory):
             self._expected_run = before
             raise
         if records is not None:
-            self._layout.check(records)
+            records = self._layout.checked(records)
             if self._history is None:
                 self._loaded = {name: field.clone() for name, field in records.items()}
             else:

@@ -14,17 +14,17 @@ _SMALLEST_SCALE = tl.constexpr(reference_trajectory_loss.SMALLEST_SCALE)
 @triton.jit
 def find_sample(ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, target_stride, ignore_index,
                  HAS_CLASSES: tl.constexpr, SCAN_SIZE: tl.constexpr):  # fmt: skip
-    """The row of the history for this row of the batch, 0 if there is none, and whether it takes part."""
+    """The row of the history for this row of the batch, 0 if there is none; whether it has one, and is recorded."""
     sample = tl.load(ids_ptr + row)
     inside = (sample >= 0) & (sample < n_samples)
     if errors_ptr is not None:
         is_error = counted & (inside == 0)
         tl.atomic_add(errors_ptr, is_error.to(tl.int64), mask=is_error)
         tl.store(errors_ptr + 1, sample, mask=is_error)
-    takes_part = counted & inside
+    has_row = counted & inside
     is_repeated = tl.zeros((SCAN_SIZE,), tl.int32)
     first = tl.zeros((), tl.int64)
-    while (first < row) & takes_part:
+    while (first < row) & has_row:
         others = first + tl.arange(0, SCAN_SIZE)
         same = (others < row) & (tl.load(ids_ptr + others, mask=others < row, other=-1) == sample)
         if HAS_CLASSES:
@@ -33,8 +33,7 @@ def find_sample(ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, targe
             same = same & (target_class != ignore_index)
         is_repeated |= same.to(tl.int32)
         first += SCAN_SIZE
-    takes_part = takes_part & (tl.max(is_repeated) == 0)
-    return tl.where(takes_part, sample, 0), takes_part
+    return tl.where(has_row, sample, 0), has_row, has_row & (tl.max(is_repeated) == 0)
 
 
 @triton.jit
@@ -169,7 +168,7 @@ def add_all(
 
 @triton.jit
 def finish_block(
-    z, t, target, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_scale,
+    z, t, target, gradient_ptr, record_ptr, start, length, record_length, counted, has_past, new_scale,
     z_largest, t_largest, z_factor, q_factor, p_factor, inverse_tau,
     HAS_PAST: tl.constexpr, RECORDS: tl.constexpr, VECTOR: tl.constexpr, PAST_VECTOR: tl.constexpr,
     LANES: tl.constexpr,
@@ -189,7 +188,7 @@ def finish_block(
     if RECORDS:
         # Every thread has to read the past before any overwrites it, since another may hold that part of the row.
         tl.debug_barrier()
-        record_block(past_ptr, start, length, record_length, z, new_scale, PAST_VECTOR, LANES)
+        record_block(record_ptr, start, length, record_length, z, new_scale, PAST_VECTOR, LANES)
     return target_logit, spread
 
 

@@ -16,9 +16,9 @@ class Past(NamedTuple):
     """Logits that the current ones are compared with: a teacher's, or those of a history of samples.
 
     Without `ids`, row i of `rows` belongs to row i of the batch. With them it is row `ids[i]`, whose record is valid
-    if its tag is exactly `wanted`. A row of the batch takes part in the history if its target is not ignored, its id
-    is in range, and no earlier such row of the batch has the same id; any other has no past and is not recorded.
-    Neither has a row without a finite largest logit, such as one that holds NaN, a past.
+    if its tag is exactly `wanted`. A row of the batch takes part in the history if its target is not ignored and its id
+    is in range; any other has no past and is not recorded. Of rows with one id the first is recorded, and it alone has
+    a past where that replaces what is read. A row without a finite largest logit, such as one that holds NaN, has none.
     """
 
     rows: Tensor
@@ -34,9 +34,21 @@ class Past(NamedTuple):
     wanted: int = 0
     """The tag that a valid record has."""
     record: bool = False
-    """Whether the batch's logits replace the rows that were read."""
+    """Whether the batch's logits are recorded."""
     errors: Tensor | None = None
     """[2] int64: how many ids were out of range, and one of them."""
+    into: "Past | None" = None
+    """Rows, scales and tags of the same sizes to record into; None for those that are read."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the batch's logits replace the rows that are read."""
+        return self.record and self.into is None
+
+    @property
+    def recorded(self) -> "Past":
+        """Where the batch's logits are recorded."""
+        return self if self.into is None else self.into
 
 
 def check_loss(
@@ -65,6 +77,14 @@ def check_loss(
 
 def _check_past(past: Past, n: int, n_classes: int, device: torch.device) -> None:
     rows = past.rows
+    if past.into is not None:
+        _check_past(past.into, n, n_classes, device)
+        if (past.into.rows.shape, past.into.rows.stride(), past.into.rows.dtype) != (
+            rows.shape,
+            rows.stride(),
+            rows.dtype,
+        ):
+            raise ValueError("what is recorded into must be of the shape, strides and dtype of what is read")
     if any(t is not None and t.device != device for t in past if isinstance(t, Tensor)):
         raise ValueError(f"the past must be on the logits' device, {device}")
     if past.ids is None:

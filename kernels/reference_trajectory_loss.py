@@ -28,8 +28,10 @@ class _Rows(NamedTuple):
 
     ids: Tensor | None
     """In range; None for a teacher."""
-    taking_part: Tensor | None
-    """[n] bool; None where all rows do."""
+    read: Tensor | None
+    """[n] bool, rows with a row of the history; None where all have one."""
+    recorded: Tensor | None
+    """[n] bool, the first of them for each id; None where all are."""
 
 
 def trajectory_loss(
@@ -56,7 +58,7 @@ def trajectory_loss(
         rows = _find_rows(past, ignored)
         _pull(shifted, losses, gradient, past, rows, tau, weight)
         if past.record:
-            _write(logits, past, rows)
+            _write(logits, past.recorded, rows)
     if ignored is not None:
         losses.masked_fill_(ignored, 0)
         gradient.masked_fill_(ignored.unsqueeze(1), 0)
@@ -118,9 +120,9 @@ def _find_rows(past: Past, ignored: Tensor | None) -> _Rows:
     """Find who takes part, and count the ids that are out of range."""
     ids, n_samples = past.ids, len(past.rows)
     if ids is None:
-        return _Rows(None, None)
+        return _Rows(None, None, None)
     if ignored is None and reads_scalars(ids.device) and _are_distinct(ids, n_samples):
-        return _Rows(ids, None)
+        return _Rows(ids, None, None)
     inside = (ids >= 0) & (ids < n_samples)
     counted = torch.ones_like(inside) if ignored is None else ~ignored
     if past.errors is not None:
@@ -132,7 +134,8 @@ def _find_rows(past: Past, ignored: Tensor | None) -> _Rows:
     numbers = torch.where(counted & inside, ids, -1 - torch.arange(len(ids), device=ids.device))
     ordered, order = numbers.sort(stable=True)
     again = torch.zeros_like(inside).scatter_(0, order[1:], ordered[1:] == ordered[:-1])
-    return _Rows(ids.clamp(0, n_samples - 1), counted & inside & ~again)
+    recorded = counted & inside & ~again
+    return _Rows(ids.clamp(0, n_samples - 1), recorded if past.in_place else counted & inside, recorded)
 
 
 def _are_distinct(ids: Tensor, n_samples: int) -> bool:
@@ -147,7 +150,7 @@ def _pull(
 ) -> None:
     """Add weight KL(past || current) to the losses of rows that have a past, and its gradient to theirs."""
     may_look = reads_scalars(losses.device)
-    valid = rows.taking_part
+    valid = rows.read
     if past.tags is not None and rows.ids is not None:
         fresh = past.tags.index_select(0, rows.ids) == past.wanted
         valid = fresh if valid is None else valid & fresh
@@ -182,7 +185,7 @@ def _write(logits: Tensor, past: Past, rows: _Rows) -> None:
     """Record the logits of the rows that take part; until a row is whole, its tag is NEVER."""
     assert rows.ids is not None
     assert past.tags is not None
-    ids, taking_part = rows.ids, rows.taking_part
+    ids, taking_part = rows.ids, rows.recorded
     values, scales = _encode(logits, past.rows.dtype)
     tags = [(past.tags, torch.full_like(ids, tag, dtype=torch.int32)) for tag in (NEVER, past.epoch)]
     tables = [tags[0], (past.rows[:, : logits.shape[1]], values), tags[1]]

@@ -10,7 +10,8 @@ is never taken for data; so are logits and gradient where every row is aligned. 
 the three and as many elements of the others. Unaligned rows, as with 50,257 classes, are accessed in as many elements
 at a time as the number of classes is a multiple of; caches make up for that.
 
-Of rows with one id only the first touches the history: each program scans the ids before its own, so nothing races.
+Of rows with one id only the first is recorded, and where records are replaced in place it alone reads: each program
+scans the ids before its own, so nothing races.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -44,8 +45,9 @@ _PADDING = 16
 
 
 _POINTERS = [
-    "logits_ptr", "targets_ptr", "rows_ptr", "scales_ptr", "tags_ptr", "ids_ptr", "errors_ptr", "numbers_ptr",
-    "losses_ptr", "gradient_ptr", "loss_ptr", "scale_ptr", "counter_ptr",
+    "logits_ptr", "targets_ptr", "rows_ptr", "scales_ptr", "tags_ptr", "ids_ptr", "errors_ptr",
+    "new_rows_ptr", "new_scales_ptr", "new_tags_ptr",
+    "numbers_ptr", "losses_ptr", "gradient_ptr", "loss_ptr", "scale_ptr", "counter_ptr",
 ]  # fmt: skip
 _SIZES = [
     "logits_stride", "target_stride", "past_stride", "n_rows", "n_classes", "width", "n_samples", "epoch", "wanted",
@@ -65,7 +67,7 @@ def _record_kernel(
     counted = row >= 0
     if HAS_CLASSES:
         counted = tl.load(targets_ptr + row * target_stride) != ignore_index
-    past_row, takes_part = find_sample(
+    past_row, _, takes_part = find_sample(
         ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, target_stride, ignore_index, HAS_CLASSES, SCAN_SIZE
     )
     z_ptr = row_at(logits_ptr, row, logits_stride, VECTOR)
@@ -93,10 +95,11 @@ def _record_kernel(
 def _trajectory_loss_kernel(
     logits_ptr, targets_ptr, rows_ptr, scales_ptr, tags_ptr, ids_ptr, errors_ptr,
     logits_stride, target_stride, past_stride, width, n_samples, epoch, wanted, n_classes, ignore_index,
+    new_rows_ptr, new_scales_ptr, new_tags_ptr,
     numbers_ptr, losses_ptr, gradient_ptr, loss_ptr, scale_ptr, counter_ptr, n_rows,
-    RECORDS: tl.constexpr, REDUCTION: tl.constexpr, COMPUTE: tl.constexpr, HAS_CLASSES: tl.constexpr,
-    VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, PAST_VECTOR: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SCAN_SIZE: tl.constexpr,
+    RECORDS: tl.constexpr, IN_PLACE: tl.constexpr, REDUCTION: tl.constexpr, COMPUTE: tl.constexpr,
+    HAS_CLASSES: tl.constexpr, VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, PAST_VECTOR: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCAN_SIZE: tl.constexpr,
 ):  # fmt: skip
     """losses[row], gradient[row] = cross-entropy + weight KL(past || current); history[ids[row]] = logits[row].
 
@@ -124,11 +127,13 @@ def _trajectory_loss_kernel(
     past_row, takes_part, has_past = row, counted, counted
     scale = tl.full((), 1.0, COMPUTE)
     if HAS_HISTORY:
-        past_row, takes_part = find_sample(
+        past_row, has_past, takes_part = find_sample(
             ids_ptr, targets_ptr, errors_ptr, row, n_samples, counted, target_stride, ignore_index,
             HAS_CLASSES, SCAN_SIZE,
         )  # fmt: skip
-        has_past = takes_part & (tl.load(tags_ptr + past_row) == wanted)
+        if IN_PLACE:
+            has_past = takes_part
+        has_past = has_past & (tl.load(tags_ptr + past_row) == wanted)
         if scales_ptr is not None:
             scale = tl.load(scales_ptr + past_row).to(COMPUTE)
     # A row without a past, or that is not recorded, has length 0 there: nothing of it is read or written.
@@ -169,11 +174,14 @@ def _trajectory_loss_kernel(
     # The sum is 0 without a finite logit, and NaN with a logit that is NaN or inf.
     has_past = has_past & (p_sum > 0)
     new_scale = int8_scale(magnitude)
+    record_ptr = past_ptr
+    if RECORDS:
+        record_ptr = row_at(new_rows_ptr, past_row, past_stride, PAST_VECTOR)
     z_factor, q_factor, p_factor = target_sum / z_sum, kl_gradient_scale / q_sum, kl_gradient_scale / p_sum
     start = tl.zeros((), tl.int32)
     if WHOLE:
         target_logit, spread = finish_block(
-            z, t, target, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_scale,
+            z, t, target, gradient_ptr, record_ptr, start, length, record_length, counted, has_past, new_scale,
             z_largest, t_largest, z_factor, q_factor, p_factor, inverse_tau,
             HAS_PAST, RECORDS, VECTOR, PAST_VECTOR, BLOCK_SIZE,
         )  # fmt: skip
@@ -185,7 +193,7 @@ def _trajectory_loss_kernel(
                 COMPUTE, HAS_PAST, HAS_CLASSES, VECTOR, TARGET_VECTOR, PAST_VECTOR, BLOCK_SIZE,
             )  # fmt: skip
             some_target_logit, some_spread = finish_block(
-                z, t, target, gradient_ptr, past_ptr, start, length, record_length, counted, has_past, new_scale,
+                z, t, target, gradient_ptr, record_ptr, start, length, record_length, counted, has_past, new_scale,
                 z_largest, t_largest, z_factor, q_factor, p_factor, inverse_tau,
                 HAS_PAST, RECORDS, VECTOR, PAST_VECTOR, BLOCK_SIZE,
             )  # fmt: skip
@@ -199,9 +207,9 @@ def _trajectory_loss_kernel(
         divergence = spread / (p_sum * tau) - tl.log(p_sum / q_sum)
         loss += tl.where(has_past, weight * divergence, 0.0)
     if RECORDS:
-        tl.store(tags_ptr + past_row, epoch, mask=takes_part)
+        tl.store(new_tags_ptr + past_row, epoch, mask=takes_part)
         if QUANTISES:
-            tl.store(scales_ptr + past_row, new_scale, mask=takes_part)
+            tl.store(new_scales_ptr + past_row, new_scale, mask=takes_part)
     tl.store(losses_ptr + row, tl.where(counted, loss, 0.0))
     if REDUCTION == "none":
         tl.store(scale_ptr, tl.full((), 1.0, COMPUTE), mask=row == 0)
@@ -238,10 +246,10 @@ def trajectory_loss(
     loss, scale = torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
     with on_device(device), counters(1, device) as counter:
         launch(
-            _trajectory_loss_kernel, n, *_arguments(logits, targets, past, ignore_index),
+            _trajectory_loss_kernel, n, *_arguments(logits, targets, past, ignore_index), *_recorded(past),
             numbers((1 / tau, weight, weight / tau, tau, label_smoothing), device),
             losses, gradient, loss, scale, counter, n,
-            RECORDS=past is not None and past.record, REDUCTION=reduction,
+            RECORDS=past is not None and past.record, IN_PLACE=past is not None and past.in_place, REDUCTION=reduction,
             **_constants(logits, targets, past),
             # Unfused, both sides of every difference are the same bits where past and current are.
             enable_fp_fusion=False,
@@ -276,6 +284,11 @@ def _arguments(logits: Tensor, targets: Tensor | None, past: Past | None, ignore
         logits.stride(0), target_stride, rows.stride(0), _width(rows, n_classes), len(rows), past.epoch, past.wanted,
         n_classes, ignore_index,
     )  # fmt: skip
+
+
+def _recorded(past: Past | None) -> tuple[Tensor | None, ...]:
+    """Rows, scales and tags that are recorded into; None where nothing is."""
+    return (None,) * 3 if past is None or not past.record else past.recorded[:3]
 
 
 def _constants(logits: Tensor, targets: Tensor | None, past: Past | None) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class HistoryFiles:
 
     def seal(self) -> None:
         """Keep the checksums of all slots that have none yet."""
-        missing = [slot for slot in range(self.layout.lag) if str(slot) not in self.checksums]
+        missing = [slot for slot in range(self.layout.slots) if str(slot) not in self.checksums]
         if self.is_shared or not missing:
             return
         self.checksums |= {str(slot): self._sums(slot) for slot in missing}

@@ -1,10 +1,10 @@
-"""SAF's memory: the logits of every sample in each of the last `lag` epochs.
+"""SAF's memory: the logits of every sample in this epoch and in each of the last `lag` epochs.
 
-    record[e mod lag][id] = logits of epoch e,    tag[e mod lag][id] = e
+    record[e mod (lag + 1)][id] = logits of epoch e,    tag[e mod (lag + 1)][id] = e
 
-Epochs e and e - lag share a slot, so a record is read before it is overwritten and `lag` slots suffice. A record counts
-as the past of epoch e only if its tag is exactly e - lag; one that was never written, or that an epoch passed over,
-does not.
+Of lag + 1 slots an epoch reads another one than it writes, so a sample that is seen again in the same epoch finds its
+past again. A record counts as the past of epoch e only if its tag is exactly e - lag; one that was never written, or
+that an epoch passed over, does not.
 
 Where the records lie on the device of the logits, the kernel reads and writes them in place. Where they lie in host
 memory or in files, those of a batch are copied to the device before the loss, and the new ones back after it.
@@ -76,7 +76,11 @@ class History:
         return self._fields["tags"].device
 
     def _slot(self, epoch: int) -> Fields:
-        return {name: field[epoch % self.layout.lag] for name, field in self._fields.items()}
+        return {name: field[epoch % self.layout.slots] for name, field in self._fields.items()}
+
+    def _rows_of(self, epoch: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        slot = {name: field[:-1] for name, field in self._slot(epoch).items()}
+        return slot["records"], slot.get("scales"), slot["tags"]
 
     def past(self, positions: Tensor, epoch: int, record: bool) -> Past:
         """Return where `trajectory_loss` finds the logits of `epoch - lag`, and where it records those of `epoch`.
@@ -89,16 +93,19 @@ class History:
         """
         # 0 is the tag of what was never written.
         wanted = epoch - self.layout.lag if epoch > self.layout.lag else -1
-        if record and self._files is not None:
-            self._files.unseal(epoch % self.layout.lag)
         if self.direct:
-            slot = {name: field[:-1] for name, field in self._slot(epoch).items()}
-            records, scales, tags = slot["records"], slot.get("scales"), slot["tags"]
-            return Past(records, scales, tags, positions, epoch, wanted, record, self.errors)
+            into = self._recorded(positions, epoch) if record else None
+            return Past(*self._rows_of(epoch - self.layout.lag), positions, epoch, wanted, record, self.errors, into)
         self.flush()
         fields = self._fetched(positions, epoch)
         batch_rows = torch.arange(len(positions), device=self.device)
         return Past(fields["records"], fields.get("scales"), fields["tags"], batch_rows, epoch, wanted, False, None)
+
+    def _recorded(self, positions: Tensor, epoch: int) -> Past:
+        """Return where the logits of `epoch` are recorded in place."""
+        if self._files is not None:
+            self._files.unseal(epoch % self.layout.slots)
+        return Past(*self._rows_of(epoch), positions, epoch, 0, True, self.errors)
 
     def record(self, logits: Tensor, targets: Tensor, positions: Tensor, epoch: int, ignore_index: int) -> None:
         """Record the logits as those of `epoch`; rows with an ignored target are left out.
@@ -111,7 +118,7 @@ class History:
             ignore_index: of int64 targets.
         """
         if self.direct:
-            ops.record_(logits, self.past(positions, epoch, True), targets, ignore_index)
+            ops.record_(logits, self._recorded(positions, epoch), targets, ignore_index)
             return
         self.flush()
         fields = self._zeros(len(positions))
@@ -141,7 +148,7 @@ class History:
         positions = torch.where(is_recorded, kept, self.layout.samples)
         slot = self._slot(pending.epoch)
         if self._files is not None:
-            self._files.unseal(pending.epoch % self.layout.lag)
+            self._files.unseal(pending.epoch % self.layout.slots)
         # The tags are cleared first and written last, so that an interrupt leaves no tag on a half-written record.
         slot["tags"].index_fill_(0, positions, NEVER)
         for name in sorted(slot, key="tags".__eq__):
@@ -153,9 +160,8 @@ class History:
 
     def _fetch(self, positions: Tensor, epoch: int) -> "AsyncCopy":
         self.flush()
-        stored = self._without_repeats(positions).to(self._storage_device)
-        fields = {name: field.index_select(0, stored) for name, field in self._slot(epoch).items()}
-        fields["tags"] = self._tags(stored, epoch)
+        stored, slot = positions.to(self._storage_device), self._slot(epoch - self.layout.lag)
+        fields = {name: field.index_select(0, stored) for name, field in slot.items()}
         return AsyncCopy(positions, epoch, fields, self.device)
 
     def _fetched(self, positions: Tensor, epoch: int) -> Fields:
@@ -163,13 +169,7 @@ class History:
         copy, self._prefetched = self._prefetched, None
         if copy is None or copy.epoch != epoch or not torch.equal(copy.positions, positions):
             return self._fetch(positions, epoch).result()
-        # What was recorded since the prefetch has another tag now.
-        tags = self._tags(self._without_repeats(positions).to(self._storage_device), epoch)
-        return copy.result() | AsyncCopy(positions, epoch, {"tags": tags}, self.device).result()
-
-    def _tags(self, stored: Tensor, epoch: int) -> Tensor:
-        tags = self._slot(epoch)["tags"].index_select(0, stored)
-        return torch.where(stored == self.layout.samples, 0, tags)
+        return copy.result()
 
     def _without_repeats(self, positions: Tensor) -> Tensor:
         """Return the positions, but the spare last one where an earlier row of the batch has the same one."""
@@ -193,10 +193,10 @@ class History:
         Raises:
             ValueError: the layout is another; nothing is changed.
         """
-        self.layout.check(state)
+        state = self.layout.checked(state)
         self._prefetched = self._pending_write = None
         if self._files is not None:
-            self._files.unseal(*range(self.layout.lag))
+            self._files.unseal(*range(self.layout.slots))
         for name, field in self._fields.items():
             field.copy_(state[name])
 

@@ -22,13 +22,22 @@ class Layout(NamedTuple):
     lag: int
     dtype: torch.dtype
 
+    @property
+    def slots(self) -> int:
+        """Epochs that are kept: the one that is recorded, and the `lag` before it."""
+        return self.lag + 1
+
     def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of every tensor of a history.
 
-        "tags" are int32 of shape [lag, samples + 1], "records" of shape [lag, samples + 1, width >= classes], and
-        "scales", with int8, float32 of shape [lag, samples + 1]. The last position takes what is not to be recorded.
+        "tags" are int32 of shape [lag + 1, samples + 1], "records" of shape [lag + 1, samples + 1, width >= classes],
+        and "scales", with int8, float32 of shape [lag + 1, samples + 1]. The last position takes what is not to be
+        recorded.
         """
-        slots = self.lag, self.samples + 1
+        return self._with_slots(self.slots)
+
+    def _with_slots(self, n_slots: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        slots = n_slots, self.samples + 1
         width = -(-self.classes // _PADDING) * _PADDING if self.classes % _WIDE else self.classes
         fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "tags": (slots, torch.int32),
@@ -38,15 +47,34 @@ class Layout(NamedTuple):
             fields["scales"] = slots, torch.float32
         return fields
 
-    def check(self, fields: Fields) -> None:
-        """Raise ValueError unless these are the fields of a history of this layout."""
+    def checked(self, fields: Fields) -> Fields:
+        """Return the fields of a history of this layout, or raise ValueError if these are none.
+
+        Those of earlier versions, with `lag` slots, get one more.
+        """
         actual = {name: (tuple(field.shape), field.dtype) for name, field in fields.items()}
+        if actual == self._with_slots(self.lag):
+            return self._with_another_slot(fields)
         if actual != self.fields():
             raise ValueError(
                 f"the checkpoint's history is of other samples, classes, lag or format: {_describe(actual)}; here it "
                 f"is {_describe(self.fields())}. Make SAF as it was then, or with save_history=False to go on without "
                 "records"
             )
+
+        return fields
+
+    def _with_another_slot(self, fields: Fields) -> Fields:
+        grown = {
+            name: field.new_zeros(shape)
+            for (name, (shape, _)), field in zip(self.fields().items(), fields.values(), strict=True)
+        }
+        for slot, tags in enumerate(fields["tags"]):
+            samples = (tags > 0).nonzero()[:, 0]
+            to = tags[samples].long() % self.slots
+            for name, field in fields.items():
+                grown[name][to, samples] = field[slot, samples]
+        return grown
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +86,7 @@ class Layout(NamedTuple):
         return {"rows": self.samples, "classes": self.classes, "lag": self.lag, "dtype": _name(self.dtype)}
 
     def __str__(self) -> str:
-        return f"{self.lag} x {self.samples} x {self.classes} logits in {_name(self.dtype)}: {readable(self.nbytes)}"
+        return f"{self.slots} x {self.samples} x {self.classes} logits in {_name(self.dtype)}: {readable(self.nbytes)}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -72,7 +72,7 @@ def test_saf_with_a_fixed_map_equals_one_process():
     oracle(other, fixed)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
-    assert loss_of._history._fields["tags"].shape == (2, 11 + 1)  # each rank keeps its part alone
+    assert loss_of._history._fields["tags"].shape == (3, 11 + 1)  # each rank keeps its part alone
 
 
 @pytest.mark.ranks(2)

@@ -88,7 +88,7 @@ def test_a_run_that_ended_after_its_checkpoint_goes_on_from_it(tmp_path):
     later = saf(tmp_path / "cut", resume=True, save_history=False)
     later.load_state_dict(checkpoint)
     step(later, 4)
-    assert set(json.loads((tmp_path / "cut" / "history.json").read_text())["checksums"]) == {"1"}
+    assert set(json.loads((tmp_path / "cut" / "history.json").read_text())["checksums"]) == {"0", "2"}
     del later
     resumed = saf(tmp_path / "cut", resume=True, save_history=False)
     resumed.load_state_dict(checkpoint)
@@ -157,9 +157,25 @@ def test_a_slot_is_read_for_its_checksum_once(tmp_path, monkeypatch):
     loss = saf(tmp_path)
     step(loss, 1)
     loss.state_dict()
-    assert len(read) == 4  # tags and records of both slots
-    loss.state_dict()
-    assert len(read) == 4
-    step(loss, 2)
+    assert len(read) == 6  # tags and records of all slots
     loss.state_dict()
     assert len(read) == 6
+    step(loss, 2)
+    loss.state_dict()
+    assert len(read) == 8
+
+
+def test_records_of_earlier_versions_are_taken_over(tmp_path):
+    """They had `lag` slots, in which epoch e and epoch e - lag shared one."""
+    now = saf(tmp_path)
+    for epoch in (1, 2, 3):
+        step(now, epoch)
+    state = copy.deepcopy(now.state_dict())
+    kept = state["_extra_state"]["history"]
+    # of epochs 2 and 3, at their numbers mod 2
+    state["_extra_state"]["history"] = {name: torch.stack([field[2], field[0]]) for name, field in kept.items()}
+    del state["_extra_state"]["run"]
+    later = SAF(N, C, lag=2, start_epoch=1, device="cpu")
+    later.load_state_dict(state)
+    assert torch.equal(step(later, 4), step(now, 4))
+    assert torch.equal(step(later, 5), step(now, 5))
