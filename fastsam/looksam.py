@@ -149,8 +149,8 @@ class LookSAM(SAM):
         """
         if not self.has_second_pass():
             return
-        spoils = self.pending.pop("spoils", None)
-        found = self.mean_over_ranks(self.pending)
+        spoils = self.pending.get("spoils")
+        found = self.mean_over_ranks({p: g_v for p, g_v in self.pending.items() if isinstance(p, Tensor)})
         has_found = self.any_rank(None if spoils is None else torch.ones_like(spoils))
         spoils = self.any_rank(spoils)
         # A step without passes; where ranks perturb by themselves the flag says so.

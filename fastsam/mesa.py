@@ -12,15 +12,18 @@ docs/algorithms.md#mesa.
 import operator
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from fastsam.arguments import check_number, shown
 from fastsam.distributed.dtensor import is_dtensor
 from fastsam.kernels import ops
+from fastsam.kernels.calls import Call, run_all
 from fastsam.kernels.past import Past
 from fastsam.trajectory.loss import Trajectory, uncompiled
 from fastsam.trajectory.teacher import Pick, copy_of, filled, logits_of, paired
@@ -28,7 +31,7 @@ from fastsam.two_pass import capture
 from fastsam.two_pass.batch import leaves, tensors_of
 from fastsam.two_pass.forward_alone import ForwardAlone
 from fastsam.two_pass.stage import Stage, under_way
-from fastsam.two_pass.state import found_inf_of
+from fastsam.two_pass.state import StepState, found_inf_of
 
 
 class MESA(Trajectory):
@@ -209,7 +212,6 @@ class MESA(Trajectory):
 
     # the average
 
-    @torch.no_grad()
     def update(self, found_inf: Tensor | None = None) -> None:
         """Move the teacher towards the model, one step of the average; call it after the optimizer's step.
 
@@ -221,6 +223,12 @@ class MESA(Trajectory):
         Raises:
             RuntimeError: the weights are perturbed now, or the model has other parameters than the teacher.
         """
+        with torch.no_grad():
+            run_all(self._update_calls(found_inf))
+
+    @torch.no_grad()
+    def _update_calls(self, found_inf: Tensor | None) -> list[Call]:
+        """Return the calls that do what `update` does."""
         step = under_way()
         if step is not None and step.stage in (Stage.DESCENT, Stage.FIRST):
             raise RuntimeError(
@@ -234,18 +242,23 @@ class MESA(Trajectory):
         averaged = [(v, w) for v, w in pairs if v.is_floating_point() or v.is_complex()]
         averages = [torch.view_as_real(v) if v.is_complex() else v for v, _ in averaged]
         values = [torch.view_as_real(w) if w.is_complex() else w for _, w in averaged]
-        if averages:
-            ops.ema_(averages, [w.detach() for w in values], self.decay, found_inf)
-        for v, w in pairs:
-            if not (v.is_floating_point() or v.is_complex()):
-                v.copy_(w)
+        moves = ops.ema_calls(averages, [w.detach() for w in values], self.decay, found_inf) if averages else []
+        others = [(v, w) for v, w in pairs if not (v.is_floating_point() or v.is_complex())]
+        return [*moves, *(partial(v.copy_, w) for v, w in others)]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Update after every step of this optimizer from now on; not after a fastsam optimizer's step that was skipped.
+        """Update with every step of this optimizer from now on; not with a fastsam optimizer's step that was skipped.
+
+        With a fastsam optimizer's it is a part of the step, which an interrupt leaves whole or not taken; else a hook.
 
         Returns:
             A handle whose `remove()` ends it.
         """
+        run = getattr(optimizer, "_run", None)
+        if isinstance(run, StepState):
+            handle = RemovableHandle(run.followers)
+            run.followers[handle.id] = self._update_calls
+            return handle
 
         def follow(stepped: torch.optim.Optimizer, *_: Any) -> None:
             self.update(found_inf_of(stepped))

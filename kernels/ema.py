@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsam.kernels.calls import Call
 from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
-from fastsam.kernels.launch import block_size, launch_lists, wide, widest
+from fastsam.kernels.launch import block_size, launch_calls, wide, widest
 from fastsam.kernels.launch_tables import ELEMENTS, Launch, Work
 
 _itemsize = attrgetter("itemsize")
@@ -56,8 +57,8 @@ def _ema_kernel(
         done += BLOCK_SIZE // 4
 
 
-def ema_(launches: Sequence[Launch], decay: float, found_inf: Tensor | None) -> None:
-    """Move the averages; see `ops.ema_`. One launch for each pair of dtypes."""
+def ema_calls(launches: Sequence[Launch], decay: float, found_inf: Tensor | None) -> list[Call]:
+    """Return the calls that move the averages; see `ops.ema_`. One launch for each pair of dtypes."""
 
     def work_of(each: Launch) -> Work:
         average, value = each.dtypes
@@ -70,4 +71,4 @@ def ema_(launches: Sequence[Launch], decay: float, found_inf: Tensor | None) -> 
         }
         return Work(constants, (found_inf,), (None, ((1 - decay,),)))
 
-    launch_lists(_ema_kernel, launches, work_of)
+    return launch_calls(_ema_kernel, launches, work_of)

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels.launch_tables import INTERPRETED, Launch, Work, counters
+from fastsam.kernels.calls import Call, run_all
+from fastsam.kernels.launch_tables import INTERPRETED, Launch, Work, lend_counters
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.philox_triton import signed
 from fastsam.kernels.tensor_list import buckets
@@ -81,21 +83,41 @@ def by_device(launches: Sequence[Launch]) -> list[list[Launch]]:
 
 
 def launch_lists(kernel: Any, launches: Sequence[Launch], work_of: Callable[[Launch], Work]) -> None:
-    """Run a kernel over lists of tensors: one launch for each device and combination of dtypes.
+    """Run a kernel over lists of tensors; see `launch_calls`."""
+    run_all(launch_calls(kernel, launches, work_of))
+
+
+def launch_calls(kernel: Any, launches: Sequence[Launch], work_of: Callable[[Launch], Work]) -> list[Call]:
+    """Return the calls that run a kernel over lists of tensors: a launch for each device and combination of dtypes.
 
     Args:
         kernel: a jit function, whose arguments are those of `Table`, counters if it is lent any, and the work's own.
         launches: what `split` returned.
         work_of: returns what the kernel is told in a launch.
     """
+    calls: list[Call] = []
     for each in launches:
         work = work_of(each)
         table = each.table(work)
         arguments = [to_device(x, each.device) if isinstance(x, Tensor) and not x.dim() else x for x in work.arguments]
-        lent = counters(work.n_counters, each.device) if work.n_counters else nullcontext()
-        with on_device(each.device), lent as zeros:
-            before = table.arguments() if zeros is None else (*table.arguments(), zeros)
-            launch(kernel, len(table.chunks), *before, *arguments, **work.constants)
+        zeros, give_back = lend_counters(work.n_counters, each.device) if work.n_counters else (None, None)
+        before = table.arguments() if zeros is None else (*table.arguments(), zeros)
+        call = call_of(kernel, len(table.chunks), *before, *arguments, **work.constants)
+        calls += [call] if is_current(each.device) else _elsewhere(each.device, call)
+        if give_back is not None:
+            calls.append(give_back)
+    return calls
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether a launch goes to `device` by itself."""
+    return device.type != "cuda" or torch.cuda.current_device() == device.index
+
+
+def _elsewhere(device: torch.device, call: Call) -> list[Call]:
+    """Return the calls that run one on another device than the current one."""
+    context = on_device(device)
+    return [partial(context.__enter__), call, partial(context.__exit__, None, None, None)]
 
 
 _observer: Callable[..., None] | None = None
@@ -118,22 +140,33 @@ def observed_by(observer: Callable[..., None]) -> Iterator[None]:
 
 def launch(kernel: Any, n_programs: int, *args: Any, **constants: Any) -> None:
     """Run a kernel as `run` does, or hand it to the observer."""
-    (_observer or run)(kernel, n_programs, *args, **constants)
+    call_of(kernel, n_programs, *args, **constants)()
 
 
-def run(
-    kernel: Any, n_programs: int, *args: Any, threads: int = THREADS, enable_fp_fusion: bool = True, **constants: Any
-) -> None:
+def call_of(kernel: Any, n_programs: int, *args: Any, **constants: Any) -> Call:
+    """Return the call that does what `launch` does."""
+    if _observer is not None:
+        return partial(_observer, kernel, n_programs, *args, **constants)
+    return _call(kernel, n_programs, *args, **constants)
+
+
+def run(kernel: Any, n_programs: int, *args: Any, **constants: Any) -> None:
     """Run `n_programs` programs of a kernel on the current device; none where there is nothing to do.
 
     Args:
         kernel: a jit function.
         n_programs: size of the grid.
         args: the kernel's arguments.
-        threads: of a program.
-        enable_fp_fusion: whether a product and a sum may become one operation with one rounding.
-        constants: what the kernel is compiled for.
+        constants: what the kernel is compiled for, and `threads` of a program; `enable_fp_fusion` says whether a
+            product and a sum may become one operation with one rounding.
     """
-    if n_programs:
-        num_warps = max(1, threads // (64 if torch.version.hip else 32))
-        kernel[(n_programs,)](*args, num_warps=num_warps, enable_fp_fusion=enable_fp_fusion, **constants)
+    _call(kernel, n_programs, *args, **constants)()
+
+
+def _call(
+    kernel: Any, n_programs: int, *args: Any, threads: int = THREADS, enable_fp_fusion: bool = True, **constants: Any
+) -> Call:
+    if not n_programs:
+        return partial(tuple)
+    num_warps = max(1, threads // (64 if torch.version.hip else 32))
+    return partial(kernel[(n_programs,)], *args, num_warps=num_warps, enable_fp_fusion=enable_fp_fusion, **constants)

@@ -12,9 +12,8 @@ every stream has tables of its own.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels import replay_tables
+from fastsam.kernels.calls import Call
 from fastsam.kernels.tensor_list import buckets, same_layout
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -262,17 +262,18 @@ def distinct(lines: Sequence[tuple[float, ...]]) -> tuple[tuple[int, ...], tuple
     return tuple(found.setdefault(line, len(found)) for line in lines), tuple(found)
 
 
-_counters: dict[tuple[torch.device, int, int], Tensor] = {}
+_counters: dict[tuple[torch.device, int, int], list[Tensor]] = {}
 
 
-@contextmanager
-def counters(n: int, device: torch.device) -> Iterator[Tensor]:
-    """Lend `n` int64 zeros that the launch inside leaves as zeros; filling them once spares a launch every step."""
+def lend_counters(n: int, device: torch.device) -> tuple[Tensor, Call]:
+    """Lend `n` int64 zeros to a launch that leaves them as zeros; filling them once spares a launch every step.
+
+    Returns:
+        The zeros, and the call that gives them back after the launch. Counters that a launch which failed may have left
+        half-way are not used again.
+    """
     key = device, _stream(device), n
-    lent = _counters.pop(key, None)
-    if lent is None:
-        lent = torch.zeros(n, dtype=torch.int64, device=device)
+    free = _counters.setdefault(key, [])
+    lent = free.pop() if free else torch.zeros(n, dtype=torch.int64, device=device)
     replay_tables.hold(lent)
-    yield lent
-    # A launch that fails does not come here, so counters that it may have left half-way are not used again.
-    _counters[key] = lent
+    return lent, partial(free.append, lent)

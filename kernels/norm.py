@@ -27,7 +27,7 @@ from fastsam.kernels.launch import (
     t_of,
     widest,
 )
-from fastsam.kernels.launch_tables import ELEMENTS, Launch, Work, counters, distinct
+from fastsam.kernels.launch_tables import ELEMENTS, Launch, Work, distinct, lend_counters
 from fastsam.kernels.philox import Draw, threshold
 from fastsam.kernels.philox_triton import first_word, is_kept, join_seed, random_words
 
@@ -231,15 +231,16 @@ def _found_on_one_device(launches: Sequence[Launch]) -> Tensor:
     device = launches[0].device
     n_programs = sum(each.n_programs(block_size(*each.dtypes, vectors=_VECTORS)) for each in launches)
     found = (torch.empty if n_programs else torch.zeros)((), dtype=torch.float32, device=device)
-    with counters(1, device) as arrivals:
+    arrivals, give_back = lend_counters(1, device)
 
-        def work_of(each: Launch) -> Work:
-            constants = {
-                "GRAD": ELEMENTS[each.dtypes[0]],
-                "WIDEST": widest(each.dtypes),
-                "BLOCK_SIZE": block_size(*each.dtypes, vectors=_VECTORS),
-            }
-            return Work(constants, (arrivals, found, n_programs))
+    def work_of(each: Launch) -> Work:
+        constants = {
+            "GRAD": ELEMENTS[each.dtypes[0]],
+            "WIDEST": widest(each.dtypes),
+            "BLOCK_SIZE": block_size(*each.dtypes, vectors=_VECTORS),
+        }
+        return Work(constants, (arrivals, found, n_programs))
 
-        launch_lists(_nonfinite_kernel, launches, work_of)
+    launch_lists(_nonfinite_kernel, launches, work_of)
+    give_back()
     return found

@@ -7,7 +7,7 @@ here. The way of the data is gradients -> `norm` -> `perturb_` -> second gradien
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsam.kernels import reference, replay_tables
+from fastsam.kernels.calls import Call, run_all
 from fastsam.kernels.past import Past, check_loss
 from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import E0, AdamOptions, SGDOptions
@@ -176,17 +177,21 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target, bit for bit: one launch for all that are of one width and device.
 
     Args:
-        targets: tensors to write, of any dtypes; the storage stays where it is.
+        targets: tensors to write, of any dtypes; the storage stays where it is. There may be none.
         sources: tensors of the same shapes, dtypes and devices.
     """
+    run_all(copy_calls(targets, sources))
+
+
+def copy_calls(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Call]:
+    """Return the calls that do what `copy_` does, of the same arguments; nothing is changed before."""
     if not targets:
-        return
+        return []
     kernels, launches, rest = _split(targets, sources, by_width=True)
-    if rest:
-        reference.restore_(*_take(rest, targets, sources))
+    calls = reference.restore_calls(*_take(rest, targets, sources)) if rest else []
     if launches:
-        kernels.restore_(launches)
-        torch.autograd.graph.increment_version(targets)
+        calls += [*kernels.restore_calls(launches), _new_version(targets)]
+    return calls
 
 
 @torch.no_grad()
@@ -215,13 +220,31 @@ def restore_sgd_step_(
         RuntimeError: in a capture, if the kernels cannot walk a tensor.
     """
     lists = weights, sources, grads, momentum_buffers
+    run_all(sgd_step_calls(*lists, options, grad_scale=grad_scale, found_inf=found_inf))
+
+
+@torch.no_grad()
+def sgd_step_calls(
+    weights: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    options: Sequence[SGDOptions],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> list[Call]:
+    """Return the calls that do what `restore_sgd_step_` does, of the same arguments; nothing is changed before."""
+    lists = weights, sources, grads, momentum_buffers
     kernels, launches, rest = _split(*lists)
+    calls: list[Call] = []
     if rest:
         replay_tables.refuse_reference(rest, weights)
-        reference.restore_sgd_step_(*_take(rest, *lists, options), grad_scale=grad_scale, found_inf=found_inf)
+        some = _take(rest, *lists, options)
+        calls += reference.sgd_step_calls(*some, grad_scale=grad_scale, found_inf=found_inf)
     if launches:
-        kernels.restore_sgd_step_(launches, options, grad_scale, found_inf)
-        torch.autograd.graph.increment_version(weights)
+        calls += [*kernels.sgd_step_calls(launches, options, grad_scale, found_inf), _new_version(weights)]
+    return calls
 
 
 @torch.no_grad()
@@ -255,6 +278,25 @@ def restore_adam_step_(
     Raises:
         RuntimeError: in a capture, if the kernels cannot walk a tensor, or with amsgrad.
     """
+    lists = weights, sources, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
+    run_all(adam_step_calls(*lists, options, grad_scale=grad_scale, found_inf=found_inf))
+
+
+@torch.no_grad()
+def adam_step_calls(
+    weights: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    options: Sequence[AdamOptions],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> list[Call]:
+    """Return the calls that do what `restore_adam_step_` does, of the same arguments; nothing is changed before."""
     lists = weights, sources, grads, exp_avgs, exp_avg_sqs
 
     def refused() -> tuple[bool, ...]:
@@ -263,13 +305,19 @@ def restore_adam_step_(
         return tuple([largest is not None or not w.numel() for largest, w in pairs])
 
     kernels, launches, rest = _split(*lists, refused=refused)
+    calls: list[Call] = []
     if rest:
         replay_tables.refuse_reference(rest, weights)
         some = _take(rest, *lists, max_exp_avg_sqs, steps, options)
-        reference.restore_adam_step_(*some, grad_scale=grad_scale, found_inf=found_inf)
+        calls += reference.adam_step_calls(*some, grad_scale=grad_scale, found_inf=found_inf)
     if launches:
-        kernels.restore_adam_step_(launches, steps, options, grad_scale, found_inf)
-        torch.autograd.graph.increment_version(weights)
+        calls += [*kernels.adam_step_calls(launches, steps, options, grad_scale, found_inf), _new_version(weights)]
+    return calls
+
+
+def _new_version(tensors: Sequence[Tensor]) -> Call:
+    """Return the call that tells autograd what a kernel has changed."""
+    return partial(torch.autograd.graph.increment_version, tensors)
 
 
 @torch.no_grad()
@@ -349,15 +397,24 @@ def ema_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float, fou
     Raises:
         ValueError: decay is out of range.
     """
+    run_all(ema_calls(averages, values, decay, found_inf))
+
+
+@torch.no_grad()
+def ema_calls(
+    averages: Sequence[Tensor], values: Sequence[Tensor], decay: float, found_inf: Tensor | None = None
+) -> list[Call]:
+    """Return the calls that do what `ema_` does, of the same arguments; nothing is changed before."""
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be from 0 to 1, got {decay}")
     kernels, launches, rest = _split(averages, values)
+    calls: list[Call] = []
     if rest:
         some_averages, some_values = _take(rest, averages, values)
-        reference.ema_(some_averages, some_values, decay, found_inf)
+        calls += reference.ema_calls(some_averages, some_values, decay, found_inf)
     if launches:
-        kernels.ema_(launches, decay, found_inf)
-        torch.autograd.graph.increment_version(averages)
+        calls += [*kernels.ema_calls(launches, decay, found_inf), _new_version(averages)]
+    return calls
 
 
 def set_backend(name: str | None) -> None:

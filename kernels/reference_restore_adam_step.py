@@ -1,11 +1,13 @@
 """Reference implementation of the restore of the weights fused with the step of Adam or AdamW."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastsam.kernels.calls import Call, run_all
 from fastsam.kernels.reference_restore_step import DenseLists, alike, restore_from, skip_flag, to_device_of
 
 
@@ -22,7 +24,12 @@ class AdamOptions(NamedTuple):
     maximize: bool = False
 
 
-def restore_adam_step_(
+def restore_adam_step_(*lists: Any, **scalars: Any) -> None:
+    """Set each weight to its source and take Adam's or AdamW's step from there; see `ops.restore_adam_step_`."""
+    run_all(adam_step_calls(*lists, **scalars))
+
+
+def adam_step_calls(
     weights: Sequence[Tensor],
     sources: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -34,23 +41,24 @@ def restore_adam_step_(
     *,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> None:
-    """Set each weight to its source and take Adam's or AdamW's step from there; see `ops.restore_adam_step_`."""
-    restore_from(weights, sources)
+) -> list[Call]:
+    """Return the calls of Adam's or AdamW's step; see `ops.adam_step_calls`."""
+    calls = restore_from(weights, sources)
     for positions in alike(options, weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
         o, counters = options[positions[0]], [steps[i] for i in positions]
         largest = [x for i in positions if (x := max_exp_avg_sqs[i]) is not None]
         lists = DenseLists(
-            *([source[i] for i in positions] for source in (weights, grads, exp_avgs, exp_avg_sqs)), largest
+            *([source[i] for i in positions] for source in (weights, sources, grads, exp_avgs, exp_avg_sqs)), largest
         )
         inf = skip_flag(weights[positions[0]], found_inf)
-        torch._foreach_add_(counters, 1)
-        step = torch._fused_adamw_ if o.decoupled else torch._fused_adam_
-        step(  # type: ignore[call-overload]
+        step = partial(
+            torch._fused_adamw_ if o.decoupled else torch._fused_adam_,
             *lists.tensors, counters,
             lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay, eps=o.eps, amsgrad=o.amsgrad,
             maximize=o.maximize, grad_scale=to_device_of(weights[positions[0]], grad_scale), found_inf=inf,
         )  # fmt: skip
+        calls += [partial(torch._foreach_add_, counters, 1), step]
         if inf is not None:
-            torch._foreach_sub_(counters, [inf] * len(counters))
-        lists.write_back()
+            calls.append(partial(torch._foreach_sub_, counters, [inf] * len(counters)))
+        calls += lists.write_back()
+    return calls

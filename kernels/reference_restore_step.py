@@ -1,11 +1,14 @@
 """Reference implementations of the restore of the weights and of SGD's step from there; and what every step shares."""
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastsam.kernels.calls import Call, run_all
 from fastsam.kernels.reference_common import arithmetic_dtype, place
 from fastsam.kernels.tensor_list import buckets, same_layout
 
@@ -21,14 +24,21 @@ class SGDOptions(NamedTuple):
     maximize: bool = False
 
 
-def restore_(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-    """Copy the copies back into the weights, bit for bit."""
+def restore_calls(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Call]:
+    """Return the calls that copy the copies back into the weights, bit for bit."""
     # A list of several dtypes would be copied tensor by tensor.
-    for rows in buckets(w.dtype for w in weights):
-        torch._foreach_copy_([weights[i] for i in rows], [copies[i] for i in rows])
+    return [
+        partial(torch._foreach_copy_, [weights[i] for i in rows], [copies[i] for i in rows])
+        for rows in buckets(w.dtype for w in weights)
+    ]
 
 
-def restore_sgd_step_(
+def restore_sgd_step_(*lists: Any, **scalars: Any) -> None:
+    """Set each weight to its source and take SGD's step from there; see `ops.restore_sgd_step_`."""
+    run_all(sgd_step_calls(*lists, **scalars))
+
+
+def sgd_step_calls(
     weights: Sequence[Tensor],
     sources: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -37,27 +47,29 @@ def restore_sgd_step_(
     *,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> None:
-    """Set each weight to its source and take SGD's step from there; see `ops.restore_sgd_step_`."""
-    restore_from(weights, sources)
+) -> list[Call]:
+    """Return the calls of SGD's step; see `ops.sgd_step_calls`."""
+    calls = restore_from(weights, sources)
     for positions in alike(options, weights, grads, momentum_buffers):
         o, first = options[positions[0]], weights[positions[0]]
         buffers = [b for i in positions if (b := momentum_buffers[i]) is not None]
-        lists = DenseLists([weights[i] for i in positions], [grads[i] for i in positions], buffers)
-        torch._fused_sgd_(
-            *lists.tensors,
+        lists = DenseLists(*([source[i] for i in positions] for source in (weights, sources, grads)), buffers)
+        step = partial(
+            torch._fused_sgd_, *lists.tensors,
             weight_decay=o.weight_decay, momentum=o.momentum, lr=o.lr, dampening=o.dampening,
             nesterov=o.nesterov, maximize=o.maximize, is_first_step=False,
             grad_scale=to_device_of(first, grad_scale), found_inf=skip_flag(first, found_inf),
         )  # fmt: skip
-        lists.write_back()
+        calls += [step, *lists.write_back()]
+    return calls
 
 
-def restore_from(weights: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Set each weight to its source, which may be the weight itself."""
+def restore_from(weights: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Call]:
+    """Return the call that sets each weight to its source; none where all are the weights themselves."""
     positions = [i for i, (w, s) in enumerate(zip(weights, sources, strict=True)) if w is not s]
-    if positions:
-        torch._foreach_copy_([weights[i] for i in positions], [sources[i] for i in positions])
+    if not positions:
+        return []
+    return restore_calls([weights[i] for i in positions], [sources[i] for i in positions])
 
 
 def to_device_of(like: Tensor, scalar: Tensor | None) -> Tensor | None:
@@ -106,18 +118,22 @@ def _is_fusable(*tensors: Tensor) -> bool:
 
 
 class DenseLists:
-    """The same lists in one layout and dtype: themselves where they agree already, else copies to be written back."""
+    """The same lists in one layout and dtype: themselves where they agree already, else copies to be written back.
 
-    def __init__(self, *lists: list[Tensor]) -> None:
-        self.originals, self.tensors = lists, lists
-        filled = [tensors for tensors in lists if tensors]
+    Args:
+        weights: what the step changes.
+        sources: what the weights are set to before; copies are theirs.
+        lists: gradients and state.
+    """
+
+    def __init__(self, weights: list[Tensor], sources: list[Tensor], *lists: list[Tensor]) -> None:
+        self.originals = self.tensors = (weights, *lists)
+        filled = [tensors for tensors in self.originals if tensors]
         if not _is_fusable(*(tensors[0] for tensors in filled)):
-            wide = arithmetic_dtype(filled[0][0].dtype)
-            self.tensors = tuple([t.to(wide).contiguous() for t in tensors] for tensors in lists)
+            wide = arithmetic_dtype(weights[0].dtype)
+            self.tensors = tuple([t.to(wide).contiguous() for t in tensors] for tensors in (sources, *lists))
 
-    def write_back(self) -> None:
-        """Copy what the copies hold into their originals."""
-        for originals, tensors in zip(self.originals, self.tensors, strict=True):
-            for original, tensor in zip(originals, tensors, strict=True):
-                if original is not tensor:
-                    original.copy_(tensor)
+    def write_back(self) -> list[Call]:
+        """Return the calls that copy what the copies hold into their originals."""
+        pairs = zip(chain(*self.originals), chain(*self.tensors), strict=True)
+        return [partial(original.copy_, tensor) for original, tensor in pairs if original is not tensor]

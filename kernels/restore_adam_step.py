@@ -3,13 +3,15 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsam.kernels.calls import Call
 from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
-from fastsam.kernels.launch import launch_lists
+from fastsam.kernels.launch import launch_calls
 from fastsam.kernels.launch_tables import Launch, Work
 from fastsam.kernels.reference import AdamOptions
 from fastsam.kernels.restore_step import final_gradient, learning_rate, step_work
@@ -114,14 +116,14 @@ def _after_lr(o: AdamOptions) -> tuple[float, ...]:
     return (o.beta1, o.beta2, o.eps, o.weight_decay, float(o.decoupled), sign, *logarithms)
 
 
-def restore_adam_step_(
+def adam_step_calls(
     launches: Sequence[Launch],
     steps: Sequence[Tensor],
     options: Sequence[AdamOptions],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> None:
-    """Set each weight to its source and take Adam's or AdamW's step from there; see `ops.restore_adam_step_`.
+) -> list[Call]:
+    """Return the calls of Adam's or AdamW's step; see `ops.adam_step_calls`.
 
     One launch for each dtype combination.
     """
@@ -132,4 +134,4 @@ def restore_adam_step_(
         work = step_work(each, options, _after_lr, (grad_scale, found_inf), kept)
         return work._replace(columns=(each.of(step_addresses), *work.columns), n_counters=len(each.positions))
 
-    launch_lists(_restore_adam_step_kernel, launches, work_of)
+    return [*launch_calls(_restore_adam_step_kernel, launches, work_of), partial(kept.clear)]

@@ -5,6 +5,7 @@ A fused step reads the backup and writes the weight, so that restoring costs no 
 # mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels import replay_tables
+from fastsam.kernels.calls import Call
 from fastsam.kernels.chunk_access import COLUMNS, aligned_length, element_ptr, find_chunk, narrow, widen
-from fastsam.kernels.launch import block_size, launch_lists, wide, widest
+from fastsam.kernels.launch import block_size, launch_calls, wide, widest
 from fastsam.kernels.launch_tables import ELEMENTS, Launch, Work
 from fastsam.kernels.reference import SGDOptions
 
@@ -43,13 +45,13 @@ def _restore_kernel(rows_ptr, chunks_ptr, WORD: tl.constexpr, BLOCK_SIZE: tl.con
         done += BLOCK_SIZE // 4
 
 
-def restore_(launches: Sequence[Launch]) -> None:
-    """Copy the backups back into the weights; see `ops.restore_`. One launch for each width of dtype."""
+def restore_calls(launches: Sequence[Launch]) -> list[Call]:
+    """Return the calls that copy the backups back into the weights; see `ops.restore_`. One for each width of dtype."""
 
     def work_of(each: Launch) -> Work:
         return Work({"WORD": _INTEGERS[each.dtypes[0].itemsize], "BLOCK_SIZE": block_size(*each.dtypes)})
 
-    launch_lists(_restore_kernel, launches, work_of)
+    return launch_calls(_restore_kernel, launches, work_of)
 
 
 # What every fused step shares.
@@ -88,7 +90,7 @@ def step_work(
         options: hyperparameters of all parameters.
         after_lr: returns the numbers of a set behind the learning rate.
         scalars: grad_scale and found_inf.
-        kept: takes tensors that are to be kept until the launch.
+        kept: takes tensors that are to be kept until the launch is over.
     """
     width = widest(each.dtypes)
     constants = {
@@ -200,10 +202,10 @@ def _restore_sgd_step_kernel(
         done += BLOCK_SIZE // 4
 
 
-def restore_sgd_step_(
+def sgd_step_calls(
     launches: Sequence[Launch], options: Sequence[SGDOptions], grad_scale: Tensor | None, found_inf: Tensor | None
-) -> None:
-    """Set each weight to its source and take SGD's step from there; see `ops.restore_sgd_step_`.
+) -> list[Call]:
+    """Return the calls of SGD's step; see `ops.sgd_step_calls`.
 
     One launch for each dtype combination, with and without momentum.
     """
@@ -213,7 +215,7 @@ def restore_sgd_step_(
         work = step_work(each, options, _after_lr, (grad_scale, found_inf), kept)
         return work._replace(constants=work.constants | {"HAS_MOMENTUM": each.present[3]})
 
-    launch_lists(_restore_sgd_step_kernel, launches, work_of)
+    return [*launch_calls(_restore_sgd_step_kernel, launches, work_of), partial(kept.clear)]
 
 
 def _after_lr(o: SGDOptions) -> tuple[float, ...]:

@@ -1,10 +1,13 @@
 """Lists of tensors: their memory layout, and exact copies of them."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
+
+from fastsam.kernels.calls import Call
 
 _kind = attrgetter("dtype", "device", "shape")
 
@@ -117,9 +120,18 @@ class Backup:
         position = self._complete.get(id(weight))
         return weight if position is None else self.tensors[position]
 
-    def pending(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the weights that wait to be restored, or stretches of them, and their copies."""
-        pairs = [(self.weights[i], self.tensors[i]) for i in self._complete.values()]
+    def discard_call(self) -> Call:
+        """Return the call that does what `discard()` does."""
+        return partial(vars(self).update, {"_complete": {}, "_read_marks": None})
+
+    def pending(self, but: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the weights that wait to be restored, or stretches of them, and their copies.
+
+        Args:
+            but: weights to leave out.
+        """
+        others = set(map(id, but))
+        pairs = [(self.weights[i], self.tensors[i]) for key, i in self._complete.items() if key not in others]
         if self._read_marks is not None:
             pairs += self._read_marks()
         return [weight for weight, _ in pairs], [copy for _, copy in pairs]

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels.launch import THREADS, launch, on_device, wide
-from fastsam.kernels.launch_tables import counters, numbers
+from fastsam.kernels.launch_tables import lend_counters, numbers
 from fastsam.kernels.loss_blocks import (
     add_all,
     find_sample,
@@ -244,7 +244,8 @@ def trajectory_loss(
     losses = torch.empty(n, dtype=dtype, device=device)
     gradient = torch.empty(n, n_classes, dtype=logits.dtype, device=device)
     loss, scale = torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
-    with on_device(device), counters(1, device) as counter:
+    counter, give_back = lend_counters(1, device)
+    with on_device(device):
         launch(
             _trajectory_loss_kernel, n, *_arguments(logits, targets, past, ignore_index), *_recorded(past),
             numbers((1 / tau, weight, weight / tau, tau, label_smoothing), device),
@@ -254,6 +255,7 @@ def trajectory_loss(
             # Unfused, both sides of every difference are the same bits where past and current are.
             enable_fp_fusion=False,
         )  # fmt: skip
+    give_back()
     return losses if reduction == "none" else loss, gradient, scale
 
 

@@ -42,6 +42,7 @@ class Guards:
         device = params[0].device.type
         states = [t for p in params for t in self._base.state.get(p, {}).values() if isinstance(t, Tensor)]
         hooks = [(*o._optimizer_step_pre_hooks, *o._optimizer_step_post_hooks) for o in self._optimizers]
+        hooks += [tuple(o._run.followers) for o in self._optimizers if hasattr(o, "_run")]
         options = {k: v for k, v in vars(self._stepper).items() if isinstance(v, (bool, int, float, str))}
         # not what a step leaves there
         guarded = {f"the optimizer's {k}": v for k, v in options.items() if not k.startswith(("_", "last_"))}

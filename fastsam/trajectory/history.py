@@ -139,7 +139,7 @@ class History:
 
     def flush(self) -> None:
         """Wait for the copy of the last batch's records, and write them into the storage."""
-        pending, self._pending_write = self._pending_write, None
+        pending = self._pending_write
         if pending is None:
             return
         fields = pending.result(wait=True)
@@ -153,6 +153,8 @@ class History:
         slot["tags"].index_fill_(0, positions, NEVER)
         for name in sorted(slot, key="tags".__eq__):
             slot[name].index_copy_(0, positions, fields[name])
+        # only now, since an interrupt may come in between
+        self._pending_write = None
 
     def _zeros(self, n: int) -> Fields:
         fields = self.layout.fields().items()

@@ -15,6 +15,7 @@ Batch-norm statistics and random draws are the first pass's alone, and after an 
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ from fastsam.two_pass.batch import Batch, batch_size, check_losses, read_batch
 from fastsam.two_pass.capture import Capturable, watch
 from fastsam.two_pass.gradients import ConsumedMark, clear, put, refuse_fresh, take
 from fastsam.two_pass.hooks import MethodHooks, Pair
+from fastsam.two_pass.interrupts import held_back
 from fastsam.two_pass.module_state import Modules, check_keep, modules_of
 from fastsam.two_pass.partial_backward import run_backward
-from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel, update
+from fastsam.two_pass.restore_step import Update, is_fusable, not_in_a_kernel, prepare
 from fastsam.two_pass.rng import check_generators
 from fastsam.two_pass.scaler_target import refuse_no_gradient
 from fastsam.two_pass.stage import Stage
@@ -169,17 +171,16 @@ class TwoPassOptimizer(MethodHooks, Capturable):
                 loss function changed a tensor of the batch in place.
             Weights and statistics are what they were before the step, whatever is raised.
         """
-        run = self._run
         try:
             read = self._check_step(closure, batch, scaler, clip_grad_norm)
         except BaseException:
             self._forget_scaler()
             raise
-        try:
+        with self._attempt(self._begin_step, partial(self._fail_step, closure is not None)):
             if closure is None:
                 self._finish_step(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
                 return None
-            if not batch and run.pairs:
+            if not batch and self._run.pairs:
                 loss = self._closure_after_pairs(closure)
             elif not batch:
                 self._start_afresh()
@@ -192,14 +193,19 @@ class TwoPassOptimizer(MethodHooks, Capturable):
                     return self._unscale_and_update(loss, scaler, clip_grad_norm)
             self._update(None, None)
             return loss
-        except BaseException:
-            run.abort()
-            if closure is not None:
-                # What a failed pass leaves is no gradient, and the step that it belongs to is over.
-                run.failed = True
-                self._start_afresh()
-            self._forget_scaler()
-            raise
+
+    def _begin_step(self) -> None:
+        self._run.is_taken = False
+
+    def _fail_step(self, has_closure: bool) -> None:
+        """Undo a step, or complete its update where that has begun."""
+        run = self._run
+        run.end()
+        if has_closure and not run.is_taken:
+            # What a failed pass leaves is no gradient, and the step that it belongs to is over.
+            run.failed = True
+            self._start_afresh()
+        self._forget_scaler()
 
     def _check_step(self, closure: Any, batch: tuple, scaler: Any, clip_grad_norm: float | None) -> Any:
         """Raise if the step cannot be taken; return the batch as it was read, None without one."""
@@ -207,6 +213,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         refuse_no_gradient(self.__dict__.get("found_inf"))
         if not run.in_second_step:
             run.refuse("step()", Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
+        run.refuse_failed_base("step()")
         if run.failed and not batch:
             run.require("step()", Stage.IDLE)
         if closure is not None and not callable(closure):
@@ -477,6 +484,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         is_counted = bool(run.pairs) or run.in_second_step
         if not is_counted and not self.has_second_pass():
             run.params = self._params()
+            # a gradient that is combined in part is none to try again with
+            run.failed = self._combines()
             self._combine()
             is_counted = True
         # under a GradScaler whose scale the ascent was not told
@@ -492,21 +501,30 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         if is_counted:
             run.parallel_model.compare(self.param_groups)
         run.module_state.merge_pairs()
-        found_inf, run.base_stepped = update(
-            self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite, self.skip()
-        )
-        run.parallel_model.reshard()
-        run.found_inf = found_inf
+        update = prepare(self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite, self.skip())
+        calls, found_inf = list(update.calls), update.found_inf
         if found_inf is not None:
-            run.skipped += (found_inf != 0).to(run.skipped.device)
-        with torch.no_grad():
-            self.after_step(found_inf)
-        if is_counted:
-            taken = self.param_groups[0][TAKEN] + 1
-            for group in self.param_groups:
-                group[TAKEN] = taken
-        run.consumed.set(self.param_groups)
-        run.finish()
+            calls.append(partial(run.skipped.add_, (found_inf != 0).to(run.skipped.device)))
+        count = self.param_groups[0][TAKEN] + is_counted
+        rest: list[Callable[[], Any]] = [
+            partial(self._finish_update, update),
+            partial(self._count_taken, count),
+            run.finish,
+        ]
+        rest += [partial(run.follow, prepare_own) for prepare_own in run.followers.values()]
+        held_back(partial(run.commit, calls, rest, update.is_foreign))
+
+    @torch.no_grad()
+    def _finish_update(self, update: Update) -> None:
+        run = self._run
+        run.found_inf, run.base_stepped = update.found_inf, update.is_run
+        run.parallel_model.reshard()
+        self.after_step(update.found_inf)
+
+    def _count_taken(self, count: int) -> None:
+        for group in self.param_groups:
+            group[TAKEN] = count
+        self._run.consumed.set(self.param_groups)
 
     def _warn_about_base_step(self) -> None:
         run = self._run
@@ -547,7 +565,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         self._run.consumed.set(self.param_groups)
 
     def _forget_scaler(self) -> None:
-        for holder in (self, self._scaler_target):
+        for holder in (self, self._scaler_target, self.base_optimizer):
             holder.__dict__.pop("grad_scale", None)
             holder.__dict__.pop("found_inf", None)
 

@@ -6,7 +6,7 @@ opt.step()
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,11 +16,12 @@ from torch._compile import _disable_dynamo as uncompiled
 from fastsam.arguments import check_flag, check_number
 from fastsam.distributed.ddp import ParallelModel, PerturbSync
 from fastsam.distributed.unsupported import refuse_unsupported
-from fastsam.two_pass.gradients import copies, flat, follow_steps, take
+from fastsam.two_pass.gradients import copies, flat, follow_steps, put, take
+from fastsam.two_pass.interrupts import Attempt, Pass
 from fastsam.two_pass.module_state import Modules, ModuleState, as_one, modules_of
 from fastsam.two_pass.scaler_target import ScalerTarget
 from fastsam.two_pass.stage import Stage
-from fastsam.two_pass.state import Pass, StepState
+from fastsam.two_pass.state import StepState
 from fastsam.two_pass.wrapper import SEED, STEP, WrappedOptimizer, weakly
 
 _UNDER_WAY = (Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
@@ -162,8 +163,19 @@ class PassOptimizer(WrappedOptimizer):
         self._refuse_no_sync("ascent()")
         check = partial(self._run.require, "ascent()", Stage.IDLE)
         if self.has_second_pass():
-            return Pass(self._run, check, partial(self._begin_ascent, grad_scale), self._run.leave_ascent)
-        return Pass(self._run, check, partial(self._begin_single, grad_scale), self._leave_single)
+            return self._pass(check, partial(self._begin_ascent, grad_scale), self._run.leave_ascent)
+        return self._pass(check, partial(self._begin_single, grad_scale), self._leave_single)
+
+    def _pass(self, check: Callable[[], None], enter: Callable[[], None], leave: Callable[[], None]) -> Pass:
+        return Pass(Attempt(self._run, check, enter, leave, self._fail_pass))
+
+    def _fail_pass(self) -> None:
+        self._run.abort()
+        self._run.failed = True
+
+    def _attempt(self, enter: Callable[[], None], fail: Callable[[], None]) -> Pass:
+        """Return a context for a call of ours, which does `fail` where an exception leaves it."""
+        return Pass(Attempt(self._run, _nothing, enter, _nothing, fail))
 
     def _begin_ascent(self, grad_scale: Tensor | float | None) -> None:
         self._run.grad_scale = grad_scale
@@ -211,10 +223,10 @@ class PassOptimizer(WrappedOptimizer):
         self._refuse_no_sync("descent()")
         if self._run.stage is Stage.IDLE and self._run.before_single is not None:
             check = partial(self._run.require, "descent()", Stage.IDLE)
-            return Pass(self._run, check, self._enter_needless_descent, self._leave_descent)
+            return self._pass(check, self._enter_needless_descent, self._leave_descent)
         check = partial(self._run.require, "descent()", Stage.ASCENDED)
         enter = partial(self._run.enter_descent, self._perturb_params, self._syncs(sync))
-        return Pass(self._run, check, enter, self._leave_descent)
+        return self._pass(check, enter, self._leave_descent)
 
     def _refuse_no_sync(self, call: str) -> None:
         ranks = self._find_ranks()
@@ -269,19 +281,22 @@ class PassOptimizer(WrappedOptimizer):
                 f"first_step() finds gradients that are reduced already, but perturb_sync={ranks.perturb_sync!r} needs "
                 "this rank's own; use opt.step(loss_fn, *batch), or opt.ascent() and opt.descent()"
             )
-        try:
-            run.params, run.ascent_is_local = self._params(), ranks.left_unreduced
+        params, grads = self._params(), take(self._params())
+
+        def fail() -> None:
+            run.abort()
+            put(params, grads)
+
+        with self._attempt(partial(run.note_count, self.param_groups), fail):
+            run.params, run.ascent_is_local = params, ranks.left_unreduced
             # zero_grad() may write zeros into them, or the mean over ranks
             is_written = self._combines() or run.ascent_is_local
-            run.ascent_grads = copies(run.params) if is_written else take(run.params)
+            run.ascent_grads = copies(run.params) if is_written else grads
             perturb = self._perturb_params if self.has_second_pass() else self._perturb_none
             run.enter_descent(perturb, keeps_gradients=True)
             run.stage = Stage.FIRST
             if zero_grad:
                 self.zero_grad()
-        except BaseException:
-            run.abort()
-            raise
 
     @uncompiled
     def second_step(self, zero_grad: bool = False) -> None:
@@ -296,23 +311,28 @@ class PassOptimizer(WrappedOptimizer):
         run = self._run
         check_flag("zero_grad", zero_grad)
         run.require("second_step()", Stage.FIRST)
-        try:
+        with self._attempt(partial(setattr, run, "is_taken", False), self._fail_second_step):
             self._combine()
             run.leave_descent()
             run.in_second_step = True
             self.step()
+            run.in_second_step = False
             if zero_grad:
                 self.zero_grad()
-        except BaseException:
-            run.abort()
-            raise
-        finally:
-            run.in_second_step = False
+
+    def _fail_second_step(self) -> None:
+        run = self._run
+        run.end()
+        run.in_second_step, run.failed = False, not run.is_taken
 
     def restore(self) -> None:
         """Undo a `first_step`, or drop an ascent that no descent will use: weights and statistics are as before."""
-        self._run.refuse("restore()", Stage.ASCENT, Stage.DESCENT)
-        self._run.abort()
+        run = self._run
+        run.refuse("restore()", Stage.ASCENT, Stage.DESCENT)
+        if run.pairs:
+            # what the finished pairs have drawn is used
+            run.count_before = None
+        run.abort()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them a failed pass or finished pairs that no step has used.
@@ -321,13 +341,14 @@ class PassOptimizer(WrappedOptimizer):
             set_to_none: drop the gradients rather than filling them with zeros.
         """
         run = self._run
+        run.mend()
         if run.stage is Stage.ASCENT and not run.pairs:
             run.clear_aside(set_to_none)
         super().zero_grad(set_to_none)
         run.consumed.set(self.param_groups, zeroed=not set_to_none)
         if run.stage is Stage.IDLE:
             self._forget_pairs()
-            run.at_end = []
+            run.at_end, run.base_failed = [], False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict; a plain base optimizer of the same class loads it.
@@ -350,6 +371,7 @@ class PassOptimizer(WrappedOptimizer):
         self._run.refuse("load_state_dict()", *_UNDER_WAY)
         super().load_state_dict(state_dict)
         self._run.deferred_state.clear()
+        self._run.base_failed, self._run.count_before = False, None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; hyperparameters that it does not name take the constructor's values.
@@ -364,6 +386,10 @@ class PassOptimizer(WrappedOptimizer):
     def _perturb_none(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         self._run.last_grad_norm = None
         self._count_step()
+
+
+def _nothing() -> None:
+    """Stand in for what a call of ours has neither to check nor to leave."""
 
 
 def _perturb_nothing(params: list[Tensor], grads: list[Tensor | None]) -> None:

@@ -1,7 +1,8 @@
 """The base optimizer's step on restored weights: fused with the restore where the base allows it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,33 +10,43 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fastsam.distributed.dtensor import any_over_ranks, laid_out_as, local, placement
 from fastsam.kernels import ops
+from fastsam.kernels.calls import Call, run_all
 from fastsam.kernels.reference import AdamOptions, SGDOptions
 from fastsam.kernels.replay_tables import Refreshable
 from fastsam.kernels.tensor_list import Backup
 
 
+class Update(NamedTuple):
+    """An update that is prepared, of which nothing has run."""
+
+    calls: list[Call]
+    """Restore the weights and take the base's step; to be run as one."""
+    found_inf: Tensor | None
+    """0-dim, not 0 if the step is skipped; None if nobody has looked."""
+    is_run: bool
+    """Whether the base's step is run, be it one that skips on the device."""
+    is_foreign: bool
+    """Whether it is the base's own, which nobody can undo, and not one of our kernels."""
+
+
 @torch.no_grad()
-def update(
+def prepare(
     base: Optimizer,
     backup: Backup,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     check_finite: bool,
     skip: Tensor | None = None,
-) -> tuple[Tensor | None, bool]:
-    """Restore the weights, then take the base's step with the gradients in p.grad, unless these are not finite.
+) -> Update:
+    """Prepare to restore the weights and take the base's step with the gradients in p.grad, if these are finite.
 
     Args:
         base: the base optimizer; steps on every parameter with a gradient.
-        backup: what the last perturbation saved; invalid afterwards.
+        backup: what the last perturbation saved; invalid after the update.
         grad_scale: 0-dim tensor that the gradients are divided by, in place; None where they are unscaled.
         found_inf: 0-dim tensor, not 0 where a GradScaler has found inf or NaN; None where nobody has looked.
         check_finite: look, where nobody has.
         skip: 0-dim bool tensor, true where the step is to be skipped anyway.
-
-    Returns:
-        A 0-dim tensor that is not 0 if the step was skipped, None if nobody has looked; and whether the base's step was
-        run, be it one that skips on the device.
     """
     grads = _final_gradients(base)
     if found_inf is None and check_finite and grads:
@@ -44,28 +55,25 @@ def update(
     if skip is not None and grads:
         also = skip.to(grads[0].device, torch.float32)
         found_inf = also if found_inf is None else torch.maximum(found_inf, also.to(found_inf.device))
-    if is_fusable(base):
-        restore_and_step(base, backup, grad_scale, found_inf)
-        return found_inf, True
-    ops.restore_(backup)
     base._opt_called = True  # type: ignore[attr-defined]
+    if is_fusable(base):
+        return Update(_fused_calls(base, backup, grad_scale, found_inf), found_inf, True, False)
+    calls = [*ops.copy_calls(*backup.pending()), backup.discard_call()]
     skips_on_device = getattr(base, "_step_supports_amp_scaling", False) and not any(map(placement, grads))
     if found_inf is not None and base.state and skips_on_device:
         # torch's fused kernels on the CPU skip at 1 alone
-        vars(base).update(grad_scale=grad_scale, found_inf=(found_inf != 0).to(torch.float32))
-        try:
-            run_own_step(base)
-        finally:
-            vars(base).pop("grad_scale"), vars(base).pop("found_inf")
-        return found_inf, True
+        scalars = {"grad_scale": grad_scale, "found_inf": (found_inf != 0).to(torch.float32)}
+        calls += [partial(vars(base).update, scalars), partial(run_own_step, base)]
+        calls += [partial(vars(base).pop, name, None) for name in scalars]
+        return Update(calls, found_inf, True, True)
     if grad_scale is not None:
-        for g in grads:
-            _entries(g).mul_(grad_scale.double().reciprocal().to(g.device, torch.float32))
+        reciprocal = grad_scale.double().reciprocal()
+        calls += [partial(_entries(g).mul_, reciprocal.to(g.device, torch.float32)) for g in grads]
     # a base that cannot skip on the device
     is_taken = found_inf is None or not bool(found_inf)
     if is_taken:
-        run_own_step(base)
-    return found_inf, is_taken
+        calls.append(partial(run_own_step, base))
+    return Update(calls, found_inf, is_taken, is_taken)
 
 
 def _final_gradients(base: Optimizer) -> list[Tensor]:
@@ -144,6 +152,8 @@ def _is_supported(group: dict) -> bool:
 
 Stepped = list[tuple[dict[str, Any], Tensor]]
 """Each parameter with a gradient, beside its group."""
+State = dict[Tensor, dict[str, Any]]
+"""An optimizer's state, or a part of it."""
 
 
 @torch.no_grad()
@@ -156,23 +166,27 @@ def restore_and_step(base: Optimizer, backup: Backup, grad_scale: Tensor | None,
         grad_scale: 0-dim tensor the gradients are divided by first, in place; None where they are unscaled.
         found_inf: 0-dim tensor; where it is not 0, weights are restored and nothing is stepped.
     """
-    stepped = [(group, p) for group in base.param_groups for p in group["params"] if p.grad is not None]
-    weights = [local(p) for _, p in stepped]
-    if stepped and not _skips_first_damped_step(base, stepped, found_inf):
-        sources = [backup.of(w) for w in weights]
-        grads = [local(p.grad) for _, p in stepped]
-        if type(base) is SGD:
-            ops.restore_sgd_step_(
-                weights, sources, grads, *_sgd_lists(base, stepped), grad_scale=grad_scale, found_inf=found_inf
-            )
-        else:
-            ops.restore_adam_step_(
-                weights, sources, grads, *_adam_lists(base, stepped), grad_scale=grad_scale, found_inf=found_inf
-            )
-        backup.discard(weights)
-    # What was perturbed, but has no final gradient.
-    ops.restore_(backup)
+    run_all(_fused_calls(base, backup, grad_scale, found_inf))
     base._opt_called = True  # type: ignore[attr-defined]
+
+
+def _fused_calls(base: Optimizer, backup: Backup, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Call]:
+    """Return the calls of `restore_and_step`; state that the base has not made yet appears with the last of them."""
+    stepped = [(group, p) for group in base.param_groups for p in group["params"] if p.grad is not None]
+    if not stepped or _skips_first_damped_step(base, stepped, found_inf):
+        return [*ops.copy_calls(*backup.pending()), backup.discard_call()]
+    weights = [local(p) for _, p in stepped]
+    # what was perturbed, but has no final gradient
+    calls = ops.copy_calls(*backup.pending(but=weights))
+    lists = weights, [backup.of(w) for w in weights], [local(p.grad) for _, p in stepped]
+    new: State = {}
+    if type(base) is SGD:
+        own = _sgd_lists(base, stepped, new)
+        calls += ops.sgd_step_calls(*lists, *own, grad_scale=grad_scale, found_inf=found_inf)
+    else:
+        moments: tuple[Any, ...] = _adam_lists(base, stepped, new)
+        calls += ops.adam_step_calls(*lists, *moments, grad_scale=grad_scale, found_inf=found_inf)
+    return [*calls, partial(base.state.update, new), backup.discard_call()]
 
 
 def _skips_first_damped_step(base: Optimizer, stepped: Stepped, found_inf: Tensor | None) -> bool:
@@ -182,22 +196,26 @@ def _skips_first_damped_step(base: Optimizer, stepped: Stepped, found_inf: Tenso
     """
     return (
         found_inf is not None
-        and any(g.get("dampening") and g["momentum"] and "momentum_buffer" not in base.state[p] for g, p in stepped)
+        and any(
+            g.get("dampening") and g["momentum"] and "momentum_buffer" not in base.state.get(p, ()) for g, p in stepped
+        )
         and bool(found_inf)
     )
 
 
-def _sgd_lists(base: Optimizer, stepped: Stepped) -> tuple[list[Tensor | None], list[SGDOptions]]:
+def _sgd_lists(base: Optimizer, stepped: Stepped, new: State) -> tuple[list[Tensor | None], list[SGDOptions]]:
+    """Return SGD's buffers and options; `new` takes the state of parameters that have no buffer yet."""
     per_group = {id(group): _sgd_options(group) for group in base.param_groups}
     buffers: list[Tensor | None] = []
     options: list[SGDOptions] = []
     for group, p in stepped:
         o, buffer = per_group[id(group)], None
         if o.momentum != 0:
-            state = base.state[p]
+            state = base.state.get(p, {})
             buffer = state.get("momentum_buffer")
             if buffer is None:
-                buffer = state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = torch.zeros_like(p)
+                new[p] = {**state, "momentum_buffer": buffer}
                 # torch does not damp the first gradient.
                 o = o._replace(dampening=0.0)
         buffers.append(None if buffer is None else local(buffer))
@@ -229,19 +247,22 @@ def _sgd_options(group: dict[str, Any]) -> SGDOptions:
 
 
 def _adam_lists(
-    base: Optimizer, stepped: Stepped
+    base: Optimizer, stepped: Stepped, new: State
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], list[Tensor], list[AdamOptions]]:
+    """Return Adam's moments, counters and options; `new` takes the state of parameters that have none yet."""
     per_group = {id(group): _adam_options(group) for group in base.param_groups}
     states = []
     for group, p in stepped:
-        state = base.state[p]
+        state = base.state.get(p, {})
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state = new[p] = {**state, "step": torch.zeros((), dtype=torch.float32, device=p.device)}
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             if group["amsgrad"]:
                 state["max_exp_avg_sq"] = torch.zeros_like(p)
         # torch keeps the counters of its unfused Adam on the host; a step that may be skipped on the device cannot
-        state["step"] = state["step"].to(p.device, torch.float32)
+        step = state["step"].to(p.device, torch.float32)
+        if step is not state["step"]:
+            state = new[p] = {**state, "step": step}
         states.append(state)
     return (
         [local(state["exp_avg"]) for state in states],

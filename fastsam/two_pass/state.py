@@ -1,8 +1,10 @@
 """The passes of one step: what is set aside around each, and how everything is put back whatever happens."""
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +12,16 @@ from torch import Tensor
 
 from fastsam.distributed.ddp import ParallelModel
 from fastsam.kernels import ops
+from fastsam.kernels.calls import Call, run_all
 from fastsam.kernels.tensor_list import Backup
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.forward_alone import ForwardAlone
 from fastsam.two_pass.gradients import ConsumedMark, clear, copies, flat, put, sums, take
+from fastsam.two_pass.interrupts import Attempt
 from fastsam.two_pass.module_state import ModuleState
 from fastsam.two_pass.rng import RandomState
 from fastsam.two_pass.stage import WAYS_IN, WAYS_OUT, Stage, execute
+from fastsam.two_pass.wrapper import STEP
 
 
 def found_inf_of(optimizer: Any) -> Tensor | None:
@@ -47,7 +52,21 @@ class StepState:
         generators: Sequence[Any] = (),
     ) -> None:
         self._stage = Stage.IDLE
+        self.attempt: Attempt | None = None
+        """The innermost of the contexts that are open."""
         self.failed = False
+        self.base_failed = False
+        """Whether the base optimizer's own step has begun and has not ended."""
+        self.rest: list[Callable[[], Any]] | None = None
+        """What is left to do of an update that has begun; each of it may be done again."""
+        self.tries = 0
+        """How often it was cut short."""
+        self.followers: OrderedDict[int, Callable[[Tensor | None], list[Call]]] = OrderedDict()
+        """What is updated with the weights: each returns the calls that do so, given what is not 0 after a skip."""
+        self.is_taken = False
+        """Whether the update of this step, or else of the last one, is over."""
+        self.count_before: tuple[Sequence[dict[str, Any]], int] | None = None
+        """The groups, and how many perturbations came before the step."""
         self.pairs = 0
         self.in_second_step = False
         self.warned_about_base_step = False
@@ -93,6 +112,40 @@ class StepState:
         self._stage = stage
         execute(self, stage)
 
+    def commit(self, calls: Sequence[Call], rest: Sequence[Callable[[], Any]], is_foreign: bool) -> None:
+        """Update everything: before `calls` have run nothing has changed, and after them all the rest is done.
+
+        Args:
+            calls: the base's step and the restore of the weights, run as one.
+            rest: what follows; each is done again where it was cut short.
+            is_foreign: whether a step runs that is not ours, which nobody can undo.
+        """
+        self.base_failed, self.tries = is_foreign, 0
+        with torch.no_grad():
+            run_all([*calls, partial(setattr, self, "rest", rest)])
+        self.complete()
+
+    def complete(self) -> None:
+        """Do what is left of an update that has begun."""
+        while self.rest:
+            rest = self.rest[0]
+            try:
+                rest()
+            except Exception as error:
+                # what is wrong in itself would be wrong again
+                if not isinstance(error, MemoryError):
+                    del self.rest[0]
+                raise
+            # what can be done once alone has gone by itself
+            if self.rest and self.rest[0] is rest:
+                del self.rest[0]
+        self.base_failed, self.is_taken, self.rest = False, True, None
+
+    def follow(self, prepare: Callable[[Tensor | None], list[Call]]) -> None:
+        """Update what is updated with the weights, and note in the same moment that this has been done."""
+        assert self.rest is not None
+        run_all([*prepare(self.found_inf), partial(self.rest.pop, 0)])
+
     def finish(self) -> None:
         """The step has been taken: do what waited for it."""
         self.forget_pairs()
@@ -100,28 +153,46 @@ class StepState:
         self.module_state.expect(self.in_second_step)
         torch.clear_autocast_cache()  # an autocast around the steps would go on with casts of the weights before it
         self.stage = Stage.IDLE
-        at_end, self.at_end = self.at_end, []
-        for call in at_end:
-            call()
+        while self.at_end:
+            self.at_end[0]()
+            del self.at_end[0]
 
     def forget_pairs(self) -> None:
         """Begin another step: no pair has been taken, and none has failed."""
         self.pairs, self.failed, self.before_single, self.pending, self.share = 0, False, None, {}, 1.0
+        self.count_before = None
         self.grad_scale = None
         self.module_state.end()
 
+    def mend(self) -> None:
+        """End passes that an interrupt has left open, so that nobody else will."""
+        while self.attempt is not None and self.attempt.is_lost:
+            self.attempt.fail()
+
     def refuse(self, call: str, *stages: Stage) -> None:
         """Raise RuntimeError if the step is in one of these stages."""
+        self.mend()
         if self.stage in stages:
             raise RuntimeError(f"{call} cannot be called {self.stage.value}; {WAYS_OUT[self.stage]}")
 
     def require(self, call: str, stage: Stage) -> None:
         """Raise RuntimeError unless the step is in this stage and no pass of it has failed."""
+        self.mend()
+        self.refuse_failed_base(call)
         if self.failed:
             raise RuntimeError(f"{call} after a failed pass; call zero_grad() and start the step again")
         if self.stage is not stage:
             way_out = WAYS_IN[stage] if self.stage is Stage.IDLE else WAYS_OUT[self.stage]
             raise RuntimeError(f"{call} cannot be called {self.stage.value}; {way_out}")
+
+    def refuse_failed_base(self, call: str) -> None:
+        """Raise RuntimeError after an exception in the base optimizer's own step."""
+        if self.base_failed:
+            raise RuntimeError(
+                f"{call} after an exception inside the base optimizer's own step, which may have stepped some weights "
+                "and not others; load_state_dict() of the model and the optimizer goes back to a checkpoint, "
+                "zero_grad() goes on with the weights as they are"
+            )
 
     # the first pass
 
@@ -160,6 +231,7 @@ class StepState:
     def _start_pass(self, groups: Sequence[dict[str, Any]], unreduced: bool, is_only: bool = False) -> None:
         self.params = flat(groups)
         self.module_state.begin(self.share, is_only)
+        self.note_count(groups)
         overwrites = self.parallel_model.overwrites_gradients(unreduced)
         if not self.pairs and self.consumed.covers(groups) and (overwrites or not self.consumed.zeroed):
             # What the last step has left.
@@ -167,6 +239,18 @@ class StepState:
 
     def _random_state(self) -> RandomState:
         return RandomState({p.device for p in self.params}, self.generators)
+
+    def note_count(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Note how many perturbations came before the step, of which only the first call counts."""
+        if self.count_before is None:
+            self.count_before = groups, groups[0][STEP]
+
+    def _rewind_count(self) -> None:
+        """Count as before the step, whose perturbations were for nothing. Idempotent."""
+        if self.count_before is not None:
+            groups, count = self.count_before
+            for group in groups:
+                group[STEP] = count
 
     def _set_aside(self, unreduced: bool) -> None:
         overwrites = self.parallel_model.overwrites_gradients(unreduced)
@@ -298,10 +382,30 @@ class StepState:
         self.pairs += 1
         self.stage = Stage.IDLE
 
+    def __del__(self) -> None:
+        """Undo a pass of an optimizer that is dropped in the middle of it, after `first_step()` for example."""
+        if self.__dict__.get("_stage", Stage.IDLE) is not Stage.IDLE and not sys.is_finalizing():
+            self.abort()
+
+    def end(self) -> None:
+        """Bring a step that an exception has cut short to an end: undo it, or complete its update where that has begun.
+
+        Idempotent; raises what raises again.
+        """
+        if self.rest is None:
+            self.abort()
+            return
+        # where others wait for this rank, what it does with them is not done again; else it is tried three times in all
+        self.tries += 1
+        if self.parallel_model.are_several or self.tries > 2:
+            del self.rest[:1]
+        self.complete()
+
     def abort(self) -> None:
-        """Put everything back as it was before the pass, and module state as before the step. Idempotent."""
+        """Put everything back as before the pass, and module state and counts as before the step. Idempotent."""
         self.restore()
         self.unreduced.close()
+        self._rewind_count()
         self.module_state.rewind()
         self._end_passes()
         if self.aside is not None:
@@ -312,40 +416,3 @@ class StepState:
         self.before_single, self.pending, self.is_first_forward = None, {}, False
         self.at_end = []
         self.stage = Stage.IDLE
-
-
-class Pass(ExitStack):
-    """A context whose exit is registered twice: if an interrupt hits the first call, the second puts things right.
-
-    Args:
-        run: the state to act on.
-        check: raises where the pass may not start, before anything changes.
-        enter: starts the pass.
-        leave: ends it after success.
-    """
-
-    def __init__(
-        self, run: StepState, check: Callable[[], None], enter: Callable[[], None], leave: Callable[[], None]
-    ) -> None:
-        super().__init__()
-        self._run, self._check, self._begin, self._end = run, check, enter, leave
-
-    def __enter__(self) -> "Pass":
-        self._check()
-        self._left = False
-        try:
-            self._begin()
-            self.push(self._finish)
-            self.push(self._finish)
-        except BaseException:
-            self._finish(*sys.exc_info())
-            raise
-        return self
-
-    def _finish(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is not None:
-            self._run.abort()
-            self._run.failed = True
-        elif not self._left:
-            self._end()
-            self._left = True

@@ -74,28 +74,59 @@ def _inside_a_kernel(frame):
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at the n-th call or return in the library's own code; counts them all for n = 0."""
+    """Raises at the n-th call or return in the library's own code, or in what its contexts are made of.
 
-    def __init__(self, n=0):
-        self.n, self.seen = n, 0
+    Args:
+        n: 1 for the first; 0 only counts them.
+        then: raise once more at this call of a Python function after the first fault; 0 does not.
+        error: what is raised.
+    """
+
+    def __init__(self, n=0, then=0, error=KeyboardInterrupt):
+        self.n, self.then, self.error, self.seen, self.swallowed = n, then, error, 0, 0
+
+    @staticmethod
+    def _is_ours(frame):
+        # what is raised while Python disposes of a generator it swallows itself
+        module = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "<genexpr>" or _inside_a_kernel(frame):
+            return False
+        if module in ("contextlib", "threading"):
+            # where the library called them
+            return frame.f_back is not None and "fastsam" in frame.f_back.f_globals.get("__name__", "")
+        return "fastsam" in module
 
     def _profile(self, frame, event, arg):
-        # what is raised while Python disposes of a generator it swallows itself
-        if "fastsam" not in frame.f_globals.get("__name__", "") or frame.f_code.co_name == "<genexpr>":
-            return
-        if _inside_a_kernel(frame):
-            return
         # no signal arrives between the return of __enter__ and the with block
-        if event == "return" and frame.f_code.co_name == "__enter__":
+        if not self._is_ours(frame) or (event == "return" and frame.f_code.co_name == "__enter__"):
             return
         self.seen += 1
         if self.seen == self.n:
             sys.setprofile(None)
-            raise KeyboardInterrupt(f"{event} at {frame.f_code.co_name}:{frame.f_lineno}")
+            raise self.error(f"{event} at {frame.f_code.co_name}:{frame.f_lineno}")
+
+    def _trace(self, frame, event, arg):
+        """Python drops a function that raises, so the second fault is another one's."""
+        if not 0 < self.n <= self.seen or not self._is_ours(frame):
+            return
+        self.then -= 1
+        if self.then == 0:
+            sys.settrace(None)
+            raise self.error(f"again, {event} at {frame.f_code.co_name}:{frame.f_lineno}")
+
+    def _note_swallowed(self, unraisable):
+        assert isinstance(unraisable.exc_value, self.error), unraisable
+        self.swallowed += 1
 
     def __enter__(self):
+        self._tracer, self._hook, sys.unraisablehook = sys.gettrace(), sys.unraisablehook, self._note_swallowed
+        if self.then:
+            sys.settrace(self._trace)
         sys.setprofile(self._profile)
         return self
 
     def __exit__(self, *_):
         sys.setprofile(None)
+        if self.then:
+            sys.settrace(self._tracer)
+        sys.unraisablehook = self._hook

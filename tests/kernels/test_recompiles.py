@@ -33,7 +33,8 @@ def compile_only(kernel, n_programs, *args, enable_fp_fusion=True, **constants):
         kernel.warmup(*args, grid=(n_programs,), num_warps=8, enable_fp_fusion=enable_fp_fusion, **constants).hash
     )
 
-launch.run = compile_only
+context = launch.observed_by(compile_only)
+context.__enter__()
 launch_tables.runs_here = lambda *tensors: True
 ops._pick = lambda tensors: triton_backend
 scalars = torch.ones(8, dtype=torch.float64), torch.ones(8)
