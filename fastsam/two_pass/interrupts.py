@@ -11,6 +11,8 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+
 
 def held_back(call: Callable[[], None]) -> None:
     """Run a call in the main thread while SIGINT waits; its handler runs right after it.
@@ -123,6 +125,7 @@ class Attempt:
         self._holder: weakref.ref[Any] | None = None
         self._outer: Attempt | None = None
         self._is_open = False
+        self._grad_mode = True
 
     def belongs_to(self, holder: Any) -> None:
         """Let the attempt fail where the holder goes before it has ended."""
@@ -134,6 +137,7 @@ class Attempt:
         if self.is_lost:
             self.belongs_to(context)
         self._outer = self._run.attempt
+        self._grad_mode = torch.is_grad_enabled()
         self._is_open, self._run.attempt = True, self
         self._enter()
 
@@ -144,11 +148,16 @@ class Attempt:
 
     def end(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         """End it, well or not."""
-        held_back(self._succeed if kind is None else self.fail)
+        held_back(self._succeed if kind is None else self._undo)
 
     def _succeed(self) -> None:
         self._leave()
         self._close()
+
+    def _undo(self) -> None:
+        # which an interrupt inside of torch.no_grad() itself may have left
+        torch.set_grad_enabled(self._grad_mode)
+        self.fail()
 
     def fail(self) -> None:
         """Undo it. Idempotent."""
@@ -163,4 +172,5 @@ class Attempt:
         self._holder = self._outer = None
 
     def _lose(self, _: Any) -> None:
-        held_back(self.fail)
+        if self._is_open:
+            held_back(self._undo)
