@@ -44,7 +44,9 @@ def complete(base: Optimizer) -> None:
     # Nothing is done to the class, whose other instances may lack hooks as well.
     for event in ("step", "state_dict", "load_state_dict"):
         for name in (f"_optimizer_{event}_pre_hooks", f"_optimizer_{event}_post_hooks"):
-            vars(base).setdefault(name, OrderedDict())
+            hooks = vars(base).get(name)
+            # a plain dict takes no hooks, since a handle refers to it weakly
+            vars(base)[name] = hooks if isinstance(hooks, OrderedDict) else OrderedDict(hooks or {})
 
 
 def inner_optimizers(base: Optimizer) -> list[Optimizer]:
