@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 OUT ?= runs/compare-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: compare test test-all test-exactness test-wheel test-versions lint gate count-gate cpu-gate bench bench-gpu readme docs clean
+.PHONY: compare test test-all test-faults test-exactness test-wheel test-versions lint gate count-gate cpu-gate bench bench-gpu readme docs clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ compare: $(VENV)/.ready  ## train SGD and SAM side by side on digits, clean and 
 
 test: $(VENV)/.ready  ## run every test
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+
+test-faults: $(VENV)/.ready  ## cut 5,000 steps short by exceptions and 500 by Ctrl-C; figures in build/faults.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/run_faults.py $(ARGS)
 
 # the tests that hold results to a bound on their error; planted faults do not depend on the processor
 EXACTNESS := $(addprefix tests/kernels/,test_error_bounds.py test_reference.py test_ema.py \

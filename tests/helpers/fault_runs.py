@@ -150,7 +150,10 @@ class StepsCutShort:
             signal.signal(signal.SIGALRM, handlers[0])
             signal.signal(signal.SIGINT, handlers[1])
         self.training.taken = self.saved["taken"]
-        self.check(f"SIGINT after {seconds * 1e6:.0f} us")
+        if outcome is None:
+            self.check(f"SIGINT after {seconds * 1e6:.0f} us")
+        else:
+            self._back()
         return outcome is None
 
     def seconds(self):
