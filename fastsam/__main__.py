@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import fastsam
 from fastsam.installation import DISTRIBUTION, why_not_ours
 
-NEEDED = {"click": "click", "rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+NEEDED = {"click": "click", "rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "scipy": "scipy"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

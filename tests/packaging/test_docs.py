@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fastsam
-from fastsam import testing
+from fastsam import sharpness, testing
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -52,9 +52,12 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_public_name_has_its_place_in_the_api_pages():
-    documented = re.findall(r"^\.\. auto\w+:: (\w+)$", "\n".join(p.read_text() for p in PAGES), re.MULTILINE)
+    pages = "\n".join(p.read_text() for p in PAGES)
+    documented = re.findall(r"^\.\. auto\w+:: (\w+)$", pages, re.MULTILINE)
     assert sorted(documented) == sorted(fastsam.__all__)
-    assert all(f":: fastsam.testing.{name}" in "\n".join(p.read_text() for p in PAGES) for name in testing.__all__)
+    measures = re.findall(r"^\.\. auto\w+:: fastsam\.sharpness\.(\w+)$", pages, re.MULTILINE)
+    assert sorted(measures) == sorted(sharpness.__all__)
+    assert all(f":: fastsam.testing.{name}" in pages for name in testing.__all__)
 
 
 def anchors_of(page):

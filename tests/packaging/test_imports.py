@@ -19,6 +19,7 @@ ARROWS = {
     "methods": {"an optimizer", "a loss"},
     "testing": {"an optimizer", "two_pass", "distributed", "kernels"},
     "graph": {"two_pass", "kernels", "arguments"},
+    "sharpness": {"two_pass", "distributed", "kernels", "arguments"},
     "an optimizer": BELOW_METHODS,
     "a loss": {"trajectory", *BELOW_METHODS},
     "trajectory": {"kernels", "arguments"},

@@ -59,7 +59,7 @@ def test_import_and_training_without_optional_packages(tmp_path, blocked):
 
 def test_import_loads_no_optional_package(tmp_path):
     loaded = run("import sys, fastsam; print(*sys.modules)", tmp_path).split()
-    assert not {"click", "rich", "matplotlib", "sklearn", "apex", "kernels"} & set(loaded)
+    assert not {"click", "rich", "matplotlib", "sklearn", "scipy", "apex", "kernels"} & set(loaded)
 
 
 def test_public_names():
@@ -69,6 +69,15 @@ def test_public_names():
     others = {"GraphStep", "IndexedDataset", "SampleToRankSampler", "graph_step", "set_backend", "whole"}
     assert set(fastsam.__all__) == optimizers | losses | others
     assert all(hasattr(fastsam, name) and getattr(fastsam, name).__doc__ for name in fastsam.__all__)
+
+
+def test_public_names_of_the_measures():
+    from fastsam import sharpness
+
+    measures = {"sam_sharpness", "m_sharpness", "gradient_cosine", "hessian_eigenvalues", "power_iteration"}
+    results = {"Sharpness", "GradientCosine", "HessianEigenvalues", "PowerIteration", "Spectrum", "Landscape"}
+    assert set(sharpness.__all__) == measures | results | {"spectrum", "landscape", "line"}
+    assert all(getattr(sharpness, name).__doc__ for name in sharpness.__all__)
 
 
 @pytest.fixture(scope="module")

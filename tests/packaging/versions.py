@@ -28,6 +28,7 @@ ENVIRONMENTS = {
         "rich": "13.0.0",
         "matplotlib": "3.8.0",
         "scikit-learn": "1.4.0",
+        "scipy": "1.11.0",
     },
     "between": {"python": "3.12", "torch": "2.11.0", "triton": "3.6.0", "numpy": "2.5.*"},
 }
