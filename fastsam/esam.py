@@ -28,7 +28,8 @@ from fastsam.kernels.philox import Draw
 from fastsam.sam import SAM
 from fastsam.two_pass import capture
 from fastsam.two_pass.ascent import Ascent
-from fastsam.two_pass.batch import check_losses, take_rows
+from fastsam.two_pass.batch import take_rows
+from fastsam.two_pass.loss_function import check_losses
 from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 from fastsam.two_pass.wrapper import SEED, STEP
@@ -154,6 +155,10 @@ class ESAM(SAM):
             return self.perturbed()
         return [kept and wanted for kept, wanted in zip(self._kept(), self.perturbed(), strict=True)]
 
+    def needs_rows(self) -> bool:
+        """Whether rows are selected."""
+        return self._gamma < 1
+
     def has_second_pass(self) -> bool:
         """Whether the mask keeps any tensor; if not, the step is the base optimizer's."""
         masks = zip(self._kept(), self.perturbed(), self._params(), strict=True)
@@ -212,11 +217,14 @@ class ESAM(SAM):
 
     def select(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], first: Tensor) -> Tensor:
         """Return the losses of B+, the k rows whose loss the perturbation raises most (Eq. 6)."""
+        if not self.needs_rows():
+            self.last_selected_fraction = 1.0
+            return super().select(loss_fn, batch, first)
         n = len(first)
         # Where nothing is perturbed no row is sharp, and the step is the base optimizer's.
         k = self._number_of_rows(n) if self.is_perturbed else n
         self.last_selected_fraction = k / n
-        if k == n and not (self.strict and self._gamma < 1 and self.is_perturbed):
+        if k == n and not (self.strict and self.is_perturbed):
             return super().select(loss_fn, batch, first)
         if self.selection == "reuse":
             losses = check_losses(loss_fn(*batch), n)

@@ -21,9 +21,9 @@ from fastsam.msam import MSAM
 from fastsam.saf import SAF
 from fastsam.sam import SAM
 
-WAYS = ("loss_fn", "closure", "contexts", "two_steps")
-"""How a step can be taken: `step(loss_fn, *batch)`; `step(closure)`; `ascent()` and `descent()`; `first_step()` and
-`second_step()`."""
+WAYS = ("loss_fn", "backward", "closure", "contexts", "two_steps")
+"""How a step can be taken: `step(loss_fn, *batch)`; `backward(loss_fn, *batch)` and then `step()`; `step(closure)`;
+`ascent()` and `descent()`; `first_step()` and `second_step()`."""
 LOSS_ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"sample_ids": ("num_samples", "num_classes"), "inputs": ("model",)}
 )
@@ -141,10 +141,10 @@ _SAF_PAPER = "Du et al. 2022, https://arxiv.org/abs/2205.14083"
 _RHO_GRID = (0.05, 0.1, 0.2, 0.5)
 # a plain optimizer has one pass, and torch's own step(closure)
 _ONE_PASS = ("loss_fn", "closure")
-# rows are selected in step(loss_fn, *batch), which alone holds the batch
-_SELECTS = ("loss_fn",)
-# the batch is cut by step(loss_fn, *batch), or by the caller, one pair for each shard
-_CUTS = ("loss_fn", "contexts")
+# rows are selected where the batch is known
+_SELECTS = ("loss_fn", "backward")
+# the batch is cut where it is known, or by the caller, one pair for each shard
+_CUTS = ("loss_fn", "backward", "contexts")
 
 METHODS: dict[str, Method] = {
     "sgd": Method(

@@ -187,6 +187,10 @@ class MSAM(SAM):
         shares = [size / n for size in sizes]
         return [Pair(*pair) for pair in zip(split_rows(batch, sizes), weights, shares, strict=True)]
 
+    def needs_rows(self) -> bool:
+        """Return that shards are weighted by their rows."""
+        return True
+
     def averages_statistics(self) -> bool:
         """Return whether batch norm's statistics move once in a step."""
         return self.bn_update == "mean"

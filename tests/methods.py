@@ -67,6 +67,13 @@ def by_closure(opt, losses, *batch):
     return opt.step(closure)
 
 
+def by_backward(opt, losses, *batch):
+    """With a backward of the caller's own."""
+    opt.backward(losses, *batch, backward=lambda loss: loss.backward())
+    opt.step()
+    opt.zero_grad()
+
+
 def by_contexts(opt, losses, *batch):
     """A pair of contexts for each part of the batch that the method perturbs by itself."""
     for pair in opt.passes(batch):
@@ -87,6 +94,7 @@ def by_two_steps(opt, losses, *batch):
 
 WAYS = {
     "loss_fn": by_loss_function,
+    "backward": by_backward,
     "closure": by_closure,
     "contexts": by_contexts,
     "two_steps": by_two_steps,

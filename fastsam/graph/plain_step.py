@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.kernels.tensor_list import Backup
-from fastsam.two_pass.batch import check_losses, read_batch
+from fastsam.two_pass.batch import read_batch
 from fastsam.two_pass.capture import Capturable
+from fastsam.two_pass.loss_function import check_losses
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 from fastsam.two_pass.restore_step import not_in_a_kernel, restore_and_step, steps_in_a_kernel
 from fastsam.two_pass.scaler_target import ScalerTarget

@@ -113,6 +113,11 @@ def _versions(tensors: list[Tensor]) -> list[int | None]:
 # reading a batch
 
 
+NO_BATCH = Batch()
+"""Of a loss function without arguments."""
+NO_BATCH.n, NO_BATCH.is_plain = 0, True
+
+
 def read_batch(batch: tuple[Any, ...]) -> Batch:
     """Find out how many rows a batch has, and how each part of it is cut.
 
@@ -443,28 +448,3 @@ def _cut(
 
     found = _batch(map(cut, read), n, read.is_plain)
     return found if read is batch else tuple(map(_unmarked, found))
-
-
-def check_losses(losses: Any, n: int, needs_grad: bool = True) -> Tensor:
-    """Return `losses` if it is a tensor of n per-sample losses with a gradient, else raise what is wrong with it.
-
-    Raises:
-        TypeError: `losses` is something else than n losses.
-        RuntimeError: `losses` has no gradient, but `needs_grad`.
-    """
-    if isinstance(losses, Tensor) and losses.shape == (n,):
-        if needs_grad and not losses.requires_grad:
-            raise RuntimeError("the losses have no gradient; compute them from the model outside torch.no_grad()")
-        return losses
-    remedy = (
-        f"it must return per-sample losses of shape [{n}] without calling backward, e.g. with reduction='none'. A loss "
-        "of the whole batch goes with opt.step(closure), or opt.ascent() and opt.descent()"
-    )
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"the loss function returned {type(losses).__name__}; {remedy}")
-    if losses.shape == (n, 1):
-        raise TypeError(
-            f"the loss function returned a tensor of shape [{n}, 1]; return losses.squeeze(1), for {remedy}"
-        )
-    what = "a scalar" if losses.dim() == 0 else f"a tensor of shape {list(losses.shape)}"
-    raise TypeError(f"the loss function returned {what}; {remedy}")

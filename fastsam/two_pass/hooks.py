@@ -11,8 +11,8 @@ from torch import Tensor
 from fastsam.arguments import check_flag
 from fastsam.distributed.dtensor import local
 from fastsam.two_pass.ascent import Ascent, as_real
-from fastsam.two_pass.batch import check_losses
 from fastsam.two_pass.gradients import clear, put, take
+from fastsam.two_pass.loss_function import check_losses
 from fastsam.two_pass.module_state import modules_of
 from fastsam.two_pass.passes import PassOptimizer
 
@@ -69,6 +69,10 @@ class MethodHooks(PassOptimizer):
         """Return `last_grad_norm` of a step of these pairs. Default: the last one's."""
         return norms[-1]
 
+    def needs_rows(self) -> bool:
+        """Whether the loss function has to return one loss for each row; if not, their mean will do."""
+        return False
+
     def needs_gradient(self) -> list[bool]:
         """Return for each parameter in group order whether the ascent needs its gradient.
 
@@ -109,9 +113,9 @@ class MethodHooks(PassOptimizer):
         Args:
             loss_fn: the user's.
             batch: its arguments, of n rows.
-            first: the first pass's losses, shape [n], detached.
+            first: the first pass's losses, shape [n], detached; 0-dim where that is what the loss function returns.
         """
-        return check_losses(loss_fn(*batch), len(first))
+        return check_losses(loss_fn(*batch), len(first) if first.dim() else None)
 
     def combine(self, ascent: Ascent, d: list[Tensor]) -> None:
         """Change the gradient of a second pass, in place, into what the base optimizer shall step with.

@@ -25,15 +25,16 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 from torch.optim import Optimizer
 
-from fastsam.arguments import check_clip, check_flag, check_integer, check_scaler, shown
+from fastsam.arguments import check_clip, check_flag, check_integer, check_number, check_scaler, shown
 from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
-from fastsam.distributed.dtensor import laid_out_as
+from fastsam.distributed.dtensor import laid_out_as, local
 from fastsam.two_pass.ascent import Ascent, as_dense
-from fastsam.two_pass.batch import Batch, batch_size, check_losses, read_batch
-from fastsam.two_pass.capture import Capturable, watch
+from fastsam.two_pass.batch import NO_BATCH, Batch, batch_size, read_batch
+from fastsam.two_pass.capture import Capturable, recorder, watch
 from fastsam.two_pass.gradients import ConsumedMark, clear, put, refuse_fresh, take
 from fastsam.two_pass.hooks import MethodHooks, Pair
 from fastsam.two_pass.interrupts import held_back
+from fastsam.two_pass.loss_function import LossFunction, check_losses
 from fastsam.two_pass.module_state import Modules, check_keep, modules_of
 from fastsam.two_pass.partial_backward import run_backward
 from fastsam.two_pass.restore_step import Update, is_fusable, not_in_a_kernel, prepare
@@ -132,6 +133,21 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         """
         return cls(FROM_BASE, base_optimizer, *args, **keywords)  # type: ignore[arg-type]
 
+    def bind(self, model: Modules) -> None:
+        """Name the module that is trained, or its wrapper, after the optimizer was built, as frameworks wrap later.
+
+        Args:
+            model: as in the constructor, in place of what was given there.
+
+        Raises:
+            TypeError: it is neither a module nor a sequence of modules.
+            RuntimeError: a step is under way.
+        """
+        modules_of(model)
+        self._run.refuse("bind()", Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
+        self.model = model
+        self._bind()
+
     # one step
 
     @uncompiled
@@ -141,13 +157,16 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         *batch: Any,
         scaler: torch.amp.GradScaler | None = None,
         clip_grad_norm: float | None = None,
+        has_aux: bool = False,
     ) -> Any:
         """Take one step.
 
         `step(loss_fn, *batch)` runs both passes: `loss_fn(*batch)` returns per-sample losses, shape [n], without
-        backward; fastsam takes their mean, runs backward, unscales and clips. Gradients that are there are discarded.
+        backward, or where the method needs no rows their mean, 0-dim; fastsam takes their mean, runs backward, unscales
+        and clips. Gradients that are there are discarded.
         `step(closure)` is torch's convention: the closure runs zero_grad and backward itself, once in each pass.
-        `step()` finishes `ascent()`/`descent()` pairs; without any it is the base optimizer's step.
+        `step()` finishes `backward(...)` calls and `ascent()`/`descent()` pairs; without any it is the base
+        optimizer's step.
 
         Args:
             closure: the loss function or closure.
@@ -159,9 +178,11 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             scaler: GradScaler for `step(loss_fn, *batch)`; call its `update()` afterwards, as always. In the other
                 ways pass this optimizer to `scaler.step`.
             clip_grad_norm: largest 2-norm of the final gradient, for `step(loss_fn, *batch)`.
+            has_aux: the loss function returns (losses, aux), for `step(loss_fn, *batch)`.
 
         Returns:
-            The first pass's mean loss, detached, on its device; what a torch closure returned, as it is; else None.
+            The first pass's mean loss, detached, on its device, with has_aux=True (loss, aux), both of the first pass
+            (of several shards a list of their aux); what a torch closure returned, as it is; else None.
 
         Raises:
             TypeError: the loss function returned something else than n losses, or a part of the batch cannot be cut.
@@ -172,7 +193,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             Weights and statistics are what they were before the step, whatever is raised.
         """
         try:
-            read = self._check_step(closure, batch, scaler, clip_grad_norm)
+            read = self._check_step(closure, batch, scaler, clip_grad_norm, has_aux)
         except BaseException:
             self._forget_scaler()
             raise
@@ -187,7 +208,8 @@ class TwoPassOptimizer(MethodHooks, Capturable):
                 loss = self._pair(closure, closure)
                 self._refuse_unreduced(batch)
             else:
-                loss = self._passes_on_batch(read.guarded(closure), read, scaler)
+                loss_fn = LossFunction(closure, read, has_aux)
+                loss = loss_fn.with_aux(self._passes_on_batch(loss_fn, read, scaler))
                 self._refuse_unreduced(batch)
                 if scaler is not None or clip_grad_norm is not None:
                     return self._unscale_and_update(loss, scaler, clip_grad_norm)
@@ -207,7 +229,85 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             self._start_afresh()
         self._forget_scaler()
 
-    def _check_step(self, closure: Any, batch: tuple, scaler: Any, clip_grad_norm: float | None) -> Any:
+    def backward(
+        self,
+        loss_fn: Callable[..., Any],
+        *batch: Any,
+        backward: Callable[[Tensor], Any] | None = None,
+        has_aux: bool = False,
+        grad_scale: Tensor | float | None = None,
+    ) -> Any:
+        """Run both passes of a step, and no update: p.grad then holds the step's gradient, added to what was there.
+
+        For loops and frameworks that own backward or the update: `opt.backward(losses, x, y, backward=accelerator.
+        backward)` in place of the forward and backward of a plain loop, then whatever comes next there, `scaler.
+        unscale_`, clipping, `opt.step()`. Called for each micro-batch it accumulates; every call is then perturbed by
+        itself. A closure that a framework gives to the `opt.step` that follows is called once.
+
+        Args:
+            loss_fn: as in `step(loss_fn, *batch)`. Without a batch it is called without arguments and returns one loss.
+            batch: its arguments, of n rows.
+            backward: runs backward from one 0-dim tensor, which it is given once in every pass (mSAM: in every pass of
+                every shard): `accelerator.backward`, `fabric.backward`, `self.manual_backward`,
+                `lambda loss: scaler.scale(loss).backward()`, or with a division by the number of micro-batches.
+                Default: `loss.backward()`.
+            has_aux: the loss function returns (losses, aux).
+            grad_scale: a GradScaler's scale where `backward` multiplies by one; for methods whose state must not hold
+                it (LookSAM), and for `last_grad_norm`.
+
+        Returns:
+            The first pass's mean loss, detached, on its device; with has_aux=True (loss, aux), as `step` does.
+
+        Raises:
+            TypeError: as `step`; or the method needs rows, and there is no batch.
+            RuntimeError: as `step`; inside another pass; `backward` left no gradient, as that of an engine which owns
+                the step does; or in a captured step. Weights and module state are what they were before.
+        """
+        run = self._run
+        run.require("backward()", Stage.IDLE)
+        read = self._check_backward(loss_fn, batch, backward, has_aux, grad_scale)
+        function = LossFunction(loss_fn, read, has_aux)
+        run.grad_scale = grad_scale
+        try:
+            losses: list[Tensor] = []
+            norms: list[Tensor | None] = []
+            pairs = self.passes(read)
+            for i, pair in enumerate(pairs):
+                run.share = pair.share
+                perturbs = self.has_second_pass()
+                losses.append(self._pair_on_batch(function, pair, None, i == len(pairs) - 1, backward))
+                if perturbs:
+                    run.restore()
+                    run.finish_pair()
+                norms.append(run.last_grad_norm)
+            run.last_grad_norm = self.norm_of_pairs(norms)
+            return function.with_aux(losses[0].mean() if len(losses) == 1 else torch.cat(losses).mean())
+        except BaseException:
+            run.abort()
+            run.failed = True
+            raise
+
+    def _check_backward(self, loss_fn: Any, batch: tuple, backward: Any, has_aux: Any, grad_scale: Any) -> Batch:
+        """Raise if both passes cannot be run; return the batch as it was read."""
+        for name, function in (("loss_fn", loss_fn), ("backward", backward)):
+            if not callable(function) and not (name == "backward" and function is None):
+                raise TypeError(f"{name} must be a function, got {shown(function)}")
+        check_flag("has_aux", has_aux)
+        if grad_scale is not None and not isinstance(grad_scale, Tensor):
+            check_number("grad_scale", grad_scale, lambda scale: scale > 0, "> 0")
+        if recorder() is not None:
+            raise RuntimeError("backward() cannot be captured: it takes no step; use graph_step with step's arguments")
+        self._find_ranks().refuse_kept_gradients("backward()")
+        self._refuse_no_sync("backward()")
+        if batch:
+            read = read_batch(batch)
+            self.check("step(loss_fn, *batch)", read.n)
+            return read
+        if self.needs_rows():
+            raise TypeError(f"{type(self).__name__}.backward(loss_fn) has no rows to cut; pass the batch")
+        return NO_BATCH
+
+    def _check_step(self, closure: Any, batch: tuple, scaler: Any, clip_grad_norm: float | None, has_aux: bool) -> Any:
         """Raise if the step cannot be taken; return the batch as it was read, None without one."""
         run = self._run
         refuse_no_gradient(self.__dict__.get("found_inf"))
@@ -225,8 +325,9 @@ class TwoPassOptimizer(MethodHooks, Capturable):
                 raise RuntimeError(f"{_NAMES_OF_WAY_1[bool(batch)]} inside no_sync(): {_WOULD_DRIFT}")
         if closure is not None and not batch and not run.pairs:
             self.check("step(closure)")
-        if not batch and (scaler is not None or clip_grad_norm is not None):
-            raise TypeError("scaler= and clip_grad_norm= go with step(loss_fn, *batch) alone")
+        check_flag("has_aux", has_aux)
+        if not batch and (scaler is not None or clip_grad_norm is not None or has_aux):
+            raise TypeError("scaler=, clip_grad_norm= and has_aux= go with step(loss_fn, *batch) alone")
         check_scaler(scaler)
         check_clip(clip_grad_norm)
         if closure is not None and not batch and "found_inf" in self.__dict__:
@@ -328,7 +429,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         self._leave_single()
         return result
 
-    def _passes_on_batch(self, loss_fn: Callable, batch: Batch, scaler: Any) -> Tensor:
+    def _passes_on_batch(self, loss_fn: LossFunction, batch: Batch, scaler: Any) -> Tensor:
         """Run all passes of a step and return the first ones' mean loss."""
         run, pairs = self._run, self.passes(batch)
         self._start_on_batch(scaler)
@@ -352,19 +453,36 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             # a copy, since the scaler changes its own in update()
             self._run.grad_scale = scaler.scale(torch.ones((), dtype=torch.float32, device=self._run.skipped.device))
 
-    def _pair_on_batch(self, loss_fn: Callable, pair: Pair, scaler: Any, sync: bool) -> Tensor:
-        """Run both passes on a part of the batch; return the losses of the first, or of the only one."""
-        n = batch_size(pair.batch)
+    def _pair_on_batch(
+        self, loss_fn: LossFunction, pair: Pair, scaler: Any, sync: bool, own: Callable[[Tensor], Any] | None = None
+    ) -> Tensor:
+        """Run both passes on a part of the batch; return the losses of the first, or of the only one.
+
+        Args:
+            loss_fn: the user's.
+            pair: the part.
+            scaler: multiplies the losses.
+            sync: reduce p.grad between DDP's ranks in the second pass.
+            own: the caller's backward, in place of ours.
+        """
+        n = batch_size(pair.batch) if pair.batch else None
+        may_be_scalar = not self.needs_rows()
+        loss_fn.begin_pair()
         only_first = not self.has_second_pass()
         needed = None if only_first else self._needed_in_ascent()
         kept: list[Tensor] = []
 
         def backward(losses: Tensor, weight: float, leaves: list[Tensor] | None = None) -> None:
             loss = losses.mean() if weight == 1 else losses.mean() * weight
-            run_backward(loss if scaler is None else scaler.scale(loss), leaves)
+            if own is not None:
+                self._run_callers(own, loss, leaves)
+            else:
+                run_backward(loss if scaler is None else scaler.scale(loss), leaves)
 
         def first_pass() -> None:
-            losses = check_losses(loss_fn(*pair.batch), n)
+            losses = check_losses(loss_fn(*pair.batch), n, may_be_scalar=may_be_scalar)
+            if not losses.dim() and not only_first and any(p.grad is not None for p in self._params()):
+                raise TypeError("the loss function has run backward itself; leave that out, or use opt.step(closure)")
             backward(losses, pair.weight if only_first else 1.0, needed)
             kept.append(losses.detach())
 
@@ -372,14 +490,33 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             if kept:
                 losses = self.select(loss_fn, pair.batch, kept[0])
             else:
-                losses = check_losses(loss_fn(*pair.batch), n)
+                losses = check_losses(loss_fn(*pair.batch), n, may_be_scalar=may_be_scalar)
                 kept.append(losses.detach())
             backward(losses, pair.weight)
 
         self._pair(first_pass, second_pass, sync, is_partial=needed is not None)
         return kept[0]
 
-    def _unscale_and_update(self, loss: Tensor, scaler: Any, clip_grad_norm: float | None) -> Tensor:
+    def _run_callers(self, own: Callable[[Tensor], Any], loss: Tensor, leaves: list[Tensor] | None) -> None:
+        """Let the caller's function run backward from the loss, or from a leaf in its place where part is left out."""
+        before = [(p.grad, None if p.grad is None else local(p.grad)._version) for p in self._params()]
+        if leaves is not None and not self._run.parallel_model.reduce_in_backward:
+            leaf = loss.detach().requires_grad_()
+            own(leaf)
+            if leaf.grad is not None:
+                run_backward(loss, leaves, leaf.grad)
+                return
+        else:
+            own(loss)
+        now = [(p.grad, None if p.grad is None else local(p.grad)._version) for p in self._params()]
+        if all(a is b and v == w for (a, v), (b, w) in zip(before, now, strict=True)):
+            raise RuntimeError(
+                "backward= left no gradient in p.grad: it must run backward from the tensor that it is given. An "
+                "engine that keeps gradients and takes the step by itself, such as DeepSpeed's, cannot be used with "
+                f"{type(self).__name__}"
+            )
+
+    def _unscale_and_update(self, loss: Any, scaler: Any, clip_grad_norm: float | None) -> Any:
         if scaler is not None and clip_grad_norm is not None:
             scaler.unscale_(self._scaler_target)
         if clip_grad_norm is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 
-def run_backward(loss: Tensor, leaves: Sequence[Tensor] | None) -> None:
+def run_backward(loss: Tensor, leaves: Sequence[Tensor] | None, gradient: Tensor | None = None) -> None:
     """Run backward from a loss, and leave out what these parameters' gradients do not need, where that changes none.
 
     Torch looks for the parameters in the loss's graph, where those that an `autograd.Function` uses inside cannot be
@@ -18,12 +18,13 @@ def run_backward(loss: Tensor, leaves: Sequence[Tensor] | None) -> None:
     Args:
         loss: 0-dim.
         leaves: parameters whose gradients are needed; None for all.
+        gradient: what goes back from the loss, 0-dim. Default: 1.
     """
     some = [p for p in leaves or () if p.requires_grad]
     if some and not _holds_functions(loss):
-        loss.backward(inputs=some)
+        loss.backward(gradient, inputs=some)
     else:
-        loss.backward()
+        loss.backward(gradient)
 
 
 def _holds_functions(loss: Tensor) -> bool:

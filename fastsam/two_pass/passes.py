@@ -66,10 +66,18 @@ class PassOptimizer(WrappedOptimizer):
 
     def _start(self) -> None:
         refuse_unsupported(self._params())
-        state = ModuleState(modules_of(self.model), self.keep, weakly(self.averages_statistics))
-        self._run = StepState(self.param_groups, state, self._combines(), self.generators)
+        self._run = StepState(self.param_groups, self._module_state(), self._combines(), self.generators)
         self._scaler_target = ScalerTarget(self)
         follow_steps(self.base_optimizer, self._run.consumed)
+
+    def _bind(self) -> None:
+        """Go by another model from the next step on."""
+        self._run.module_state = self._module_state()
+        # Looked for again when the next step begins.
+        self._run.parallel_model = None  # type: ignore[assignment]
+
+    def _module_state(self) -> ModuleState:
+        return ModuleState(modules_of(self.model), self.keep, weakly(self.averages_statistics))
 
     def _find_ranks(self) -> ParallelModel:
         """Return the ranks that train the model, found when the first step begins, on all ranks together."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fastsam.two_pass.batch import Batch, check_losses, has_only_tensors, replace_tensors, tensors_of
+from fastsam.two_pass.batch import Batch, has_only_tensors, replace_tensors, tensors_of
 from fastsam.two_pass.gradients import put
+from fastsam.two_pass.loss_function import check_losses
 
 WAY_OUT = "use execution='sequential'"
 

@@ -11,7 +11,7 @@ from training import Training, moments
 
 from fastsam import SAM
 from fastsam.graph.plain_step import as_stepper
-from fastsam.methods import METHODS
+from fastsam.methods import METHODS, WAYS
 
 NO_SCALER = {
     "scaler.step(opt, closure) is refused, of all optimizers": lambda cell: cell.way == "closure",
@@ -25,19 +25,27 @@ def scaled_step(training, scaler, clip=None, losses=None):
     opt, losses, batch = training.opt, losses or training.losses, training.batch
     if training.cell.way == "loss_fn":
         as_stepper(opt).step(losses, *batch, scaler=scaler, clip_grad_norm=clip)
+    elif training.cell.way == "backward":
+        opt.backward(losses, *batch, backward=lambda loss: scaler.scale(loss).backward(), grad_scale=scaler.get_scale())
+        finish(training, scaler, clip)
     else:
         for pair in opt.passes(batch):
             with opt.ascent(grad_scale=scaler.get_scale()):
                 scaler.scale(losses(*pair.batch).mean()).backward()
             with opt.descent():
                 scaler.scale(losses(*pair.batch).mean() * pair.weight).backward()
-        if clip is not None:
-            scaler.unscale_(opt)
-            torch.nn.utils.clip_grad_norm_(training.model.parameters(), clip)
-        scaler.step(opt)
-        opt.zero_grad()
+        finish(training, scaler, clip)
     scaler.update()
     training.taken += 1
+
+
+def finish(training, scaler, clip):
+    """What a loop does when its passes are over."""
+    if clip is not None:
+        scaler.unscale_(training.opt)
+        torch.nn.utils.clip_grad_norm_(training.model.parameters(), clip)
+    scaler.step(training.opt)
+    training.opt.zero_grad()
 
 
 def clipped_step(training, clip):
@@ -101,7 +109,7 @@ def assert_skipped(training, step):
         assert training.opt.skipped_steps == 1
 
 
-FACTORS = {"loss_fn": torch.inf, "closure": torch.nan, "contexts": torch.nan, "two_steps": torch.inf}
+FACTORS = dict(zip(WAYS, (torch.inf, torch.inf, torch.nan, torch.nan, torch.inf), strict=True))
 
 
 @law(skips=PLAIN, backends=("torch", "triton"))

@@ -271,16 +271,16 @@ def test_a_model_that_has_none_of_the_parameters():
 @pytest.mark.parametrize(
     ("error", "needle", "loss_of"),
     [
-        (TypeError, r"returned a scalar; it must return per-sample losses of shape \[12\]", lambda v: v.mean()),
+        (TypeError, r"returned 2 values \(has_aux=True is for \(losses, aux\)\)", lambda v: (v, 1)),
         (TypeError, r"returned a tensor of shape \[11\]; .* shape \[12\]", lambda v: v[1:]),
         (TypeError, r"returned a tensor of shape \[12, 1\]", lambda v: v[:, None]),
         (TypeError, "returned float; it must return per-sample losses", lambda v: v.mean().item()),
         (TypeError, "returned NoneType", lambda v: None),
-        (TypeError, "returned a scalar", lambda v: v.mean().backward() or v.mean()),
+        (TypeError, "has run backward itself; leave that out", lambda v: v.mean().backward() or v.mean()),
         (RuntimeError, "losses have no gradient; .* outside torch.no_grad", lambda v: v.detach()),
     ],
 )
-def test_what_a_loss_function_may_return(backend, error, needle, loss_of):
+def test_what_a_loss_function_may_not_return(backend, error, needle, loss_of):
     model = mlp()
     opt = SAM(model.parameters(), SGD, rho=0.1, lr=0.1)
     x, y = batches(1)[0]
@@ -299,7 +299,7 @@ def test_what_a_loss_function_may_return(backend, error, needle, loss_of):
         (ValueError, r"the batch is empty \(leading size 0\); skip it", lambda o, f, x, y: o.step(f, x[:0], y[:0])),
         (TypeError, "no tensor with a leading dimension, only int, str", lambda o, f, x, y: o.step(f, 1, "a")),
         (ValueError, "clip_grad_norm must be positive, got 0", lambda o, f, x, y: o.step(f, x, y, clip_grad_norm=0)),
-        (TypeError, "scaler= and clip_grad_norm= go with", lambda o, f, x, y: o.step(clip_grad_norm=1.0)),
+        (TypeError, "scaler=, clip_grad_norm= and has_aux= go with", lambda o, f, x, y: o.step(clip_grad_norm=1.0)),
         (TypeError, "takes a loss function or closure first, got Tensor", lambda o, f, x, y: o.step(x, y)),
         (RuntimeError, "no parameter has a gradient; call backward", lambda o, f, x, y: o.step(lambda: f(x, y).mean())),
     ],

@@ -70,6 +70,9 @@ class Problem:
     def step(self, way):
         if way == "loss_fn":
             as_stepper(self.opt).step(self.losses, self.x, self.y)
+        elif way == "backward":
+            self.opt.backward(self.losses, self.x, self.y)
+            self.opt.step()
         elif way == "closure":
             self.opt.step(self.backward)
         elif way == "contexts":

@@ -1,0 +1,206 @@
+"""`opt.backward`: both passes with the caller's backward, for loops and frameworks that own it; losses of any shape."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from methods import by_contexts
+from problems import assert_same, batches, largest_difference, losses_of, mlp, snapshot
+from torch import nn
+
+from fastsam import ESAM, GSAM, MSAM, SAM, LookSAM
+
+METHODS = {
+    "sam": (SAM, {"rho": 0.2}),
+    "esam": (ESAM, {"rho": 0.2, "seed": 4}),
+    "esam of all rows": (ESAM, {"rho": 0.2, "seed": 4, "gamma": 1.0}),
+    "msam": (MSAM, {"rho": 0.2, "num_shards": 3}),
+    "gsam": (GSAM, {"rho": 0.2}),
+    "looksam": (LookSAM, {"rho": 0.2, "k": 2}),
+}
+both_passes = pytest.mark.parametrize("name", METHODS)
+
+
+def made(name):
+    cls, options = METHODS[name]
+    model = mlp(batchnorm=True)
+    return model, cls(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=model, **options)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"looksam"}))
+def test_micro_batches_accumulate_what_each_would_give_alone(choose, name):
+    choose("torch")
+    (some, opt), (other, alone) = made(name), made(name)
+    plain = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    for step in range(3):
+        micro, total = batches(2, seed=step), [torch.zeros_like(p) for p in other.parameters()]
+        for x, y in micro:
+            opt.backward(losses_of(some), x, y, backward=lambda loss: (loss / 2).backward())
+            alone.backward(losses_of(other), x, y)
+            total = [t + p.grad / 2 for t, p in zip(total, other.parameters(), strict=True)]
+            alone.zero_grad()
+        opt.step()
+        opt.zero_grad()
+        for p, t in zip(other.parameters(), total, strict=True):
+            p.grad = t
+        plain.step()
+        plain.zero_grad()
+        alone.zero_grad()
+        # running statistics of mSAM's pairs move once in a step, whoever cuts the batch
+        for p, q in zip(some.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+@both_passes
+def test_a_frameworks_closure_is_called_once(choose, name):
+    choose("torch")
+    (some, opt), (other, expected), calls = made(name), made(name), []
+    for x, y in batches(3):
+        loss = opt.backward(losses_of(some), x, y)
+        assert opt.step(lambda loss=loss: calls.append(1) or loss) is loss
+        opt.zero_grad()
+        assert torch.equal(loss, expected.step(losses_of(other), x, y))
+    assert len(calls) == 3
+    assert largest_difference(some, other) < 1e-12
+
+
+@both_passes
+def test_gradients_that_are_there_stay(choose, name):
+    choose("torch")
+    (model, opt), (other, expected) = made(name), made(name)
+    (x, y), (v, w) = batches(2)
+    losses_of(model)(v, w).mean().backward()
+    losses_of(other)(v, w)
+    plain = [p.grad.clone() for p in model.parameters()]
+    opt.backward(losses_of(model), x, y)
+    expected.backward(losses_of(other), x, y)
+    for p, q, g in zip(model.parameters(), other.parameters(), plain, strict=True):
+        torch.testing.assert_close(p.grad, q.grad + g, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sam", "esam", "msam"])
+def test_aux_is_the_first_passs(choose, name):
+    choose("torch")
+    (model, opt), calls = made(name), []
+
+    def losses(x, y):
+        calls.append(len(calls))
+        return losses_of(model)(x, y), {"call": calls[-1], "rows": len(x)}
+
+    x, y = batches(1)[0]
+    for take in (lambda: opt.step(losses, x, y, has_aux=True), lambda: opt.backward(losses, x, y, has_aux=True)):
+        calls.clear()
+        loss, aux = take()
+        assert loss.shape == ()
+        assert aux == ([{"call": 2 * i, "rows": 4} for i in range(3)] if name == "msam" else {"call": 0, "rows": 12})
+    opt.zero_grad()
+    with pytest.raises(TypeError, match=r"must return two values, \(losses, aux\), got a tensor of shape \[\d+\]"):
+        opt.step(losses_of(model), x, y, has_aux=True)
+
+
+@pytest.mark.parametrize("name", ["sam", "gsam", "looksam", "esam of all rows"])
+def test_one_loss_of_the_whole_batch_will_do_where_rows_are_not_needed(choose, name):
+    choose("torch")
+    (some, opt), (other, expected) = made(name), made(name)
+    for i, (x, y) in enumerate(batches(4)):
+        whole = lambda x, y: F.cross_entropy(some(x), y)  # noqa: E731
+        if i % 2:
+            loss = opt.step(whole, x, y)
+        else:
+            loss = opt.backward(lambda x=x, y=y, whole=whole: whole(x, y))
+            opt.step()
+            opt.zero_grad()
+        torch.testing.assert_close(loss, expected.step(losses_of(other), x, y))
+    assert largest_difference(some, other) < 1e-12
+
+
+@pytest.mark.parametrize(("name", "needs"), [("esam", "ESAM"), ("msam", "MSAM")])
+def test_methods_that_need_rows_say_so(choose, name, needs):
+    choose("torch")
+    model, opt = made(name)
+    x, y = batches(1)[0]
+    with pytest.raises(TypeError, match=r"returned a scalar; it must return per-sample losses of shape \["):
+        opt.step(lambda x, y: F.cross_entropy(model(x), y), x, y)
+    with pytest.raises(TypeError, match=rf"{needs}.backward\(loss_fn\) has no rows to cut; pass the batch"):
+        opt.backward(lambda: F.cross_entropy(model(x), y))
+
+
+def test_esams_mask_spares_the_callers_backward_what_it_leaves_out(choose):
+    """The caller's backward is given a leaf, whose gradient is the factor by which the loss counts."""
+    choose("torch")
+    model, opt = made("esam")
+    x, y = batches(1)[0]
+    opt.step(losses_of(model), x, y)
+    seen = []
+    assert not all(opt.needs_gradient())
+    opt.backward(losses_of(model), x, y, backward=lambda loss: seen.append(loss.is_leaf) or loss.backward())
+    assert seen == [True, False]
+
+
+def enter(opt):
+    opt.ascent().__enter__()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "call"),
+    [
+        (RuntimeError, "backward= left no gradient", lambda o, f, x, y: o.backward(f, x, y, backward=lambda v: None)),
+        (RuntimeError, "inside ascent", lambda o, f, x, y: enter(o) or o.backward(f, x, y)),
+        (TypeError, "backward must be a function, got 3", lambda o, f, x, y: o.backward(f, x, y, backward=3)),
+        (TypeError, "loss_fn must be a function", lambda o, f, x, y: o.backward(x, y)),
+        (TypeError, "has_aux must be True or False", lambda o, f, x, y: o.backward(f, x, y, has_aux="yes")),
+        (ValueError, "grad_scale must be", lambda o, f, x, y: o.backward(f, x, y, grad_scale=-1.0)),
+        (TypeError, "go with step", lambda o, f, x, y: o.step(lambda: f(x, y).mean(), has_aux=True)),
+    ],
+)
+def test_what_is_refused_leaves_the_weights(choose, kind, message, call):
+    choose("torch")
+    model, opt = made("sam")
+    weights = [p.clone() for p in model.parameters()]
+    with pytest.raises(kind, match=message):
+        call(opt, losses_of(model), *batches(1)[0])
+    assert all(map(torch.equal, model.parameters(), weights))
+
+
+@both_passes
+def test_a_pass_that_fails_blocks_the_step_until_zero_grad(choose, name):
+    choose("torch")
+    model, opt = made(name)
+    x, y = batches(1)[0]
+    calls, before = [], snapshot(model)
+
+    def losses(x, y):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return losses_of(model)(x, y)
+
+    with pytest.raises(MemoryError):
+        opt.backward(losses, x, y)
+    assert_same(model, before)
+    for call in (opt.step, lambda: opt.backward(losses, x, y)):
+        with pytest.raises(RuntimeError, match="after a failed pass; call zero_grad"):
+            call()
+    opt.zero_grad()
+    opt.backward(losses, x, y)
+    opt.step()
+
+
+def test_a_model_may_be_named_late(choose):
+    choose("torch")
+    model, witness = mlp(batchnorm=True), mlp(batchnorm=True)
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=0.0, rho=0.5)
+    wrapped = nn.ModuleList([model])
+    opt.bind(wrapped)
+    assert opt.model is wrapped
+    x, y = batches(1)[0]
+    opt.step(losses_of(model), x, y)
+    witness(x)
+    assert_same(model, snapshot(witness))
+    with opt.ascent():
+        with pytest.raises(RuntimeError, match=r"bind\(\) cannot be called inside ascent"):
+            opt.bind(model)
+        losses_of(model)(x, y).mean().backward()
+    opt.restore()
+    with pytest.raises(TypeError, match="model must be a torch"):
+        opt.bind("net")
+    by_contexts(opt, losses_of(model), x, y)
