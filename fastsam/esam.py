@@ -133,7 +133,7 @@ class ESAM(SAM):
     def check(self, call: str, rows: int | None = None) -> None:
         """Raise RuntimeError where no rows can be selected."""
         super().check(call, rows)
-        if call not in ("the constructor", "step(loss_fn, *batch)") and self._gamma < 1:
+        if call not in ("the constructor", "step(loss_fn, *batch)", "step()") and self._gamma < 1:
             raise RuntimeError(
                 f"{call} cannot select rows (gamma={self._gamma}); use opt.step(loss_fn, *batch), or pass gamma=1 to "
                 "keep the stochastic perturbation alone"

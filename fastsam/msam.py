@@ -24,6 +24,7 @@ from fastsam.arguments import check_choice, check_integer, shown
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM
 from fastsam.two_pass.batch import Batch, batch_size, split_rows
+from fastsam.two_pass.loss_function import LossFunction
 from fastsam.two_pass.module_state import Modules, as_one, set_to_means
 from fastsam.two_pass.optimizer import Pair, TwoPassOptimizer
 from fastsam.two_pass.vmap_shards import WAY_OUT, BatchedShards, check_batchable
@@ -200,7 +201,7 @@ class MSAM(SAM):
         known = [norm for norm in norms if norm is not None]
         return torch.stack([known[0].new_zeros(()) if n is None else n for n in norms]) if known else None
 
-    def _passes_on_batch(self, loss_fn: Callable, batch: Batch, scaler: Any) -> Tensor:
+    def _passes_on_batch(self, loss_fn: LossFunction, batch: Batch, scaler: Any) -> Tensor:
         if self.execution == "sequential":
             return super()._passes_on_batch(loss_fn, batch, scaler)
         trained = [p for p in self._params() if p.requires_grad]

@@ -94,7 +94,8 @@ def follow_steps(base: Optimizer, consumed: ConsumedMark) -> None:
             mark.set(stepped.param_groups)
 
     follow.only_watches = True  # type: ignore[attr-defined]
-    base.register_step_post_hook(follow)
+    # Not by its register_step_post_hook, which fails where a base keeps its hooks in a plain dict.
+    base._optimizer_step_post_hooks[id(follow)] = follow
 
 
 def _first_with_grad(group: dict) -> list[tuple[Tensor, Tensor]]:

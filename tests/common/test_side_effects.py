@@ -131,7 +131,7 @@ def test_schedulers_on_either_object_work_without_warnings(choose, kind, on_base
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Converting a tensor|To get the last learning rate|.*epoch parameter")
         schedulers = [SCHEDULERS[kind](opt.base_optimizer if on_base else opt), SCHEDULERS[kind](reference_opt)]
-        for way, (x, y) in zip([*WAYS.values()] * 2, batches(8), strict=True):
+        for way, (x, y) in zip([*WAYS.values()] * 2, batches(2 * len(WAYS)), strict=True):
             way(opt, losses_of(model), x, y)
             losses_of(plain)(x, y).mean().backward()
             reference_opt.step()

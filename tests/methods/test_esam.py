@@ -506,11 +506,11 @@ def test_compiled_models_take_a_mask_without_recompiling(choose, name, mask):
 @pytest.mark.parametrize(
     ("error", "needle", "keywords"),
     [
-        (ValueError, r"beta must be in \(0, 1\], got 0", {"beta": 0}),
-        (ValueError, r"beta must be in \(0, 1\], got 1.5", {"beta": 1.5}),
-        (ValueError, r"beta must be in \(0, 1\], got nan", {"beta": float("nan")}),
+        (ValueError, r"beta must be finite and in \(0, 1\], got 0", {"beta": 0}),
+        (ValueError, r"beta must be finite and in \(0, 1\], got 1.5", {"beta": 1.5}),
+        (ValueError, r"beta must be finite and in \(0, 1\], got nan", {"beta": float("nan")}),
         (TypeError, "beta must be a number, got '0.5'", {"beta": "0.5"}),
-        (ValueError, r"gamma must be in \(0, 1\], got -0.1", {"gamma": -0.1}),
+        (ValueError, r"gamma must be finite and in \(0, 1\], got -0.1", {"gamma": -0.1}),
         (ValueError, "mask must be one of 'tensor', 'element', got 'row'", {"mask": "row"}),
         (ValueError, "norm must be one of 'masked', 'full', 'estimated', got 'l2'", {"norm": "l2"}),
         (ValueError, "selection must be one of 'reforward', 'reuse', got 'slice'", {"selection": "slice"}),
