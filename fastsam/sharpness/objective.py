@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsam.arguments import LARGEST_INTEGER, check_choice, check_integer
 from fastsam.distributed.dtensor import is_dtensor
-from fastsam.two_pass.batch import Batch, check_losses, read_batch, replace_tensors, tensors_of
+from fastsam.two_pass.batch import Batch, read_batch, replace_tensors, tensors_of
 from fastsam.two_pass.forward_alone import ForwardAlone
+from fastsam.two_pass.loss_function import check_losses
 from fastsam.two_pass.module_state import Modules, modules_of
 from fastsam.two_pass.rng import RandomState
 from fastsam.two_pass.snapshot import Slot, Snapshot

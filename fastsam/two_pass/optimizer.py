@@ -266,15 +266,11 @@ class TwoPassOptimizer(MethodHooks, Capturable):
         run = self._run
         run.require("backward()", Stage.IDLE)
         read = self._check_backward(loss_fn, batch, backward, has_aux, grad_scale)
-        function = LossFunction(loss_fn, read, has_aux)
-        run.grad_scale = grad_scale
-        try:
-            losses: list[Tensor] = []
-            norms: list[Tensor | None] = []
+        function, losses, norms = LossFunction(loss_fn, read, has_aux), list[Tensor](), list[Tensor | None]()
+        with self._attempt(partial(setattr, run, "grad_scale", grad_scale), self._fail_pass):
             pairs = self.passes(read)
             for i, pair in enumerate(pairs):
-                run.share = pair.share
-                perturbs = self.has_second_pass()
+                run.share, perturbs = pair.share, self.has_second_pass()
                 losses.append(self._pair_on_batch(function, pair, None, i == len(pairs) - 1, backward))
                 if perturbs:
                     run.restore()
@@ -282,10 +278,6 @@ class TwoPassOptimizer(MethodHooks, Capturable):
                 norms.append(run.last_grad_norm)
             run.last_grad_norm = self.norm_of_pairs(norms)
             return function.with_aux(losses[0].mean() if len(losses) == 1 else torch.cat(losses).mean())
-        except BaseException:
-            run.abort()
-            run.failed = True
-            raise
 
     def _check_backward(self, loss_fn: Any, batch: tuple, backward: Any, has_aux: Any, grad_scale: Any) -> Batch:
         """Raise if both passes cannot be run; return the batch as it was read."""

@@ -136,15 +136,16 @@ def test_esams_mask_spares_the_callers_backward_what_it_leaves_out(choose):
     assert seen == [True, False]
 
 
-def enter(opt):
-    opt.ascent().__enter__()
+def inside(opt, losses, x, y):
+    with opt.ascent():
+        opt.backward(losses, x, y)
 
 
 @pytest.mark.parametrize(
     ("kind", "message", "call"),
     [
         (RuntimeError, "backward= left no gradient", lambda o, f, x, y: o.backward(f, x, y, backward=lambda v: None)),
-        (RuntimeError, "inside ascent", lambda o, f, x, y: enter(o) or o.backward(f, x, y)),
+        (RuntimeError, "inside ascent", inside),
         (TypeError, "backward must be a function, got 3", lambda o, f, x, y: o.backward(f, x, y, backward=3)),
         (TypeError, "loss_fn must be a function", lambda o, f, x, y: o.backward(x, y)),
         (TypeError, "has_aux must be True or False", lambda o, f, x, y: o.backward(f, x, y, has_aux="yes")),
