@@ -24,6 +24,11 @@ class SGDOptions(NamedTuple):
     maximize: bool = False
 
 
+def restore_(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Copy the copies back into the weights, bit for bit."""
+    run_all(restore_calls(weights, copies))
+
+
 def restore_calls(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Call]:
     """Return the calls that copy the copies back into the weights, bit for bit."""
     # A list of several dtypes would be copied tensor by tensor.

@@ -91,6 +91,7 @@ class StepsCutShort:
             mend: the name of a call that may come first.
         """
         opt = self.training.opt
+        is_foreign = opt._run.base_failed
         # what fails between the calls is the caller's to handle, who drops the pass or the pairs
         if opt._run.stage is Stage.FIRST or (opt._run.pairs and not opt._run.failed):
             mend = "restore"
@@ -103,7 +104,7 @@ class StepsCutShort:
                 with pytest.raises(KeyboardInterrupt):
                     signal.raise_signal(signal.SIGINT)
         opt.restore()
-        if opt._run.base_failed:
+        if is_foreign:
             self.outcomes["inside the base's own step"] += 1
         else:
             now = self._state()
