@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ddp_steps import assert_equal_on_ranks, rows_of_rank, wrap
 from methods import (
+    by_backward,
     by_closure,
     by_contexts,
     by_loss_function,
@@ -22,6 +23,7 @@ from fastsam import GSAM, LookSAM
 
 WAYS = {
     "loss function": by_loss_function,
+    "backward": by_backward,
     "closure": by_closure,
     "contexts": by_contexts,
     "two steps": by_two_steps,
