@@ -86,6 +86,17 @@ def check_integer(name: str, value: Any, smallest: int | None = None, largest: i
         raise ValueError(f"{name} must be at most {largest}, got {shown(value)}")
 
 
+def check_seed(name: str, value: Any) -> None:
+    """Raise TypeError unless a seed is an integer, ValueError unless it is one of 64 bits, signed or not.
+
+    Args:
+        name: of the argument, for the message.
+        value: what the user gave.
+    """
+    # random numbers take it modulo 2^64
+    check_integer(name, value, -(2**63), 2**64 - 1)
+
+
 def check_clip(clip_grad_norm: Any) -> None:
     """Raise TypeError unless the largest norm of a clipped gradient is a number or None, ValueError unless positive."""
     if clip_grad_norm is None:

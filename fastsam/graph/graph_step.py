@@ -133,6 +133,8 @@ class GraphStep:
             Exception: what the optimizer's `step` raises.
         """
         recorder = self._recorder
+        # what a replay reads from the groups is no part of its guards
+        self._stepper.check_groups()
         if recorder is None or _layout(batch) != self._layout or not self._stepper.is_warm():
             return self._step(*batch)
         if self._captured_step is not None and (change := self._captured_step.change()):

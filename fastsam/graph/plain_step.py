@@ -39,6 +39,9 @@ class PlainOptimizerStep(Capturable):
         """The optimizer's groups."""
         return self.optimizer.param_groups
 
+    def check_groups(self) -> None:
+        """Look at nothing: a torch optimizer's settings are its own."""
+
     def step(
         self,
         loss_fn: Callable[..., Tensor],

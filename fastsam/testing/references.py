@@ -25,7 +25,7 @@ Vector = list[Tensor]
 
 def dot(some: Vector, others: Vector) -> Tensor:
     """Return the sum of the products of all entries."""
-    return torch.stack([(a.double() * b.double()).sum() for a, b in zip(some, others, strict=True)]).sum()
+    return sum(((a.double() * b.double()).sum() for a, b in zip(some, others, strict=True)), torch.zeros(()))
 
 
 class PlainStep:
@@ -161,7 +161,9 @@ def gsam(step: PlainStep) -> Vector:
     _, g = step.look(step.batch)
     radii = [step.opt.radius(group) for group in step.groups]
     g_adv = step.look(step.batch, step.radial(g, radii))[1]
-    along = dot(g, g_adv) / dot(g_adv, g_adv)
+    wanted = [i for i, perturb in enumerate(step.option("perturb")) if perturb]
+    some, others = [g[i] for i in wanted], [g_adv[i] for i in wanted]
+    along = dot(some, others) / dot(others, others)
     rows = zip(g, g_adv, step.option("alpha"), step.option("perturb"), strict=True)
     return [(v - alpha * (u - along * v)).to(v.dtype) if wanted else v for u, v, alpha, wanted in rows]
 
@@ -172,12 +174,13 @@ def looksam(step: PlainStep) -> Vector:
         return sam(step)
     _, g = step.look(step.batch)
     g_v = step.opt.states_of(step.params, "g_v")
-    parts = [slice(i, i + 1) for i in range(len(g))] if step.opt.scope == "tensor" else [slice(None)]
-    d: Vector = []
-    for part in parts:
-        ratio = dot(g[part], g[part]).sqrt() / (dot(g_v[part], g_v[part]).sqrt() + 1e-8)
-        rows = zip(g[part], g_v[part], step.option("alpha")[part], strict=True)
-        d += [(u + alpha * ratio * v).to(u.dtype) for u, v, alpha in rows]
+    wanted = [i for i, perturb in enumerate(step.option("perturb")) if perturb]
+    d = list(g)
+    for part in [[i] for i in wanted] if step.opt.scope == "tensor" else [wanted]:
+        some, kept = [g[i] for i in part], [g_v[i] for i in part]
+        ratio = dot(some, some).sqrt() / (dot(kept, kept).sqrt() + 1e-8)
+        for i in part:
+            d[i] = (g[i] + step.option("alpha")[i] * ratio * g_v[i]).to(g[i].dtype)
     return d
 
 

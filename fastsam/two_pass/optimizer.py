@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 from torch.optim import Optimizer
 
-from fastsam.arguments import check_clip, check_flag, check_integer, check_number, check_scaler, shown
+from fastsam.arguments import check_clip, check_flag, check_number, check_scaler, check_seed, shown
 from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
 from fastsam.distributed.dtensor import laid_out_as, local
 from fastsam.two_pass.ascent import Ascent, as_dense
@@ -104,8 +104,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
             isinstance(stochastic_rounding, str) and stochastic_rounding == "auto"
         ):
             raise ValueError(f"stochastic_rounding must be 'auto', True or False, got {shown(stochastic_rounding)}")
-        # random numbers take it modulo 2^64
-        check_integer("seed", seed, -(2**63), 2**64 - 1)
+        check_seed("seed", seed)
         super().__init__(params, base_optimizer, {**options, "perturb": True}, seed, base_kwargs)
         self.model = model
         self.keep, self.generators = keep, generators
@@ -281,6 +280,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
 
     def _check_backward(self, loss_fn: Any, batch: tuple, backward: Any, has_aux: Any, grad_scale: Any) -> Batch:
         """Raise if both passes cannot be run; return the batch as it was read."""
+        self.check_groups()
         for name, function in (("loss_fn", loss_fn), ("backward", backward)):
             if not callable(function) and not (name == "backward" and function is None):
                 raise TypeError(f"{name} must be a function, got {shown(function)}")
@@ -302,6 +302,7 @@ class TwoPassOptimizer(MethodHooks, Capturable):
     def _check_step(self, closure: Any, batch: tuple, scaler: Any, clip_grad_norm: float | None, has_aux: bool) -> Any:
         """Raise if the step cannot be taken; return the batch as it was read, None without one."""
         run = self._run
+        self.check_groups()
         refuse_no_gradient(self.__dict__.get("found_inf"))
         if not run.in_second_step:
             run.refuse("step()", Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)

@@ -146,6 +146,7 @@ class PassOptimizer(WrappedOptimizer):
     @property
     def needs_second_pass(self) -> bool:
         """Whether the next step has a second pass; loops with contexts or two calls may leave it out where not."""
+        self.check_groups()
         return self.has_second_pass()
 
     # contexts
@@ -167,6 +168,7 @@ class PassOptimizer(WrappedOptimizer):
         """
         if grad_scale is not None and not isinstance(grad_scale, Tensor):
             check_number("grad_scale", grad_scale, lambda scale: scale > 0, "> 0")
+        self.check_groups()
         self.check("ascent()")
         self._refuse_no_sync("ascent()")
         check = partial(self._run.require, "ascent()", Stage.IDLE)
@@ -228,6 +230,7 @@ class PassOptimizer(WrappedOptimizer):
             RuntimeError: no ascent came before, or inside another pass.
         """
         check_flag("sync", sync)
+        self.check_groups()
         self._refuse_no_sync("descent()")
         if self._run.stage is Stage.IDLE and self._run.before_single is not None:
             check = partial(self._run.require, "descent()", Stage.IDLE)
@@ -278,6 +281,7 @@ class PassOptimizer(WrappedOptimizer):
         """
         run = self._run
         check_flag("zero_grad", zero_grad)
+        self.check_groups()
         self.check("first_step()")
         run.require("first_step()", Stage.IDLE)
         ranks = self._find_ranks()

@@ -6,13 +6,15 @@ its counters lie in the base's param groups, so that every checkpoint format tha
 
 import gc
 import inspect
+import operator
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 
+from fastsam.arguments import LARGEST_INTEGER, check_integer, check_seed
 from fastsam.two_pass.foreign_base import (
     Entries,
     Parts,
@@ -59,6 +61,8 @@ class WrappedOptimizer(Optimizer):
     base_optimizer: Optimizer
     _loading: tuple[Entries, list[dict[str, Any]]] | None = None
     """The method's tensors and the groups' options, while the base loads a state dict."""
+    _checked: Sequence[Any] = ()
+    """The groups' options that `check_groups` has found good, in order."""
 
     def __init__(
         self,
@@ -153,6 +157,15 @@ class WrappedOptimizer(Optimizer):
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise ValueError or TypeError for a bad option. Methods extend it."""
 
+    def check_groups(self) -> None:
+        """Raise TypeError or ValueError for a bad option that somebody has set in a group since the last look."""
+        now = [group.get(key) for group in self.param_groups for key in self._option_keys.values()]
+        if len(now) == len(self._checked) and all(map(operator.is_, now, self._checked)):
+            return
+        for group in self.param_groups:
+            self.check_options({name: group.get(key) for name, key in self._option_keys.items()})
+        self._checked = now
+
     def _check_group(self, group: dict[str, Any]) -> None:
         self.check_options({name: group[key] for name, key in self._option_keys.items() if key in group})
         params = group["params"]
@@ -221,6 +234,9 @@ class WrappedOptimizer(Optimizer):
             for own, loaded in zip(options, groups, strict=False):
                 self._fill(loaded, own)
                 self.check_options({name: loaded[key] for name, key in self._option_keys.items() if key in loaded})
+                for key in (STEP, TAKEN):
+                    check_integer(key, loaded[key], 0, LARGEST_INTEGER)
+                check_seed(SEED, loaded[SEED])
             state_dict = {**state_dict, "param_groups": groups}
         state_dict, entries = take_entries(state_dict)
         self._loading = entries, options

@@ -208,6 +208,35 @@ def test_arguments_of_calls_are_checked(cls):
     opt.step(losses, x, y)
 
 
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)
+def test_what_is_set_in_a_group_later_is_checked(cls):
+    """Before the next step changes anything, in every way of taking one, and in a checkpoint's groups."""
+    model, own = mlp(), {"gamma": 1.0} if cls is fastsam.ESAM else NEEDED.get(cls, {})
+    opt = cls(model.parameters(), SGD, lr=0.1, **own)
+    losses, (x, y) = losses_of(model), batches(1)[0]
+    opt.step(losses, x, y)
+    before, state = snapshot(model), opt.state_dict()
+    graphed = fastsam.graph_step(opt, losses, x, y)
+    for name in {*opt._option_keys} & {*BAD[cls]}:
+        for value in BAD[cls][name]:
+            good, opt.param_groups[0][name] = opt.param_groups[0][name], value
+            for call in (opt.step, opt.ascent, opt.descent, opt.first_step, lambda: opt.needs_second_pass):
+                assert_names(name, value, call)
+            assert_names(name, value, lambda: opt.step(losses, x, y))
+            assert_names(name, value, lambda: opt.backward(losses, x, y))
+            assert_names(name, value, lambda: opt.step(lambda: losses(x, y).mean()))
+            assert_names(name, value, lambda: graphed(x, y))
+            opt.param_groups[0][name] = good
+            bad = {**state, "param_groups": [{**state["param_groups"][0], name: value}]}
+            assert_names(name, value, lambda: opt.load_state_dict(bad))  # noqa: B023
+    for name in ("fastsam_step", "fastsam_taken", "fastsam_seed"):
+        for value in (*INTEGER, None, HUGE, -HUGE):
+            bad = {**state, "param_groups": [{**state["param_groups"][0], name: value}]}
+            assert_names(name, value, lambda: opt.load_state_dict(bad))  # noqa: B023
+    assert_same(model, before)
+    opt.step(losses, x, y)
+
+
 @pytest.mark.parametrize("num_shards", [13, 10**9, HUGE])
 def test_more_shards_than_rows(num_shards):
     """At once, whatever the number, which is no length of a list."""

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from laws import PLAIN, law
-from methods import WAYS, by_contexts
+from methods import OPTIONS, WAYS, by_contexts
 from problems import assert_same, batches, losses_of, mlp, snapshot
 from training import Training, moments
 
 from fastsam import ESAM, GSAM, SAM, TwoPassOptimizer
+from fastsam.methods import METHODS
 from fastsam.testing import check_step
 
 TAKEN = 2
@@ -51,6 +52,18 @@ def test_every_dtype_and_groups_of_their_own(backend):
         groups = [{"params": model[:2].parameters(), "rho": 0.5, "adaptive": True}, {"params": model[2:].parameters()}]
         opt = SAM(groups, torch.optim.AdamW, rho=0.05, model=model, lr=0.01, maximize=True)
         check_step(opt, losses_of(model), *batches(1, dtype=dtype)[0])
+
+
+@pytest.mark.parametrize("row", [name for name, row in METHODS.items() if row.kind == "optimizer"])
+def test_a_group_that_stays_out_of_products_and_norms(choose, row):
+    choose("torch")
+    model, (x, y) = mlp(batchnorm=True), batches(1)[0]
+    groups = [{"params": model[:2].parameters(), "perturb": False}, {"params": model[2:].parameters()}]
+    options = {"lr": 0.1, "momentum": 0.9}
+    opt = METHODS[row].build(groups, torch.optim.SGD, model=model, base_options=options, **OPTIONS[row])
+    for _ in range(2):  # LookSAM's two kinds of steps
+        check_step(opt, losses_of(model), x, y)
+        opt.step(losses_of(model), x, y)
 
 
 @pytest.mark.parametrize("clip", [1e-3, 10.0])
