@@ -170,7 +170,16 @@ def train(net, base, steps, **keywords):
 def test_launches_of_sam(launches, choose, base, check_finite, count):
     choose("triton")
     train(Net().to(DEVICE), base, 1, lr=0.1, check_finite=check_finite)
-    assert len(launches) == count
+    assert len(launches) == count + 4, "and four copies of all buffers"
+
+
+def test_buffers_of_any_number_and_dtype_are_copied_in_four_launches(launches, choose):
+    choose("triton")
+    net = Net().to(DEVICE)
+    for i, dtype in enumerate((torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool) * 5):
+        net.register_buffer(f"kept_{i}", torch.zeros(4 * (1 + i), dtype=dtype, device=DEVICE))
+    train(net, torch.optim.SGD, 1, lr=0.1)
+    assert len(launches) == 9
 
 
 @pytest.mark.parametrize("base", [(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.003})])
