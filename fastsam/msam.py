@@ -24,9 +24,10 @@ from fastsam.arguments import check_choice, check_integer, shown
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM
 from fastsam.two_pass.batch import Batch, batch_size, split_rows
+from fastsam.two_pass.hooks import Pair
 from fastsam.two_pass.loss_function import LossFunction
 from fastsam.two_pass.module_state import Modules, as_one, set_to_means
-from fastsam.two_pass.optimizer import Pair, TwoPassOptimizer
+from fastsam.two_pass.optimizer import TwoPassOptimizer
 from fastsam.two_pass.vmap_shards import WAY_OUT, BatchedShards, check_batchable
 
 
