@@ -18,13 +18,17 @@ from fastsam.cli.config import Config, flag, flat, options_for, options_of, read
 from fastsam.cli.data import SCORED_ON
 from fastsam.cli.errors import InputError
 from fastsam.cli.files import CHECKPOINT, make_directory, read_checkpoint
+from fastsam.cli.measuring import landscape_command, sharpness_command
 from fastsam.cli.options import OPTIONS, CommandWithTables, Entry, Number, Several, shared_options, shown
-from fastsam.cli.progress import Display
+from fastsam.cli.progress import Display, make_console
 from fastsam.cli.report import caption, cells, headers, write_comparison, write_run
 from fastsam.cli.results import Watcher
 from fastsam.methods import METHODS
 
 SCORED_ON_HELP = "held_out: train without a tenth of the training set and score on it, to choose settings fairly."
+
+LOG_SHARPNESS_HELP = "Measure after every epoch how far the training loss rises along SAM's perturbation, rho 0.05."
+SHARPNESS_HELP = "Measure the sharpness and the largest eigenvalue of every run, on up to 2048 training pictures."
 
 
 def _out(default: str) -> Callable:
@@ -40,6 +44,10 @@ def fastsam(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+fastsam.add_command(sharpness_command)
+fastsam.add_command(landscape_command)
+
+
 @fastsam.command(cls=CommandWithTables)
 @shown("--method", type=Entry("method", METHODS), metavar="NAME", default="sam")
 @shared_options
@@ -47,6 +55,7 @@ def fastsam(ctx: click.Context) -> None:
 @shown("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", default=0)
 @shown("--split-seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Of the test split. Default: --seed.")
 @shown("--scored-on", type=click.Choice(list(SCORED_ON)), default="test", help=SCORED_ON_HELP)
+@click.option("--log-sharpness", is_flag=True, help=LOG_SHARPNESS_HELP)
 @_out("runs/train")
 @click.pass_context
 def train(ctx: click.Context, out: Path, resume: bool, overwrite: bool, **options: Any) -> None:
@@ -54,7 +63,7 @@ def train(ctx: click.Context, out: Path, resume: bool, overwrite: bool, **option
 
     `torchrun --nproc-per-node 2 -m fastsam train ...` trains with two processes, each on its part of every batch.
     """
-    path, console = out / CHECKPOINT, _console()
+    path, console = out / CHECKPOINT, make_console()
     if _goes_on(resume, overwrite):
         config = read_config(read_checkpoint(path), path)
         refuse_differences(path, flat(config), _given(ctx) | {"ranks": processes.count()})
@@ -83,6 +92,7 @@ def train(ctx: click.Context, out: Path, resume: bool, overwrite: bool, **option
 @shown("--methods", type=Several(Entry("method", METHODS)), metavar="NAME,...", default="sgd,sam")
 @shown("--label-noise", type=Several(Number(0, 1)), metavar="X,...", default="0,0.4", help="Labels redrawn.")
 @shown("--seeds", type=click.IntRange(1, 1000), metavar="N", default=3, help="Runs of each method.")
+@click.option("--sharpness", is_flag=True, help=SHARPNESS_HELP)
 @shared_options
 @_out("runs/compare")
 @click.pass_context
@@ -93,7 +103,7 @@ def compare_command(ctx: click.Context, out: Path, resume: bool, overwrite: bool
     """
     if processes.count() > 1:
         raise InputError("compare runs in one process; start it without torchrun, or train methods one by one")
-    path, console = out / compare.PLAN, _console()
+    path, console = out / compare.PLAN, make_console()
     if _goes_on(resume, overwrite):
         plan = compare.read_plan(out)
         refuse_differences(path, compare.flat(plan), _given(ctx))
@@ -152,16 +162,11 @@ def _interruptible(command: str, out: Path, marker: Path) -> Iterator[None]:
         raise click.exceptions.Exit(130) from None
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 100))
-
-
 def _print_table(console: Console, comparison: compare.Comparison) -> None:
     table = Table(box=box.SIMPLE_HEAD, caption=caption(comparison), caption_justify="left", pad_edge=False)
-    for header in headers:
-        table.add_column(header, justify="left" if header in headers[:3] else "right", no_wrap=True)
+    for i, header in enumerate(headers(comparison.plan)):
+        table.add_column(header, justify="left" if i < 3 else "right", no_wrap=True)
     noises = [row.label_noise for row in comparison.rows]
     for i, row in enumerate(comparison.rows):
-        table.add_row(*cells(row, comparison.plan.seeds), end_section=noises[i + 1 : i + 2] != [row.label_noise])
+        table.add_row(*cells(row, comparison.plan), end_section=noises[i + 1 : i + 2] != [row.label_noise])
     console.print(table)

@@ -7,18 +7,22 @@ take turns within each seed, so that step times are measured side by side.
 
 import json
 import statistics
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastsam.cli.config import Config, options_for, options_of, with_options
 from fastsam.cli.errors import InputError
-from fastsam.cli.files import CHECKPOINT, make_directory, write_json
+from fastsam.cli.files import CHECKPOINT, contents_of, make_directory, write_json
+from fastsam.cli.flatness import Trained, measure
 from fastsam.cli.results import Result, Watcher
 from fastsam.cli.training import train
 from fastsam.methods import METHODS
 
 PLAN = "compare.json"
+FLATNESS = "flatness.json"
+FLATNESS_SAMPLES = 2048
+"""Training pictures that a run is measured on, at most: on more of them a Hessian costs as much as the training."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Plan:
     graph: bool
     device: str
     threads: int
+    sharpness: bool = False
 
     def config(self, method: str, noise: float, seed: int) -> Config:
         """Return the config of one run with the method's default for what is tuned.
@@ -91,15 +96,27 @@ class Row:
     base: str | None
     step_ratio: float | None
     seconds: float
+    sharpness: float | None = None
+    lambda_max: float | None = None
+
+
+@dataclass(frozen=True)
+class RunFlatness:
+    """Sharpness, largest eigenvalue and its ratio to the fifth of one run's last weights; None where not finite."""
+
+    sharpness: float | None
+    lambda_max: float | None
+    ratio: float | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished comparison: one result for each noise level, method and seed."""
+    """A finished comparison: one result for each noise level, method and seed, and what was measured of each."""
 
     plan: Plan
     choices: list[Choice]
     results: list[Result]
+    flatness: list[RunFlatness] = field(default_factory=list)
 
     def of(self, noise: float, method: str) -> list[Result]:
         """Return the results of one method at one noise level, one for each seed.
@@ -132,7 +149,15 @@ class Comparison:
             base=base,
             step_ratio=step_ms / self._step_ms(noise, base) if base else None,
             seconds=statistics.median(r.seconds for r in results),
+            sharpness=self._mean_of(noise, method, "sharpness"),
+            lambda_max=self._mean_of(noise, method, "lambda_max"),
         )
+
+    def _mean_of(self, noise: float, method: str, name: str) -> float | None:
+        """Return the mean of a measure over the seeds; None where it was not taken, or not finite for one of them."""
+        here = self.of(noise, method)
+        values = [getattr(f, name) for f, r in zip(self.flatness, self.results, strict=False) if r in here]
+        return statistics.mean(values) if values and None not in values else None
 
     def _step_ms(self, noise: float, method: str) -> float:
         return statistics.median(epoch.step_ms for r in self.of(noise, method) for epoch in r.history)
@@ -154,6 +179,7 @@ def run(plan: Plan, out: Path, watcher: Watcher) -> Comparison:
     """
     choices: list[Choice] = []
     results: list[Result] = []
+    flatness: list[RunFlatness] = []
     for noise in plan.label_noise:
         here = [_choose(plan, noise, method, out, watcher) for method in plan.methods if plan.tunes(method)]
         chosen = {choice.method: {choice.tuned: choice.value} for choice in here}
@@ -163,7 +189,9 @@ def run(plan: Plan, out: Path, watcher: Watcher) -> Comparison:
                 config = plan.config(method, noise, seed)
                 config = replace(config, options=config.options | chosen.get(method, {}))
                 results.append(_train(config, out, watcher))
-    return Comparison(plan, choices, results)
+                if plan.sharpness:
+                    flatness.append(_flatness(config, out))
+    return Comparison(plan, choices, results, flatness)
 
 
 def _choose(plan: Plan, noise: float, method: str, out: Path, watcher: Watcher) -> Choice:
@@ -183,6 +211,22 @@ def _train(config: Config, out: Path, watcher: Watcher) -> Result:
     directory = out / "runs" / _name(config)
     make_directory(directory)
     return train(config, directory, resume=(directory / CHECKPOINT).exists(), watcher=watcher)
+
+
+def _flatness(config: Config, out: Path) -> RunFlatness:
+    """Measure a finished run, unless that is done already."""
+    path = out / "runs" / _name(config) / FLATNESS
+    if not path.exists():
+        trained = Trained(path.parent, config.device, FLATNESS_SAMPLES)
+        try:
+            found = measure(trained, rho=0.05, batch_size=64, eigenvalues=5, tol=1e-2)
+            numbers = RunFlatness(found.sharpness, found.eigenvalues[0], found.ratio)
+        except InputError:
+            # a run whose loss is no longer finite has no Hessian, and does not end the comparison
+            numbers = RunFlatness(None, None, None)
+        write_json(path, asdict(numbers))
+    with contents_of(path):
+        return RunFlatness(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def _name(config: Config) -> str:
@@ -212,6 +256,7 @@ def prepare(plan: Plan, out: Path, *, overwrite: bool) -> None:
             )
         for path in done:
             path.unlink()
+            path.with_name(FLATNESS).unlink(missing_ok=True)
     make_directory(out)
     write_json(out / PLAN, asdict(plan))
 

@@ -43,6 +43,7 @@ class Config:
     device: str = "cpu"
     threads: int = 1
     ranks: int = 1
+    log_sharpness: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size % self.ranks:
@@ -100,7 +101,7 @@ def read_config(checkpoint: dict[str, Any], path: Path) -> Config:
         InputError: another version of fastsam wrote it, or somebody altered it.
     """
     with contents_of(path):
-        saved = with_options(checkpoint["config"])
+        saved = {"log_sharpness": False, **with_options(checkpoint["config"])}
         if set(saved) != {field.name for field in fields(Config)}:
             raise InputError(f"{path} was written by another version of fastsam; resume it with that one")
         return Config(**saved)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -108,3 +109,48 @@ def _label(config: Config) -> str:
 def _numbers(config: Config, epoch: Epoch) -> str:
     accuracies = f"train {epoch.train_accuracy:.1f} %  {SCORED_ON[config.scored_on]} {epoch.accuracy:.1f} %"
     return f"{accuracies}  {epoch.samples_per_second:,.0f} samples/s"
+
+
+def make_console() -> Console:
+    """Return the console of a command; where it is no terminal, lines are at least 100 characters long."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 100))
+
+
+class Measuring:
+    """A progress bar for measures on a terminal; elsewhere a line for each one that begins.
+
+    Args:
+        console: where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        columns = BarColumn(10), TextColumn("{task.description}"), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.task = self.bar.add_task("", total=None)
+
+    def __enter__(self) -> "Measuring":
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def stage_of(self, label: str) -> Callable[[str], Callable[[int, int | None], None]]:
+        """Return `stage` for the measures of one model."""
+        return lambda name: self.stage(f"{label}: {name}")
+
+    def stage(self, name: str) -> Callable[[int, int | None], None]:
+        """Begin to show a measure by its name; what is returned is told how far it is."""
+        if not self.console.is_terminal:
+            self.console.print(f"measuring: {name}")
+        self.bar.reset(self.task, total=None, description=name)
+
+        def tell(done: int, total: int | None) -> None:
+            count = f"{name} {done}" + (f"/{total}" if total else "")
+            self.bar.update(self.task, completed=done, total=total, description=count)
+
+        return tell

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsam.cli.compare import Comparison, Row
+from fastsam.cli.compare import FLATNESS_SAMPLES, Comparison, Plan, Row
 from fastsam.cli.config import Config
 from fastsam.cli.data import SCORED_ON, short
 from fastsam.cli.files import environment, replacing, write_json, write_text
@@ -55,7 +55,7 @@ def write_run(out: Path, result: Result) -> None:
     """
     scored = result.config.scored_on
     columns = {"accuracy": f"{scored}_accuracy"}
-    epochs = [asdict(epoch) for epoch in result.history]
+    epochs = [epoch.numbers() for epoch in result.history]
     write_text(out / "history.csv", _csv([columns.get(k, k) for k in epochs[0]], [list(e.values()) for e in epochs]))
     accuracy = {f"last_{scored}_accuracy": result.last, f"best_{scored}_accuracy": result.best}
     numbers = {"config": asdict(result.config), **accuracy, "step_ms": result.step_ms, "seconds": result.seconds}
@@ -68,12 +68,12 @@ def _save(path: Path, figure: Figure) -> None:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def _figure(width: float, height: float, rows: int) -> tuple[Figure, Any]:
+def _figure(width: float, height: float, rows: int, columns: int = 2) -> tuple[Figure, Any]:
     # not pyplot: no window system, no global state
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -89,8 +89,9 @@ def _title(config: Config) -> str:
 
 
 def _curve(result: Result) -> Figure:
-    figure, axes = _figure(9, 3.6, rows=1)
-    accuracy, loss = axes[0]
+    sharpness = [e.sharpness for e in result.history if e.sharpness is not None]
+    figure, axes = _figure(9, 3.6, rows=1) if not sharpness else _figure(12, 3.6, rows=1, columns=3)
+    accuracy, loss = axes[0, :2]
     epochs = [e.epoch for e in result.history]
     dots = "." if len(epochs) < 40 else None
     labels = "noisy training labels" if result.config.label_noise else "training set"
@@ -101,6 +102,9 @@ def _curve(result: Result) -> Figure:
     accuracy.legend(frameon=False)
     loss.plot(epochs, [e.train_loss for e in result.history], marker=dots, color="C7")
     loss.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    if sharpness:
+        axes[0, 2].plot(epochs, sharpness, marker=dots, color="C3")
+        axes[0, 2].set(xlabel="epoch", ylabel="sharpness, rho 0.05")
     figure.suptitle(_title(result.config))
     return figure
 
@@ -119,10 +123,12 @@ def write_comparison(out: Path, comparison: Comparison) -> None:
         InputError: a file cannot be written.
     """
     about = environment(comparison.plan.device)
-    runs = [_run_row(result) for result in comparison.results]
+    columns = [*RUN_COLUMNS, *(("sharpness", "lambda_max", "lambda_ratio") if comparison.flatness else ())]
+    measured = [[f.sharpness, f.lambda_max, f.ratio] for f in comparison.flatness] or [[]] * len(comparison.results)
+    runs = [_run_row(result) + more for result, more in zip(comparison.results, measured, strict=True)]
     chosen = [asdict(choice) for choice in comparison.choices]
-    curves = [[asdict(epoch) for epoch in result.history] for result in comparison.results]
-    dicts = [dict(zip(RUN_COLUMNS, run, strict=True)) | {"history": c} for run, c in zip(runs, curves, strict=True)]
+    curves = [[epoch.numbers() for epoch in result.history] for result in comparison.results]
+    dicts = [dict(zip(columns, run, strict=True)) | {"history": c} for run, c in zip(runs, curves, strict=True)]
     write_json(
         out / "results.json",
         {
@@ -133,7 +139,7 @@ def write_comparison(out: Path, comparison: Comparison) -> None:
             "environment": about,
         },
     )
-    write_text(out / "results.csv", _csv(RUN_COLUMNS, runs))
+    write_text(out / "results.csv", _csv(columns, runs))
     write_text(out / "table.md", _markdown(comparison))
     _save(out / "comparison.png", _comparison_figure(comparison))
 
@@ -145,15 +151,22 @@ def _run_row(result: Result) -> list[Any]:
     return [config.label_noise, config.method, tuned or "", value, config.seed, *numbers]
 
 
-def cells(row: Row, seeds: int) -> list[str]:
+def headers(plan: Plan) -> list[str]:
+    """Return the columns of a plan's table."""
+    flatness = ["sharpness", "lambda"] if plan.sharpness else []
+    return ["noise", "method", "chosen", "last (%)", "best (%)", "step", "run", *flatness]
+
+
+def cells(row: Row, plan: Plan) -> list[str]:
     """Return a row of the table, one text for each of `headers`.
 
     Args:
         row: its numbers.
-        seeds: number of runs that they are over.
+        plan: of the comparison.
     """
-    spread = f" ± {row.std_last:.1f}" if seeds > 1 else ""
+    spread = f" ± {row.std_last:.1f}" if plan.seeds > 1 else ""
     ratio = f" ({row.step_ratio:.2f}x {row.base})" if row.step_ratio is not None else ""
+    flatness = [row.sharpness, row.lambda_max] if plan.sharpness else []
     return [
         f"{row.label_noise:.0%}",
         row.method,
@@ -162,10 +175,8 @@ def cells(row: Row, seeds: int) -> list[str]:
         f"{row.mean_best:.1f}",
         f"{row.step_ms:.1f} ms{ratio}",
         f"{row.seconds:.1f} s",
+        *("-" if value is None else f"{value:.3g}" for value in flatness),
     ]
-
-
-headers = ("noise", "method", "chosen", "last (%)", "best (%)", "step", "run")
 
 
 def caption(comparison: Comparison) -> str:
@@ -180,13 +191,25 @@ def caption(comparison: Comparison) -> str:
         f"Test accuracy on clean labels of {short(plan.data)}, {plan.model}, {plan.epochs} epochs, batch "
         f"{plan.batch_size}; {seeds}. last: after the last epoch. best: the best epoch, picked with the test set. "
         f"{chosen}step: median training step, with its ratio to the base's in this comparison. run: median time in "
-        f"training steps. {about['device']}, threads: {about['threads']}, torch {about['torch']}, amp {plan.amp}"
+        f"training steps. {_flatness_caption(plan)}"
+        f"{about['device']}, threads: {about['threads']}, torch {about['torch']}, amp {plan.amp}"
         f"{', channels last' if plan.channels_last else ''}{', compiled' if plan.compile else ''}."
     )
 
 
+def _flatness_caption(plan: Plan) -> str:
+    if not plan.sharpness:
+        return ""
+    return (
+        "sharpness: by how much the training loss rises along SAM's perturbation, rho 0.05, of each 64 pictures. "
+        "lambda: largest eigenvalue of its Hessian. Both: means over the seeds, on up to "
+        f"{FLATNESS_SAMPLES} training pictures with the labels trained on, batch norm in eval mode. "
+    )
+
+
 def _markdown(comparison: Comparison) -> str:
-    lines = [headers, ["---"] * len(headers), *(cells(row, comparison.plan.seeds) for row in comparison.rows)]
+    plan, names = comparison.plan, headers(comparison.plan)
+    lines = [names, ["---"] * len(names), *(cells(row, plan) for row in comparison.rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{caption(comparison)}\n"
 
 

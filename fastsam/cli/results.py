@@ -1,7 +1,8 @@
 """What is known of a run: its epochs while it goes on, and the whole of it at the end."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ class Epoch:
 
     Train loss and accuracy are those of each step's first forward pass, against the labels trained on, noisy ones and
     all; `accuracy` is that of the test set, or of the held-out part, after the epoch. `step_ms` is the median step.
+    `sharpness` is by how much the training loss rises within rho = 0.05 after the epoch, where it was measured.
     """
 
     epoch: int
@@ -23,6 +25,11 @@ class Epoch:
     samples_per_second: float
     seconds: float
     step_ms: float
+    sharpness: float | None = None
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what is known of it by name, without what was not measured."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

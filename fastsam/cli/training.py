@@ -24,12 +24,14 @@ from fastsam.cli.config import AMP, Config, flat, read_config, refuse_difference
 from fastsam.cli.data import draw_moves, generator, load
 from fastsam.cli.errors import InputError
 from fastsam.cli.files import CHECKPOINT, contents_of, read_checkpoint, write_checkpoint
+from fastsam.cli.flatness import Batches, losses_of
 from fastsam.cli.models import MODELS, has_batch_norm
 from fastsam.cli.results import Epoch, Result, Watcher
 from fastsam.cli.steps import BatchLosses, StepClock, Task, build, build_criterion, cosine, note_of
 from fastsam.graph.captured_step import CaptureError
 from fastsam.graph.graph_step import GraphStep, graph_step
 from fastsam.graph.plain_step import as_stepper
+from fastsam.sharpness import sam_sharpness
 
 # pictures; a forward of them keeps little, so it fits where training does
 SCORED_AT_ONCE = 256
@@ -147,6 +149,7 @@ class TrainingRun:
                 samples_per_second=n / seconds,
                 seconds=seconds,
                 step_ms=step_ms,
+                sharpness=processes.of_first(self.sharpness() if processes.is_first() else None),
             )
         )
 
@@ -181,6 +184,13 @@ class TrainingRun:
             hits += (self.model(self._inputs(self.data.normalised(x))).argmax(dim=1) == y).sum()
         return 100 * hits.item() / len(self.data.score_y)
 
+    def sharpness(self) -> float | None:
+        """Return by how much the training loss rises along SAM's perturbation of each batch; None unless logged."""
+        if not self.config.log_sharpness:
+            return None
+        batches = Batches(self.data, self.data.x, self.data.y, self.config.batch_size, self.layout)
+        return sam_sharpness(self.model, losses_of(self.model), batches).value
+
     def _inputs(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=self.layout)
 
@@ -191,7 +201,7 @@ class TrainingRun:
             return
         parts = {
             "config": asdict(self.config),
-            "history": [asdict(epoch) for epoch in self.history],
+            "history": [epoch.numbers() for epoch in self.history],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,

@@ -127,8 +127,9 @@ def line(
 ) -> Landscape:
     """Compute the mean loss on the line `(1 - a) start + a end` between two state dicts of a model.
 
-    Floating-point buffers, running statistics among them, lie on the line like the weights; those that count are the
-    start's up to a = 1/2 and then the end's. The model is left as it was, to the last bit.
+    Floating-point buffers, running statistics among them, lie on the line like the weights, but stay what they are at
+    the nearer end beyond both, where variances would become negative; those that count are the start's up to a = 1/2
+    and then the end's. The model is left as it was, to the last bit.
 
     Args:
         model: as for `sam_sharpness`, of the state dicts' architecture; its own weights do not matter.
@@ -157,6 +158,7 @@ def line(
     module = as_one(model)
     assert module is not None
     own: dict[str, Tensor] = module.state_dict()
+    weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for name, state in (("start", start), ("end", end)):
         check_state(own, state, name)
     objective = Objective(model, loss_fn, loader, How(mode, seed, sharded, progress))
@@ -164,7 +166,12 @@ def line(
 
         def go(i: int) -> None:
             a = float(at[i])
-            _set(list(own.values()), [_between(start[k].to(t.device), end[k].to(t.device), a) for k, t in own.items()])
+            within = min(max(a, 0.0), 1.0)
+            values = [
+                _between(start[k].to(t.device), end[k].to(t.device), a if k in weights else within)
+                for k, t in own.items()
+            ]
+            _set(list(own.values()), values)
             objective.keep_buffers()
 
         losses = _losses_at(objective, points, go)

@@ -117,7 +117,7 @@ def test_cuda_is_refused_where_it_is_not(capsys, tmp_path):
     assert "no CUDA device" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["click", "rich", "matplotlib", "sklearn"])
+@pytest.mark.parametrize("module", ["click", "rich", "matplotlib", "sklearn", "scipy"])
 def test_a_missing_extra_is_one_line(module, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["train"]) == 2
@@ -129,7 +129,7 @@ def test_a_missing_extra_is_one_line(module, capsys, monkeypatch):
 def test_importing_the_package_needs_no_extra():
     code = (
         "import sys, fastsam, fastsam.__main__; "
-        "sys.exit(any(name in sys.modules for name in ('click', 'rich', 'matplotlib', 'sklearn')))"
+        "sys.exit(any(name in sys.modules for name in ('click', 'rich', 'matplotlib', 'sklearn', 'scipy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 BELOW_METHODS = {"two_pass", "distributed", "kernels", "arguments"}
 ARROWS = {
     "__main__": {"fastsam", "cli", "installation"},
-    "cli": {"fastsam", "methods", "graph", "two_pass"},
+    "cli": {"fastsam", "methods", "graph", "two_pass", "sharpness"},
     "arguments": set(),
     "fastsam": {"an optimizer", "a loss", "graph", "trajectory", "two_pass", "kernels", "installation"},
     "methods": {"an optimizer", "a loss"},

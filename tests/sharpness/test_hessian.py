@@ -69,8 +69,10 @@ def test_power_iteration_agrees_without_lanczos(problem):
     found = power_iteration(model, losses, parts, tol=1e-9, max_products=1000)
     assert found.converged
     assert found.value == pytest.approx(float(exact[0]), rel=1e-6)
-    cut_short = power_iteration(model, losses, parts, tol=0, max_products=3)
+    cut_short = power_iteration(model, losses, parts, max_products=3)
     assert (cut_short.converged, cut_short.products) == (False, 3)
+    assert cut_short.value < float(exact[0])
+    assert cut_short.residual > 1e-2
 
 
 class Diagonal(nn.Module):
@@ -96,7 +98,8 @@ def test_a_large_negative_eigenvalue_is_not_the_largest(n):
     model = Diagonal(values)
     found = hessian_eigenvalues(model, model, ROWS, 2, tol=1e-9)
     assert found.values == pytest.approx(values[::-1][:2], rel=1e-7)
-    power = power_iteration(model, model, ROWS, tol=1e-10, max_products=1000)
+    power = power_iteration(model, model, ROWS, tol=1e-3, max_products=1000)
+    assert power.converged
     assert power.value == pytest.approx(2.0, rel=1e-3)
 
 
