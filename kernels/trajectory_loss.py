@@ -304,8 +304,8 @@ def _constants(logits: Tensor, targets: Tensor | None, past: Past | None) -> dic
     size = min(max(triton.next_power_of_2(n_classes), _PADDING), most)
     whole = size >= n_classes
     threads = min(max(size // 8, 32), THREADS)
-    # A loop needs more registers.
-    size = size if whole else size // 2
+    # A loop needs more registers, and with a scale of its own for every record yet more.
+    size = size if whole else size // (2 if past is None or past.scales is None or not past.record else 4)
     return {
         "COMPUTE": compute,
         "HAS_CLASSES": targets is not None and targets.dim() == 1,

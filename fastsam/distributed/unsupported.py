@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from fastsam.distributed.dtensor import is_dtensor
@@ -33,7 +34,8 @@ def refuse_unsupported(params: Sequence[Tensor]) -> None:
 def refuse_pipelines(params: Sequence[Tensor]) -> None:
     """Raise ValueError if the parameters belong to some stages of a torch.distributed.pipelining pipeline alone."""
     module = sys.modules.get("torch.distributed.pipelining.stage")
-    if module is None:
+    # Looked for only where there are several processes: to find who refers to a class takes a tenth of a second.
+    if module is None or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     own, kinds = {id(p) for p in params}, _with_subclasses(module._PipelineStageBase)
     # An instance refers to its class.

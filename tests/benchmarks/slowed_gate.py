@@ -30,8 +30,8 @@ def second_passes(count):
     """Let a step run its second pass some times over."""
     pair = TwoPassOptimizer._pair
 
-    def slower(opt, first_pass, second_pass, *args):
-        return pair(opt, first_pass, lambda: [second_pass() for _ in range(count)], *args)
+    def slower(opt, first_pass, second_pass, *args, **keywords):
+        return pair(opt, first_pass, lambda: [second_pass() for _ in range(count)], *args, **keywords)
 
     return TwoPassOptimizer, "_pair", slower
 

@@ -497,7 +497,7 @@ def test_the_reference_does_not_wait_for_a_device(monkeypatch):
 def test_dispatch(backend):
     chosen = ops._pick([torch.ones(1, device=DEVICE)])
     assert chosen.__name__ == "fastsam.kernels." + ("triton_backend" if backend == "triton" else "reference")
-    for name in ("trajectory_loss", "record_", "ema_"):
+    for name in ("trajectory_loss", "record_"):
         assert callable(getattr(chosen, name))
 
 
