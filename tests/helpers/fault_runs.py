@@ -139,10 +139,18 @@ class StepsCutShort:
 
     def send_signal(self, seconds):
         """Send SIGINT to this process after so many seconds of the step."""
-        handlers = [signal.signal(signal.SIGALRM, _interrupt), signal.signal(signal.SIGINT, signal.default_int_handler)]
+        # The timer may run out just when it is stopped, where nobody would catch what it raises.
+        is_under_way = [True]
+
+        def interrupt(*_):
+            if is_under_way:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        handlers = [signal.signal(signal.SIGALRM, interrupt), signal.signal(signal.SIGINT, signal.default_int_handler)]
         try:
             signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
             self.training.step()
+            is_under_way.clear()
             outcome = "too late"
         except KeyboardInterrupt:
             outcome = None
@@ -164,10 +172,6 @@ class StepsCutShort:
         seconds = time.perf_counter() - start
         self._back()
         return seconds
-
-
-def _interrupt(*_):
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _flat(name, value):
