@@ -117,6 +117,17 @@ def test_a_line_passes_both_models():
         torch.testing.assert_close(found.losses[0, i], expected, rtol=1e-12, atol=0)
 
 
+def test_buffers_lie_on_the_line_in_training_mode_too():
+    """Where every forward starts from the buffers of its point."""
+    model = nn.Linear(1, 1, bias=False)
+    model.register_buffer("factor", torch.tensor(0.0))
+    states = [{"weight": torch.ones(1, 1), "factor": torch.tensor(factor)} for factor in (1.0, 3.0)]
+    found = line(
+        model, lambda x: model(x)[:, 0] * model.factor, [torch.ones(4, 1)], *states, points=3, beyond=0, mode="train"
+    )
+    assert found.mean.tolist() == [1, 2, 3]
+
+
 def test_a_state_of_another_architecture_is_refused_by_its_keys():
     model, own = mlp(), mlp().state_dict()
     other = {**own, "9.weight": torch.ones(1), "0.bias": torch.ones(3)}

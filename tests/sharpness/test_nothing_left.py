@@ -62,7 +62,7 @@ class Odd(nn.Module):
             self.in_place += torch.rand(2) + random.random() + np.random.rand()
             self.frozen.mul_(2)
         self.replaced = torch.ones(2)
-        return self.net(x) + self.in_place.sum()
+        return self.net(x) * (1 + self.in_place.sum())
 
 
 def everything(model, generator):
@@ -151,6 +151,15 @@ def test_a_loss_that_draws_warns_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sam_sharpness(model, losses_of(model), batches(3))
+
+
+@pytest.mark.parametrize("build", [lambda: mlp(dropout=0.5), Odd], ids=["draws", "moves buffers"])
+@pytest.mark.filterwarnings("ignore:two evaluations of the loss")
+def test_both_forwards_of_a_batch_draw_the_same_and_start_from_the_same_buffers(build):
+    """Or a radius of zero would have a sharpness."""
+    model = build()
+    found = sam_sharpness(model, losses_of(model), batches(3), 0.0, mode="train")
+    assert (found.value, found.perturbed_loss) == (0.0, found.loss)
 
 
 def test_batches_of_one_tensor_of_dicts_and_of_texts():
