@@ -1,7 +1,7 @@
 """Weights in shards, the DTensors of FSDP2 and tensor parallelism: what one rank holds of them, and sums over ranks."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -23,13 +23,23 @@ def is_dtensor(tensor: Any) -> bool:
     return type(tensor) not in _PLAIN and isinstance(tensor, loaded("torch.distributed.tensor", "DTensor"))
 
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
+
+
+def are_plain(tensors: Iterable[Any]) -> bool:
+    """Whether none of these is a DTensor or may be one, by one look at their types."""
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def local(tensor: Any) -> Tensor:
     """This rank's own entries of a DTensor, in its memory; any other tensor as it is."""
     # to_local() of a parameter is another tensor in every call, but a backup knows its weights by identity
     return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def locals_of(tensors: list[Any]) -> list[Any]:
+    """This rank's own entries of each, as `local` gives them; None stays None."""
+    return tensors if are_plain(tensors) else [local(t) for t in tensors]
 
 
 def laid_out_as(param: Any, grad: Any) -> Tensor:

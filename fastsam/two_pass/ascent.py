@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsam.distributed.dtensor import (
     Placement,
+    are_plain,
     first_element,
     laid_out_as,
     local,
@@ -63,14 +64,20 @@ class Ascent:
             found: parameter, gradient (None without a first pass) and group, by position in group order.
             about: the other attributes.
         """
-        params = [p for p, _, _ in found.values()]
+        params, grads = [p for p, _, _ in found.values()], [g for _, g, _ in found.values()]
+        weights = list(params)
+        # Most lists are of plain tensors, of which each need not be asked what it is.
+        if not (are_plain(params) and are_plain(grads)) or any(map(_is_odd, params, grads)):
+            weights = [as_real(local(p)) for p in params]
+            pairs = zip(params, grads, strict=True)
+            grads = [None if g is None else as_real(local(laid_out_as(p, as_dense(g)))) for p, g in pairs]
         return cls(
-            weights=[as_real(local(p)) for p in params],
-            grads=[None if g is None else as_real(local(laid_out_as(p, as_dense(g)))) for p, g, _ in found.values()],
+            weights=weights,
+            grads=grads,
             groups=[group for _, _, group in found.values()],
             params=params,
             indices=tuple(found),
-            placements=list(map(placement, params)),
+            placements=[None] * len(params) if are_plain(params) else list(map(placement, params)),
             **about,
         )
 
@@ -217,6 +224,10 @@ class Ascent:
         ]
         firsts = tuple(start or 0 for start in starts)
         return Draw(self.seed, self.step, tuple(indices), starts=firsts, advance=capture.advance(), **options)
+
+
+def _is_odd(param: Tensor, grad: Tensor | None) -> bool:
+    return param.is_complex() or (grad is not None and grad.is_sparse)
 
 
 def as_real(tensor: Tensor) -> Tensor:

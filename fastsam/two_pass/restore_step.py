@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fastsam.distributed.dtensor import any_over_ranks, laid_out_as, local, placement
+from fastsam.distributed.dtensor import any_over_ranks, are_plain, laid_out_as, local, locals_of, placement
 from fastsam.kernels import ops
 from fastsam.kernels.calls import Call, run_all
 from fastsam.kernels.reference import AdamOptions, SGDOptions
@@ -79,6 +79,9 @@ def prepare(
 def _final_gradients(base: Optimizer) -> list[Tensor]:
     """All gradients that there are, spread over ranks as their parameters are."""
     stepped = [p for group in base.param_groups for p in group["params"] if p.grad is not None]
+    grads = [p.grad for p in stepped]
+    if are_plain(grads):
+        return grads
     grads = [laid_out_as(p, p.grad) for p in stepped]
     for p, grad in zip(stepped, grads, strict=True):
         if p.grad is not grad:
@@ -175,10 +178,10 @@ def _fused_calls(base: Optimizer, backup: Backup, grad_scale: Tensor | None, fou
     stepped = [(group, p) for group in base.param_groups for p in group["params"] if p.grad is not None]
     if not stepped or _skips_first_damped_step(base, stepped, found_inf):
         return [*ops.copy_calls(*backup.pending()), backup.discard_call()]
-    weights = [local(p) for _, p in stepped]
+    weights = locals_of([p for _, p in stepped])
     # what was perturbed, but has no final gradient
     calls = ops.copy_calls(*backup.pending(but=weights))
-    lists = weights, [backup.of(w) for w in weights], [local(p.grad) for _, p in stepped]
+    lists = weights, [backup.of(w) for w in weights], locals_of([p.grad for _, p in stepped])
     new: State = {}
     if type(base) is SGD:
         own = _sgd_lists(base, stepped, new)
@@ -218,9 +221,9 @@ def _sgd_lists(base: Optimizer, stepped: Stepped, new: State) -> tuple[list[Tens
                 new[p] = {**state, "momentum_buffer": buffer}
                 # torch does not damp the first gradient.
                 o = o._replace(dampening=0.0)
-        buffers.append(None if buffer is None else local(buffer))
+        buffers.append(buffer)
         options.append(o)
-    return buffers, _refreshable(options, base, stepped, _sgd_options)
+    return locals_of(buffers), _refreshable(options, base, stepped, _sgd_options)
 
 
 def _refreshable(
@@ -265,9 +268,9 @@ def _adam_lists(
             state = new[p] = {**state, "step": step}
         states.append(state)
     return (
-        [local(state["exp_avg"]) for state in states],
-        [local(state["exp_avg_sq"]) for state in states],
-        [local(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None for state in states],
+        locals_of([state["exp_avg"] for state in states]),
+        locals_of([state["exp_avg_sq"] for state in states]),
+        locals_of([state.get("max_exp_avg_sq") for state in states]),
         [state["step"] for state in states],
         _refreshable([per_group[id(group)] for group, _ in stepped], base, stepped, _adam_options),
     )
