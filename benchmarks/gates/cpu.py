@@ -77,8 +77,8 @@ def whole_step(bound: float) -> Ratio:
 RATIOS: dict[str, Callable[[], Ratio]] = {
     "optimizer side, sgd: SAM / eager SAM": partial(optimizer_side, "sgd", 0.95),
     "optimizer side, adamw: SAM / eager SAM": partial(optimizer_side, "adamw", 0.8),
-    "host, sgd: SAM / eager SAM": partial(optimizer_side, "sgd", 0.78, "host", 50),
-    "host, adamw: SAM / eager SAM": partial(optimizer_side, "adamw", 0.58, "host", 50),
+    "host, sgd: SAM / eager SAM": partial(optimizer_side, "sgd", 0.8, "host", 50),
+    "host, adamw: SAM / eager SAM": partial(optimizer_side, "adamw", 0.6, "host", 50),
     "whole step: SAM / sgd": partial(whole_step, 2.45),
 }
 

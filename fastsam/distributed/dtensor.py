@@ -118,6 +118,8 @@ def sum_over_ranks(sum_of: Callable[[list[int]], Tensor], placements: Sequence[P
 @torch.no_grad()
 def any_over_ranks(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest value that `flag` has on a rank that holds entries of these tensors."""
+    if are_plain(tensors):
+        return flag
     for mesh, dims in _split_dims([placement(t) for t in tensors]).items():
         for d in dims:
             all_reduce(flag, mesh.get_group(d), dist.ReduceOp.MAX, "the flag of a non-finite gradient")

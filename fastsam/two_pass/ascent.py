@@ -23,6 +23,7 @@ from fastsam.kernels.reference import E0
 from fastsam.kernels.replay_tables import Refreshable
 from fastsam.kernels.tensor_list import Backup
 from fastsam.two_pass import capture
+from fastsam.two_pass.gradients import are_odd
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Ascent:
         params, grads = [p for p, _, _ in found.values()], [g for _, g, _ in found.values()]
         weights = list(params)
         # Most lists are of plain tensors, of which each need not be asked what it is.
-        if not (are_plain(params) and are_plain(grads)) or any(map(_is_odd, params, grads)):
+        if not (are_plain(params) and are_plain(grads)) or are_odd(params, grads):
             weights = [as_real(local(p)) for p in params]
             pairs = zip(params, grads, strict=True)
             grads = [None if g is None else as_real(local(laid_out_as(p, as_dense(g)))) for p, g in pairs]
@@ -99,7 +100,9 @@ class Ascent:
         groups = self.groups
 
         def again() -> list[Any]:
-            return [read(group) for group in groups]
+            of_group = {id(group): group for group in groups}
+            found = {key: read(group) for key, group in of_group.items()}
+            return [found[id(group)] for group in groups]
 
         return Refreshable(again(), again)
 
@@ -224,10 +227,6 @@ class Ascent:
         ]
         firsts = tuple(start or 0 for start in starts)
         return Draw(self.seed, self.step, tuple(indices), starts=firsts, advance=capture.advance(), **options)
-
-
-def _is_odd(param: Tensor, grad: Tensor | None) -> bool:
-    return param.is_complex() or (grad is not None and grad.is_sparse)
 
 
 def as_real(tensor: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
+from operator import attrgetter, is_not
 
 import torch
 from torch import Tensor
@@ -29,6 +31,14 @@ def put(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
 def copies(params: Sequence[Tensor]) -> list[Tensor | None]:
     """Copies of the parameters' gradients."""
     return [None if p.grad is None else p.grad.clone() for p in params]
+
+
+def are_odd(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+    """Whether a parameter is complex or a gradient sparse."""
+    return any(map(Tensor.is_complex, params)) or any(map(_is_sparse, filter(_is_there, grads)))
+
+
+_is_sparse, _is_there = attrgetter("is_sparse"), partial(is_not, None)
 
 
 @torch.no_grad()

@@ -143,7 +143,8 @@ class MethodHooks(PassOptimizer):
 
     def perturbed(self) -> list[bool]:
         """Return for each parameter in group order whether its group is perturbed."""
-        return [self.option(group, "perturb") for group in self.param_groups for _ in group["params"]]
+        wanted = [(self.option(group, "perturb"), group["params"]) for group in self.param_groups]
+        return [is_wanted for is_wanted, params in wanted for _ in params]
 
     def any_rank(self, flag: Tensor | None) -> Tensor | None:
         """Return whether the flag, 0-dim, is set on any rank, where ranks perturb by themselves; else the flag."""

@@ -14,6 +14,7 @@ from fastsam.kernels.calls import Call, run_all
 from fastsam.kernels.reference import AdamOptions, SGDOptions
 from fastsam.kernels.replay_tables import Refreshable
 from fastsam.kernels.tensor_list import Backup
+from fastsam.two_pass.gradients import are_odd
 
 
 class Update(NamedTuple):
@@ -50,7 +51,7 @@ def prepare(
     """
     grads = _final_gradients(base)
     if found_inf is None and check_finite and grads:
-        entries = [_entries(g) for g in grads]
+        entries = grads if are_plain(grads) and not are_odd(grads, grads) else [_entries(g) for g in grads]
         found_inf = any_over_ranks(ops.found_nonfinite(entries), grads)
     if skip is not None and grads:
         also = skip.to(grads[0].device, torch.float32)
@@ -148,8 +149,8 @@ def _is_supported(group: dict) -> bool:
     if group.get("foreach") is not None or group.get("fused") is False:
         return False
     tensors = [group["weight_decay"], *group.get("betas", ())]
-    return not any(isinstance(value, Tensor) for value in tensors) and not any(
-        p.is_complex() or (p.grad is not None and p.grad.is_sparse) for p in group["params"]
+    return not any(isinstance(value, Tensor) for value in tensors) and not are_odd(
+        group["params"], [p.grad for p in group["params"]]
     )
 
 
@@ -199,6 +200,7 @@ def _skips_first_damped_step(base: Optimizer, stepped: Stepped, found_inf: Tenso
     """
     return (
         found_inf is not None
+        and any(group.get("dampening") for group in base.param_groups)
         and any(
             g.get("dampening") and g["momentum"] and "momentum_buffer" not in base.state.get(p, ()) for g, p in stepped
         )
