@@ -16,8 +16,8 @@ from fastsam.arguments import check_integer, check_number
 from fastsam.sharpness.objective import How, Mode, Objective, Progress, count_batches, wide
 from fastsam.two_pass.module_state import Modules
 
-GRADIENTS_PER_PRODUCT = 2.0
-"""A product is a gradient, and a backward through it that costs about as much."""
+GRADIENTS_PER_PRODUCT = 3.0
+"""A product is a gradient, and a backward through its forward and its backward, which costs as much as two more."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def hessian_eigenvalues(
         loader: as for `sam_sharpness`. The batch size decides the memory, not the result.
         k: how many, from 1 to the number of parameters. Default 5, which gives lambda_1 / lambda_5.
         tol: relative accuracy of the eigenvalues at which ARPACK stops.
-        max_products: about how many products to spend, each 2 gradients of all samples; the eigenvalues that have
+        max_products: about how many products to spend, each about 3 gradients of all samples; the eigenvalues that have
             converged by then are returned, with a warning.
         mode: "eval" or "train", as for `sam_sharpness`.
         seed: of the start vector, and of the random numbers in every pass over the loader.

@@ -41,7 +41,7 @@ def test_the_largest_are_those_of_the_exact_hessian(problem, k):
     torch.testing.assert_close(torch.tensor(found.values, dtype=torch.float64), exact[:k], rtol=1e-9, atol=1e-12)
     assert found.residual < 1e-7
     assert (found.parameters, found.samples, found.largest) == (83, 29, found.values[0])
-    assert found.gradients == 2 * found.products
+    assert found.gradients == 3 * found.products
     assert found.ratio == (pytest.approx(float(exact[0] / exact[4])) if k >= 5 else None)
 
 
