@@ -1,5 +1,6 @@
 import pytest
 import torch
+from hypothesis import settings
 from interpreter import import_kernels
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -7,6 +8,8 @@ import fastsam
 from fastsam.kernels import ops
 
 torch.set_num_threads(1)
+# what `--hypothesis-profile=full` asks for; tests/fuzz alone goes by it
+settings.register_profile("full", max_examples=1000, print_blob=True)
 
 
 def pytest_addoption(parser):
