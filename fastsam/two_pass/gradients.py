@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter, is_not
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,22 +90,31 @@ class ConsumedMark:
         return True
 
 
-def follow_steps(base: Optimizer, consumed: ConsumedMark) -> None:
-    """Let every step of the base optimizer count as one that consumes the gradients, whoever calls it.
+def follow_steps(base: Optimizer, run: Any) -> None:
+    """Let every step of the base optimizer, whoever calls it, consume the gradients; refuse one from perturbed weights.
 
     Args:
         base: the base optimizer; its own step is replaced by a fused one all the same, see `is_fusable`.
-        consumed: the mark to set, which the base does not keep alive.
+        run: the `StepState` of the optimizer around it, which the base does not keep alive.
     """
-    reference = weakref.ref(consumed)
+    reference = weakref.ref(run)
+
+    def refuse(stepped: Optimizer, *_: object) -> None:
+        run = reference()
+        if run is not None and run.backup.valid:
+            raise RuntimeError(
+                f"{type(stepped).__name__}.step() while the weights are perturbed would be undone when they are "
+                "restored; leave the descent() context first, or call second_step() or restore()"
+            )
 
     def follow(stepped: Optimizer, *_: object) -> None:
-        mark = reference()
-        if mark is not None:
-            mark.set(stepped.param_groups)
+        run = reference()
+        if run is not None:
+            run.consumed.set(stepped.param_groups)
 
-    follow.only_watches = True  # type: ignore[attr-defined]
-    # Not by its register_step_post_hook, which fails where a base keeps its hooks in a plain dict.
+    refuse.only_watches = follow.only_watches = True  # type: ignore[attr-defined]
+    # Not by the functions that register them, which fail where a base keeps its hooks in plain dicts.
+    base._optimizer_step_pre_hooks[id(refuse)] = refuse
     base._optimizer_step_post_hooks[id(follow)] = follow
 
 

@@ -68,7 +68,7 @@ class PassOptimizer(WrappedOptimizer):
         refuse_unsupported(self._params())
         self._run = StepState(self.param_groups, self._module_state(), self._combines(), self.generators)
         self._scaler_target = ScalerTarget(self)
-        follow_steps(self.base_optimizer, self._run.consumed)
+        follow_steps(self.base_optimizer, self._run)
 
     def _bind(self) -> None:
         """Go by another model from the next step on."""

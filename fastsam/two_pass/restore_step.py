@@ -122,9 +122,8 @@ def is_stepped_plainly(base: Optimizer) -> bool:
 
 def is_fusable(base: Optimizer) -> bool:
     """Whether `restore_and_step` may stand in for this base's own step."""
-    post_hooks = base._optimizer_step_post_hooks.values()
-    hooked = base._optimizer_step_pre_hooks or any(not hasattr(hook, "only_watches") for hook in post_hooks)
-    return steps_in_a_kernel(base) and not hooked
+    hooks = (*base._optimizer_step_pre_hooks.values(), *base._optimizer_step_post_hooks.values())
+    return steps_in_a_kernel(base) and all(hasattr(hook, "only_watches") for hook in hooks)
 
 
 def steps_in_a_kernel(base: Optimizer) -> bool:

@@ -79,6 +79,7 @@ class StepState:
         self.ascent: Ascent | None = None
         self.grad_scale: Tensor | float | None = None
         self.backup = Backup([])
+        self.perturbed_version = 0
         # Known when the first step begins.
         self.parallel_model: ParallelModel = None  # type: ignore[assignment]
         self.ascent_is_local = False
@@ -306,6 +307,7 @@ class StepState:
             self.module_state.turn()
         self.is_first_forward, self.stage = False, Stage.DESCENT
         perturb(self.params, self.ascent_grads)
+        self.perturbed_version = self.backup.weights[0]._version if self.backup.weights else 0
         # An autocast around the step would go on with casts of the other weights.
         torch.clear_autocast_cache()
         self.ascent_grads = []
@@ -383,9 +385,18 @@ class StepState:
         self.stage = Stage.IDLE
 
     def __del__(self) -> None:
-        """Undo a pass of an optimizer that is dropped in the middle of it, after `first_step()` for example."""
-        if self.__dict__.get("_stage", Stage.IDLE) is not Stage.IDLE and not sys.is_finalizing():
+        """Restore the weights that an optimizer leaves perturbed which is dropped, after `first_step()` for example.
+
+        A cycle is disposed of at any time, perhaps long after: random numbers and gradients are others' then, and so
+        are weights that something has written to since, and buffers.
+        """
+        if self.__dict__.get("_stage", Stage.IDLE) is Stage.IDLE or sys.is_finalizing():
+            return
+        if self.backup.valid and self.backup.weights[0]._version == self.perturbed_version:
+            self.later_draws = self.aside = self.before_single = None
             self.abort()
+        else:
+            self.discard()
 
     def end(self) -> None:
         """Bring a step that an exception has cut short to an end: undo it, or complete its update where that has begun.

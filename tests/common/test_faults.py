@@ -1,5 +1,6 @@
 """The laws of interrupts: whatever cuts a step short, everything is as before it or as after it."""
 
+import gc
 import random
 
 import pytest
@@ -55,6 +56,33 @@ def test_an_optimizer_that_is_dropped_after_first_step_restores(backend):
     model, opt, before = after_first_step()
     del opt
     assert torch.equal(model.weight, before)
+
+
+def test_an_optimizer_that_is_disposed_of_late_leaves_everything_to_others(backend):
+    """In a cycle, as a scheduler makes one, it outlives the last name by steps of another."""
+    for leaves in ("ascent", "first_step"):
+        model, opt, _ = after_first_step()
+        if leaves == "ascent":
+            opt.restore()
+            context = opt.ascent()
+            context.__enter__()
+            opt.kept = context
+        opt.itself = opt
+        gc.disable()
+        try:
+            opt = None
+            context = None
+            other = SAM(model.parameters(), torch.optim.RMSprop, rho=0.5, model=model, lr=0.1)
+            other.step(lambda x, model=model: model(x).square().sum(1), torch.ones(4, 3))
+            torch.rand(3)
+            model.weight.grad = torch.ones_like(model.weight)
+            before, draws = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
+        finally:
+            gc.enable()
+        gc.collect()
+        assert all(map(torch.equal, before, model.parameters()))
+        assert torch.equal(draws, torch.get_rng_state())
+        assert torch.equal(model.weight.grad, torch.ones_like(model.weight))
 
 
 class FailsInItsStep(torch.optim.SGD):

@@ -350,6 +350,27 @@ def test_an_optimizer_that_is_dropped_takes_its_unfinished_step_with_it(base):
         gc.enable()
 
 
+@law(skips=PLAIN | {"others leave nobody time": lambda cell: cell.way not in ("contexts", "two_steps")})
+def test_a_step_of_the_base_from_perturbed_weights_is_refused(cell):
+    """It would be undone with the perturbation, but for the moments."""
+    training, calls = Training(cell).train(1), []
+
+    def losses(*batch):
+        calls.append(1)
+        if under_way() is not None and training.opt._run.backup.valid:
+            with pytest.raises(RuntimeError, match=r"while the weights are perturbed .*second_step\(\) or restore"):
+                training.opt.base_optimizer.step()
+            calls.append("refused")
+        return training.losses(*batch)
+
+    other = Training(cell).train(1)
+    for _ in range(3):
+        training.step(losses)
+        other.step()
+    assert "refused" in calls
+    assert all(map(torch.equal, training.weights(), other.weights()))
+
+
 @law(skips=PLAIN | {"gradients that are there concern closures": lambda cell: cell.way != "closure"})
 def test_a_step_of_the_base_consumes_the_gradients(cell):
     """Whoever calls it; they are no leftovers then, and the fused step stays."""
