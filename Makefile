@@ -28,6 +28,9 @@ EXACTNESS := $(addprefix tests/kernels/,test_error_bounds.py test_reference.py t
 	$(addprefix test_kernel_steps.py::,test_sgd test_adam test_states_and_gradients_of_other_dtypes) \
 	$(addprefix test_trajectory_loss.py::,test_few_classes test_targets test_teacher test_logits_far_apart))
 
+test-fuzz: $(VENV)/.ready  ## 1,000 generated sets of arguments and 2,000 random orders of calls; figures in build/fuzz.json
+	$(BIN)/python -m pytest -q tests/fuzz --hypothesis-profile=full --hypothesis-seed=13 $(ARGS)
+
 test-exactness: $(VENV)/.ready  ## tests of exactness with the code that torch has for processors without AVX-512, or AVX2
 	for capability in avx2 default; do \
 		ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest -n auto -q $(EXACTNESS) \

@@ -59,7 +59,7 @@ class Mirror:
         self.params = list(self.model.body.parameters())
         self.base = self.base_cls(self.params, **self.base_options)
         self.stage, self.failed, self.pairs, self.taken = IDLE, False, 0, 0
-        self.consumed, self.zeroed, self.grads_known = True, False, True
+        self.consumed, self.zeroed, self.grads_known, self.is_perturbed = True, False, True, False
         self.single_before = self.step_start = None
         self.kept, self.pending = [torch.zeros_like(p) for p in self.params], None
 
@@ -81,7 +81,8 @@ class Mirror:
         idle, ready = self.stage == IDLE, self.stage == IDLE and not self.failed
         return {
             "step(losses)": idle,
-            "step(closure)": ready and not (self.pairs == 0 and (self.selects or self.row == "msam" or self.has_fresh())),
+            "step(closure)": ready
+            and not (self.pairs == 0 and (self.selects or self.row == "msam" or self.has_fresh())),
             "ascent": ready and not self.selects,
             "descent": not self.failed and (self.stage == ASCENDED or (idle and self.single_before is not None)),
             "first_step": ready and not self.selects and self.row != "msam" and not self.consumed and not self.pairs,
@@ -92,13 +93,16 @@ class Mirror:
             "copy": self.stage not in (DESCENT, FIRST),
             "load_state_dict": idle,
             "add_param_group": idle,
-            "base step": self.stage not in (DESCENT, FIRST),
+            "base step": not self.is_perturbed,
         }[call]
 
     # the method
 
     def masks(self, t):
-        words, limit = philox.first_words(len(self.params), t, self.options["seed"]), philox.threshold(self.options["beta"])
+        words, limit = (
+            philox.first_words(len(self.params), t, self.options["seed"]),
+            philox.threshold(self.options["beta"]),
+        )
         return [word < limit for word in words]
 
     def has_second(self, t):
@@ -204,6 +208,7 @@ class Mirror:
     def enter_descent(self, t):
         self.is_needless = self.stage == IDLE
         self.left = self.buffers(), self.draws
+        self.is_perturbed = not self.is_needless and any(g is not None for g in self.g)
         self.weights, eps = [p.detach().clone() for p in self.params], None
         if self.is_needless:
             self.put(self.single_before)
@@ -221,6 +226,9 @@ class Mirror:
             p.data.add_(e)
 
     def unperturb(self):
+        if not self.is_perturbed:
+            return
+        self.is_perturbed = False
         for p, w in zip(self.params, self.weights, strict=True):
             p.data.copy_(w)
 
@@ -283,7 +291,9 @@ class Mirror:
     def step_on_batch(self, batch, t):
         self.start_afresh()
         n = len(batch[0])
-        parts = [part.chunk(self.options["num_shards"]) for part in batch] if self.row == "msam" else [[p] for p in batch]
+        parts = (
+            [part.chunk(self.options["num_shards"]) for part in batch] if self.row == "msam" else [[p] for p in batch]
+        )
         for shard in zip(*parts, strict=True):
             self.pair(shard, t, len(shard[0]) / n)
         self.update(True)
@@ -299,7 +309,8 @@ class Mirror:
         self.start_of_first = self.buffers()
         self.g = [None if g is None else g.clone() for g in self.grads()]
         self.weights = [p.detach().clone() for p in self.params]
-        if self.has_second(t):
+        self.is_perturbed = self.has_second(t)
+        if self.is_perturbed:
             for p, e in zip(self.params, self.eps(self.g, t), strict=True):
                 p.data.add_(e)
         else:
@@ -351,6 +362,7 @@ class Mirror:
         self.model.shift.requires_grad_(True)
         self.params = [*self.params, self.model.shift]
         self.kept = [*self.kept, torch.zeros_like(self.model.shift)]
+        self.pending = self.pending and [*self.pending, torch.zeros_like(self.model.shift)]
         self.base.add_param_group({"params": [self.model.shift]})
 
     def adopt(self, model, opt):
@@ -365,6 +377,7 @@ class Mirror:
             for key in [key for key in group if key not in self.base.defaults and key != "params"]:
                 del group[key]
         state["state"] = {
-            i: {k: v for k, v in entries.items() if not k.startswith("fastsam_")} for i, entries in state["state"].items()
+            i: {k: v for k, v in entries.items() if not k.startswith("fastsam_")}
+            for i, entries in state["state"].items()
         }
         self.base.load_state_dict(state)

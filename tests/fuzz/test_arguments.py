@@ -26,8 +26,44 @@ from fastsam.testing import check_step
 
 ROWS = 14
 LARGEST = float(np.finfo(np.float32).max)
-EDGES = [0, 1, -1, 0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf, 5e-324, 1e-45, 1e-30, LARGEST, 1e38, 1e39, 1e308]
-ODD = [True, False, None, "", "0.1", "off", "all", b"1", [], [0.1], (1,), {}, {"rho": 1}, 1j, 10**30, 10**400, -(10**400)]
+EDGES = [
+    0,
+    1,
+    -1,
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    math.nan,
+    math.inf,
+    -math.inf,
+    5e-324,
+    1e-45,
+    1e-30,
+    LARGEST,
+    1e38,
+    1e39,
+    1e308,
+]
+ODD = [
+    True,
+    False,
+    None,
+    "",
+    "0.1",
+    "off",
+    "all",
+    b"1",
+    [],
+    [0.1],
+    (1,),
+    {},
+    {"rho": 1},
+    1j,
+    10**30,
+    10**400,
+    -(10**400),
+]
 STRANGE = [*map(np.float32, (0.1, math.nan)), np.int64(2), np.bool_(True), Decimal("0.1"), Fraction(1, 2), Ellipsis]
 TENSORS = [torch.tensor(0.1), torch.tensor([0.1, 0.2]), torch.float16, torch.nn.Linear(1, 1), object(), print, int]
 ANYTHING = st.one_of(
@@ -171,7 +207,9 @@ def argument_sets(draw, cls):
         rule = {name: draw(st.floats(0, 0.2)) for name in ("rho_min", "lr_max", "lr_min")}
         keywords |= {**rule, "lr_max": rule["lr_min"] + rule["lr_max"]}
     if cls is fastsam.MSAM and draw(st.booleans()):
-        keywords |= draw(st.sampled_from([{"num_shards": 2, "shard_size": None}, {"num_shards": None, "shard_size": 4}]))
+        keywords |= draw(
+            st.sampled_from([{"num_shards": 2, "shard_size": None}, {"num_shards": None, "shard_size": 4}])
+        )
     place = draw(st.sampled_from(["constructor", "unknown", "group", "later", "added", "checkpoint"]))
     kinds = of_groups | COUNTERS if place == "checkpoint" else of_groups
     return {
@@ -210,7 +248,10 @@ def checked(act, names, model, opt=None):
 def is_small(opt):
     """Whether radii are such that the reference's numbers are finite."""
     groups = opt.param_groups
-    radii = [opt.option(group, "rho") / (opt.option(group, "beta") if isinstance(opt, fastsam.ESAM) else 1) for group in groups]
+    radii = [
+        opt.option(group, "rho") / (opt.option(group, "beta") if isinstance(opt, fastsam.ESAM) else 1)
+        for group in groups
+    ]
     others = [opt.option(g, "alpha") for g in groups] if isinstance(opt, (fastsam.GSAM, fastsam.LookSAM)) else [0.0]
     return max(radii) <= 10 and max(others) <= 10
 

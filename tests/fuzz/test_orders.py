@@ -15,7 +15,9 @@ from surroundings import FIGURES, budget, changes, picture
 
 from fastsam.methods import METHODS
 
-WAYS_OUT = re.compile(r"zero_grad\(\)|restore\(\)|second_step\(\)|leave |run `with|opt\.step\(|backward\(\)|first_step\(\) first")
+WAYS_OUT = re.compile(
+    r"zero_grad\(\)|restore\(\)|second_step\(\)|leave |run `with|opt\.step\(|backward\(\)|first_step\(\) first"
+)
 """One of these stands in every refusal."""
 batch_numbers = st.integers(0, len(DATA) - 1)
 COUNTS = FIGURES["orders of calls"]
@@ -82,6 +84,8 @@ class Orders(RuleBasedStateMachine):
         ours = [*self.model.parameters(), *self.model.buffers()]
         truth = [*mirror.model.parameters(), *mirror.model.buffers()]
         for name, a, b in zip(names, ours, truth, strict=True):
+            if mirror.stage == FIRST and not isinstance(a, torch.nn.Parameter):
+                continue  # the second pass starts from what the last second_step left, where there was one
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-11), f"{name} is off by {(a - b).abs().max()}"
         if mirror.grads_known:
             for (name, p), q in zip(self.model.named_parameters(), mirror.model.parameters(), strict=True):
@@ -200,6 +204,12 @@ class Orders(RuleBasedStateMachine):
         mirror = self.mirror
         if mirror.stage != IDLE or (way != "loss_fn" and mirror.selects):
             return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.take_scaled_step(number, way)
+
+    def take_scaled_step(self, number, way):
+        mirror = self.mirror
         scaler, batch = torch.amp.GradScaler("cpu", init_scale=8.0), DATA[number]
         self.zero_grad(True)
         t = self.counter
@@ -262,6 +272,29 @@ class Orders(RuleBasedStateMachine):
         self.backward(number)
         self.context.__exit__(None, None, None)
         mirror.leave_ascent() if mirror.stage == ASCENT else mirror.leave_descent()
+
+    def go_on(self, number):
+        """What a loop would do next, so that orders get somewhere."""
+        if self.mirror.stage in (ASCENT, DESCENT):
+            self.leave_pass(False, number)
+        elif self.mirror.stage == ASCENDED:
+            self.enter_descent()
+        elif self.mirror.stage == FIRST:
+            self.backward(number)
+            self.second_step(True)
+        elif self.mirror.pairs:
+            self.step()
+        elif number:
+            self.enter_ascent()
+        else:
+            self.backward(number)
+            self.first_step(True)
+
+    # of equally likely rules
+    go_on_1 = rule(number=batch_numbers)(go_on)
+    go_on_2 = rule(number=batch_numbers)(go_on)
+    go_on_3 = rule(number=batch_numbers)(go_on)
+    go_on_4 = rule(number=batch_numbers)(go_on)
 
     @rule(number=batch_numbers)
     def backward(self, number):
@@ -363,10 +396,14 @@ class Orders(RuleBasedStateMachine):
             self.mirror.forget_copy()
 
 
-CELLS = [(method, base) for i, method in enumerate(METHODS_AND_OPTIONS) for base in [list(BASES)[i % 3], list(BASES)[(i + 1) % 3]]]
+CELLS = [
+    (method, base)
+    for i, method in enumerate(METHODS_AND_OPTIONS)
+    for base in [list(BASES)[i % 3], list(BASES)[(i + 1) % 3]]
+]
 
 
 @pytest.mark.parametrize(("method", "base"), CELLS)
 def test_orders_of_calls(method, base):
     machine = type(f"Orders of {method} around {base}", (Orders,), {"method": method, "base": base})
-    run_state_machine_as_test(machine, settings=budget(4, 60, stateful_step_count=20))
+    run_state_machine_as_test(machine, settings=budget(4, 143, stateful_step_count=30))
