@@ -286,6 +286,11 @@ class PassOptimizer(WrappedOptimizer):
         run.require("first_step()", Stage.IDLE)
         ranks = self._find_ranks()
         ranks.refuse_kept_gradients("first_step()")
+        if run.pairs:
+            raise RuntimeError(
+                "first_step() finds the gradients of finished ascent()/descent() pairs, along which nothing is to be "
+                "perturbed; call opt.step() to use them, or zero_grad() to drop them, first"
+            )
         if run.consumed.covers(self.param_groups):
             raise RuntimeError("first_step() needs fresh gradients; call backward() first")
         if ranks.is_local and not ranks.left_unreduced:

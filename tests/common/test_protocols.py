@@ -158,6 +158,21 @@ def test_gradients_already_there_are_discarded_by_a_loss_function(pair):
     assert largest_difference(model, other) == 0
 
 
+def test_a_first_step_after_pairs_is_refused(pair):
+    """Their gradient is no ascent gradient."""
+    model, opt = pair
+    for context in (opt.ascent, opt.descent):
+        with context():
+            backward(model)
+    before, gradient = model[0].weight.detach().clone(), model[0].weight.grad.clone()
+    with pytest.raises(RuntimeError, match=r"gradients of finished .* pairs.*call opt\.step\(\).*or zero_grad\(\)"):
+        opt.first_step()
+    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model[0].weight.grad, gradient)
+    opt.step()
+    torch.testing.assert_close(model[0].weight.detach(), before - 0.1 * gradient)
+
+
 def zero_before(opt, model):
     opt.zero_grad()
     with opt.ascent():

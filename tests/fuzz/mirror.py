@@ -235,7 +235,8 @@ class Mirror:
     def leave_descent(self):
         self.unperturb()
         self.set_buffers(self.left[0])
-        self.draws = self.left[1]
+        if not self.is_needless:  # which does not replay the draws of the pass that it takes the place of
+            self.draws = self.left[1]
         self.add_aside(self.combine(self.g, self.grads()))
         self.pairs, self.stage, self.consumed = self.pairs + 1, IDLE, False
 
@@ -243,7 +244,7 @@ class Mirror:
         """A pass has failed."""
         if self.stage == DESCENT:
             self.unperturb()
-            self.draws = self.left[1]
+            self.draws = self.draws if self.is_needless else self.left[1]
         self.forget_buffers()
         self.stage, self.failed, self.single_before, self.pending, self.grads_known = IDLE, True, None, None, False
 

@@ -22,7 +22,7 @@ def budget(bounded, full, **options):
         max_examples=full if is_full() else bounded,
         derandomize=not is_full(),
         database=None,
-        deadline=None,
+        deadline=None, phases=[__import__('hypothesis').Phase.generate], report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
         **options,
     )
