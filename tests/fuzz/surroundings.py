@@ -5,7 +5,7 @@ import pickle
 from collections import Counter, defaultdict
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 FIGURES: dict[str, Counter] = defaultdict(Counter)
 """How many examples and calls each test has seen and how they ended, by the name of the test."""
@@ -22,7 +22,9 @@ def budget(bounded, full, **options):
         max_examples=full if is_full() else bounded,
         derandomize=not is_full(),
         database=None,
-        deadline=None, phases=[__import__('hypothesis').Phase.generate], report_multiple_bugs=False,
+        deadline=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
         **options,
     )
