@@ -47,7 +47,7 @@ def test_one_extra_pass_over_memory_turns_the_bytes_red(monkeypatch, capsys):
     ("plant", "count", "ratio", "rounds"),
     [
         # as long again as all of eager SAM
-        ("temporaries", 12, "optimizer side, sgd: SAM / eager SAM", 1),
+        ("temporaries", 60, "optimizer side, sgd: SAM / eager SAM", 1),
         ("temporaries", 30, "host, sgd: SAM / eager SAM", 1),
         ("second_passes", 3, "whole step: SAM / sgd", 2),
     ],
