@@ -312,7 +312,7 @@ def run(cls, case):
 def test_arguments_of_optimizers(cls):
     counts = FIGURES[f"arguments of {cls.__name__}"]
 
-    @budget(25, 150)
+    @budget(25, 200)
     @given(argument_sets(cls))
     def meet(case):
         counts["sets"] += 1
