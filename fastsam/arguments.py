@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 LARGEST = (2.0 - 2.0**-23) * 2.0**127
 """The largest float32. Kernels compute in float32, so that a larger number would be inf there."""
 LARGEST_INTEGER = 2**63 - 1
@@ -108,6 +110,12 @@ def check_clip(clip_grad_norm: Any) -> None:
         raise ValueError(f"clip_grad_norm must be positive, got {clip_grad_norm}")
     if LARGEST < clip_grad_norm < math.inf:
         raise ValueError(f"clip_grad_norm must be at most {LARGEST:.3g}, the largest float32, got a larger number")
+
+
+def check_grad_scale(grad_scale: Any) -> None:
+    """Raise TypeError unless a loss scale is a number, a tensor or None, ValueError unless a number is positive."""
+    if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
+        check_number("grad_scale", grad_scale, lambda scale: scale > 0, "> 0")
 
 
 def check_scaler(scaler: Any) -> None:

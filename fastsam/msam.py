@@ -56,7 +56,8 @@ class MSAM(SAM):
             rounding, from one forward and backward where there were m, which pays where shards are too small to keep
             the machine busy; about 2 m copies of the weights are alive at a time. It needs `model`, equal shards,
             bn_update="mean", and a loss function that torch.func.vmap can run and that uses parameters through the
-            model alone; dropout draws other masks than sequentially.
+            model alone; dropout draws other masks than sequentially. `opt.backward` takes shards one after the other
+            in any case, and has_aux=True is refused.
 
     Raises:
         TypeError: num_shards or shard_size is no integer; and what `SAM` raises.
@@ -205,6 +206,8 @@ class MSAM(SAM):
     def _passes_on_batch(self, loss_fn: LossFunction, batch: Batch, scaler: Any) -> Tensor:
         if self.execution == "sequential":
             return super()._passes_on_batch(loss_fn, batch, scaler)
+        if loss_fn.has_aux:
+            raise ValueError(f"has_aux=True goes with shards one after the other, but execution='batched'; {WAY_OUT}")
         trained = [p for p in self._params() if p.requires_grad]
         m = len(self._sizes(batch.n))
         shards = BatchedShards(as_one(self.model), trained, loss_fn, batch, m)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@
     8  base optimizer's step from w with d                        skip
     9  counters, and the method's own state                       after_step
 
-Batch-norm statistics and random draws are the first pass's alone, and after an exception everything is as before.
+Module state and random draws are the first pass's alone, and after an exception everything is as before.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsam.distributed.dtensor import laid_out_as, local
+from fastsam.distributed.dtensor import laid_out_as
 from fastsam.two_pass.ascent import Ascent, as_dense
 from fastsam.two_pass.batch import Batch, batch_size
 from fastsam.two_pass.capture import Capturable, watch
-from fastsam.two_pass.gradients import clear, put, take
+from fastsam.two_pass.gradients import ConsumedMark, clear, put, take
 from fastsam.two_pass.hooks import MethodHooks, Pair
 from fastsam.two_pass.interrupts import held_back
 from fastsam.two_pass.loss_function import LossFunction, check_losses
@@ -95,19 +95,40 @@ class Engine(MethodHooks, Capturable):
         return result
 
     def _passes_on_batch(self, loss_fn: LossFunction, batch: Batch, scaler: Any) -> Tensor:
-        """Run all passes of a step and return the first ones' mean loss."""
-        run, pairs = self._run, self.passes(batch)
+        """Run all passes of a step and return the first ones' mean loss; the update restores the weights."""
         self._start_on_batch(scaler)
+        return self._run_pairs(loss_fn, batch, (lambda loss: loss) if scaler is None else scaler.scale)
+
+    def _run_pairs(
+        self,
+        loss_fn: LossFunction,
+        batch: Batch,
+        scale: Callable[[Tensor], Tensor],
+        own: Callable[[Tensor], Any] | None = None,
+        finishes: bool = False,
+    ) -> Tensor:
+        """Run the pairs of a batch one after the other and return the first passes' mean loss.
+
+        Args:
+            loss_fn: the user's.
+            batch: its arguments.
+            scale: multiplies the losses by a GradScaler's scale, if there is one.
+            own: the caller's backward, in place of ours.
+            finishes: restore the weights after each pair and count it, since no update follows.
+        """
+        run, pairs = self._run, self.passes(batch)
         losses: list[Tensor] = []
         norms: list[Tensor | None] = []
         for i, pair in enumerate(pairs):
             # The weights are still those that the pair before has perturbed.
             run.restore()
+            run.share, perturbs = pair.share, self.has_second_pass()
             # The last backward reduces the sum of all pairs between DDP's ranks.
-            is_last = i == len(pairs) - 1
-            run.share = pair.share
-            losses.append(self._pair_on_batch(loss_fn, pair, scaler, is_last))
+            losses.append(self._pair_on_batch(loss_fn, pair, scale, i == len(pairs) - 1, own))
             norms.append(run.last_grad_norm)
+            if finishes and perturbs:
+                run.restore()
+                run.finish_pair()
         run.last_grad_norm = self.norm_of_pairs(norms)
         return losses[0].mean() if len(losses) == 1 else torch.cat(losses).mean()
 
@@ -119,14 +140,19 @@ class Engine(MethodHooks, Capturable):
             self._run.grad_scale = scaler.scale(torch.ones((), dtype=torch.float32, device=self._run.skipped.device))
 
     def _pair_on_batch(
-        self, loss_fn: LossFunction, pair: Pair, scaler: Any, sync: bool, own: Callable[[Tensor], Any] | None = None
+        self,
+        loss_fn: LossFunction,
+        pair: Pair,
+        scale: Callable[[Tensor], Tensor],
+        sync: bool,
+        own: Callable[[Tensor], Any] | None,
     ) -> Tensor:
         """Run both passes on a part of the batch; return the losses of the first, or of the only one.
 
         Args:
             loss_fn: the user's.
             pair: the part.
-            scaler: multiplies the losses.
+            scale: multiplies the losses.
             sync: reduce p.grad between DDP's ranks in the second pass.
             own: the caller's backward, in place of ours.
         """
@@ -136,18 +162,24 @@ class Engine(MethodHooks, Capturable):
         only_first = not self.has_second_pass()
         needed = None if only_first else self._needed_in_ascent()
         kept: list[Tensor] = []
+        untouched = ConsumedMark()
+
+        def losses_of_all() -> Tensor:
+            untouched.set(self.param_groups)
+            losses = check_losses(loss_fn(*pair.batch), n, may_be_scalar=may_be_scalar)
+            if not losses.dim() and not untouched.covers(self.param_groups, also_missing=True):
+                raise TypeError("the loss function has run backward itself; leave that out, or use opt.step(closure)")
+            return losses
 
         def backward(losses: Tensor, weight: float, leaves: list[Tensor] | None = None) -> None:
             loss = losses.mean() if weight == 1 else losses.mean() * weight
             if own is not None:
                 self._run_callers(own, loss, leaves)
             else:
-                run_backward(loss if scaler is None else scaler.scale(loss), leaves)
+                run_backward(scale(loss), leaves)
 
         def first_pass() -> None:
-            losses = check_losses(loss_fn(*pair.batch), n, may_be_scalar=may_be_scalar)
-            if not losses.dim() and not only_first and any(p.grad is not None for p in self._params()):
-                raise TypeError("the loss function has run backward itself; leave that out, or use opt.step(closure)")
+            losses = losses_of_all()
             backward(losses, pair.weight if only_first else 1.0, needed)
             kept.append(losses.detach())
 
@@ -155,7 +187,7 @@ class Engine(MethodHooks, Capturable):
             if kept:
                 losses = self.select(loss_fn, pair.batch, kept[0])
             else:
-                losses = check_losses(loss_fn(*pair.batch), n, may_be_scalar=may_be_scalar)
+                losses = losses_of_all()
                 kept.append(losses.detach())
             backward(losses, pair.weight)
 
@@ -164,7 +196,8 @@ class Engine(MethodHooks, Capturable):
 
     def _run_callers(self, own: Callable[[Tensor], Any], loss: Tensor, leaves: list[Tensor] | None) -> None:
         """Let the caller's function run backward from the loss, or from a leaf in its place where part is left out."""
-        before = [(p.grad, None if p.grad is None else local(p.grad)._version) for p in self._params()]
+        untouched = ConsumedMark()
+        untouched.set(self.param_groups)
         if leaves is not None and not self._run.parallel_model.reduce_in_backward:
             leaf = loss.detach().requires_grad_()
             own(leaf)
@@ -173,8 +206,7 @@ class Engine(MethodHooks, Capturable):
                 return
         else:
             own(loss)
-        now = [(p.grad, None if p.grad is None else local(p.grad)._version) for p in self._params()]
-        if all(a is b and v == w for (a, v), (b, w) in zip(before, now, strict=True)):
+        if untouched.covers(self.param_groups, also_missing=True):
             raise RuntimeError(
                 "backward= left no gradient in p.grad: it must run backward from the tensor that it is given. An "
                 "engine that keeps gradients and takes the step by itself, such as DeepSpeed's, cannot be used with "

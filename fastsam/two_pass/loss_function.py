@@ -20,7 +20,7 @@ class LossFunction:
     """
 
     def __init__(self, loss_fn: Callable[..., Any], batch: Batch, has_aux: bool = False) -> None:
-        self._call, self._has_aux = batch.guarded(loss_fn), has_aux
+        self._call, self.has_aux = batch.guarded(loss_fn), has_aux
         self._kept: list[Any] = []
         self._begins_pair = False
 
@@ -31,7 +31,7 @@ class LossFunction:
     def __call__(self, *batch: Any) -> Any:
         """Return the losses of a batch, or a part of it, as the user's function does."""
         returned = self._call(*batch)
-        if not self._has_aux:
+        if not self.has_aux:
             return returned
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise TypeError(
@@ -44,7 +44,7 @@ class LossFunction:
 
     def with_aux(self, loss: Tensor) -> Any:
         """Return the loss, and with has_aux=True the aux of the first pass; of several pairs a list of theirs."""
-        if not self._has_aux:
+        if not self.has_aux:
             return loss
         return loss, self._kept[0] if len(self._kept) == 1 else self._kept
 

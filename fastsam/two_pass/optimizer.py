@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 from torch.optim import Optimizer
 
-from fastsam.arguments import check_clip, check_flag, check_number, check_scaler, check_seed, shown
+from fastsam.arguments import check_clip, check_flag, check_grad_scale, check_scaler, check_seed, shown
 from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
 from fastsam.two_pass.batch import NO_BATCH, Batch, read_batch
 from fastsam.two_pass.capture import recorder
@@ -172,7 +172,7 @@ class TwoPassOptimizer(Engine):
                 each, or clip_grad_norm is not positive.
             RuntimeError: a wrong order of calls, a closure under a GradScaler, fresh gradients before a closure, or the
                 loss function changed a tensor of the batch in place.
-            Weights and statistics are what they were before the step, whatever is raised.
+            Weights and module state are what they were before the step, whatever is raised.
         """
         try:
             read = self._check_step(closure, batch, scaler, clip_grad_norm, has_aux)
@@ -248,18 +248,9 @@ class TwoPassOptimizer(Engine):
         run = self._run
         run.require("backward()", Stage.IDLE)
         read = self._check_backward(loss_fn, batch, backward, has_aux, grad_scale)
-        function, losses, norms = LossFunction(loss_fn, read, has_aux), list[Tensor](), list[Tensor | None]()
+        function = LossFunction(loss_fn, read, has_aux)
         with self._attempt(partial(setattr, run, "grad_scale", grad_scale), self._fail_pass):
-            pairs = self.passes(read)
-            for i, pair in enumerate(pairs):
-                run.share, perturbs = pair.share, self.has_second_pass()
-                losses.append(self._pair_on_batch(function, pair, None, i == len(pairs) - 1, backward))
-                if perturbs:
-                    run.restore()
-                    run.finish_pair()
-                norms.append(run.last_grad_norm)
-            run.last_grad_norm = self.norm_of_pairs(norms)
-            return function.with_aux(losses[0].mean() if len(losses) == 1 else torch.cat(losses).mean())
+            return function.with_aux(self._run_pairs(function, read, lambda loss: loss, backward, finishes=True))
 
     def _check_backward(self, loss_fn: Any, batch: tuple, backward: Any, has_aux: Any, grad_scale: Any) -> Batch:
         """Raise if both passes cannot be run; return the batch as it was read."""
@@ -268,8 +259,7 @@ class TwoPassOptimizer(Engine):
             if not callable(function) and not (name == "backward" and function is None):
                 raise TypeError(f"{name} must be a function, got {shown(function)}")
         check_flag("has_aux", has_aux)
-        if grad_scale is not None and not isinstance(grad_scale, Tensor):
-            check_number("grad_scale", grad_scale, lambda scale: scale > 0, "> 0")
+        check_grad_scale(grad_scale)
         if recorder() is not None:
             raise RuntimeError("backward() cannot be captured: it takes no step; use graph_step with step's arguments")
         self._find_ranks().refuse_kept_gradients("backward()")
@@ -319,7 +309,8 @@ class TwoPassOptimizer(Engine):
         ):
             raise RuntimeError(
                 f"{type(self).__name__} keeps a gradient, which must not hold the loss scale: pass it as "
-                "opt.ascent(grad_scale=scaler.get_scale()), or use opt.step(loss_fn, *batch, scaler=scaler)"
+                "opt.ascent(grad_scale=scaler.get_scale()) or opt.backward(..., grad_scale=scaler.get_scale()), or use "
+                "opt.step(loss_fn, *batch, scaler=scaler)"
             )
         read = read_batch(batch) if batch else None
         if read is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 
-from fastsam.arguments import check_flag, check_number
+from fastsam.arguments import check_flag, check_grad_scale
 from fastsam.distributed.ddp import ParallelModel, PerturbSync
 from fastsam.distributed.unsupported import refuse_unsupported
 from fastsam.two_pass.gradients import copies, flat, follow_steps, put, take
@@ -166,8 +166,7 @@ class PassOptimizer(WrappedOptimizer):
         Raises:
             RuntimeError: inside another pass, or the last ascent has not been used by a descent.
         """
-        if grad_scale is not None and not isinstance(grad_scale, Tensor):
-            check_number("grad_scale", grad_scale, lambda scale: scale > 0, "> 0")
+        check_grad_scale(grad_scale)
         self.check_groups()
         self.check("ascent()")
         self._refuse_no_sync("ascent()")

@@ -97,6 +97,36 @@ def test_aux_is_the_first_passs(choose, name):
         opt.step(losses_of(model), x, y, has_aux=True)
 
 
+def test_aux_of_shards_side_by_side_is_refused(choose):
+    choose("torch")
+    model, (x, y) = mlp(), batches(1)[0]
+    opt = MSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model, num_shards=2, execution="batched")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"has_aux=True .* execution='batched'; use execution='sequential'"):
+        opt.step(lambda x, y: (losses_of(model)(x, y), 1), x, y, has_aux=True)
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("way", ["step", "backward"])
+def test_a_loss_that_has_run_backward_itself_is_refused_in_steps_of_one_pass_too(choose, way):
+    choose("torch")
+    model, opt = made("looksam")
+    x, y = batches(1)[0]
+    opt.step(losses_of(model), x, y)
+    before = snapshot(model)
+    assert not opt.needs_second_pass
+
+    def loss(x, y):
+        mean = losses_of(model)(x, y).mean()
+        mean.backward(retain_graph=True)
+        return mean
+
+    with pytest.raises(TypeError, match="has run backward itself"):
+        getattr(opt, way)(loss, x, y)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+
+
 @pytest.mark.parametrize("name", ["sam", "gsam", "looksam", "esam of all rows"])
 def test_one_loss_of_the_whole_batch_will_do_where_rows_are_not_needed(choose, name):
     choose("torch")
