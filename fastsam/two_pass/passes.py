@@ -192,7 +192,7 @@ class PassOptimizer(WrappedOptimizer):
 
     def _begin_single(self, grad_scale: Tensor | float | None) -> None:
         self._run.grad_scale = grad_scale
-        self._run.enter_single(self.param_groups, self._syncs(True))
+        self._run.enter_single(self.param_groups, self._syncs(True), self.same_rng)
 
     def _leave_single(self) -> None:
         self._run.last_grad_norm = None
@@ -218,7 +218,8 @@ class PassOptimizer(WrappedOptimizer):
         Weights are restored when it is left, whatever happens in it. After one pair or several, call `step()` or
         `scaler.step(opt)`. Several backwards in one pair make one large batch; with several pairs, each with its own
         perturbation, weighting the shards' losses is yours. In a step without a second pass it is not needed; where it
-        is run all the same, its gradient, at weights that nothing perturbs, takes the place of the first one's.
+        is run all the same, its gradient, at weights that nothing perturbs, with the same draws, takes the place of the
+        first one's.
 
         Args:
             sync: reduce gradients between DDP's ranks. Where several pairs come before one step, pass False to all but
@@ -362,7 +363,8 @@ class PassOptimizer(WrappedOptimizer):
             run.clear_aside(set_to_none)
         super().zero_grad(set_to_none)
         run.consumed.set(self.param_groups, zeroed=not set_to_none)
-        if run.stage is Stage.IDLE:
+        # A closure that zeroes in a step which is to use finished pairs ends none of them.
+        if run.stage is Stage.IDLE and run.attempt is None:
             self._forget_pairs()
             run.at_end, run.base_failed = [], False
 

@@ -161,7 +161,7 @@ class StepState:
     def forget_pairs(self) -> None:
         """Begin another step: no pair has been taken, and none has failed."""
         self.pairs, self.failed, self.before_single, self.pending, self.share = 0, False, None, {}, 1.0
-        self.count_before = None
+        self.count_before = self.first_draws = None
         self.grad_scale = None
         self.module_state.end()
 
@@ -213,14 +213,16 @@ class StepState:
         if is_local:
             self.unreduced.enter_context(self.parallel_model.no_sync())
 
-    def enter_single(self, groups: Sequence[dict[str, Any]], sync: bool = True) -> None:
+    def enter_single(self, groups: Sequence[dict[str, Any]], sync: bool = True, same_rng: bool = False) -> None:
         """Begin the only pass of a step without a second one: its backward adds to p.grad, as a plain step's does.
 
         Args:
             groups: the optimizer's parameter groups.
             sync: reduce the gradient between DDP's ranks; without, a later pass does it for both.
+            same_rng: keep the state of the random number generators, for a descent that follows all the same.
         """
         self._start_pass(groups, unreduced=not sync, is_only=True)
+        self.first_draws = self._random_state() if same_rng else None
         # of gradients that are None, as they are but in accumulation, this copies nothing
         self.before_single = copies(self.params)
         if self.owns_descent:

@@ -24,8 +24,6 @@ TAKEN = 2
         "the first pass draws before any call of ours": lambda cell: cell.way == "two_steps",
         "between contexts nobody says how many rows a pair has":
             lambda cell: cell.subject.row == "msam" and cell.way == "contexts",
-        "the loop runs a second pass in every step":
-            lambda cell: cell.subject.row == "looksam" and cell.way == "contexts",
     },
 )  # fmt: skip
 def test_a_step_is_the_reference_and_everything_is_put_back(cell):

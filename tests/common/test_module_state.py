@@ -69,6 +69,29 @@ def test_a_pass_that_fails_rewinds_to_what_the_step_found(cell):
         training.opt.zero_grad()
 
 
+@pytest.mark.parametrize("zeroes", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_closure_on_top_of_pairs_that_fails_or_is_refused_rewinds_to_before_them(choose, zeroes, fails):
+    choose("torch")
+    model, (x, y) = Moving(), batches(1)[0]
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model, keep=model.kept)
+    found = model.now()
+    for context in (opt.ascent, opt.descent):
+        with context():
+            losses_of(model)(x, y).mean().backward()
+
+    def closure():
+        if zeroes:
+            opt.zero_grad()
+        losses_of(model)(x, y).mean().backward()
+        if fails:
+            raise MemoryError
+
+    with pytest.raises(MemoryError if fails else RuntimeError):
+        opt.step(closure)
+    assert not differences(model.now(), found)
+
+
 def by_two_steps(opt, losses, x, y):
     losses(x, y).mean().backward()
     opt.first_step(zero_grad=True)

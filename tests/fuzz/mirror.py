@@ -216,7 +216,7 @@ class Mirror:
             self.pairs -= 1
         else:
             eps = self.eps(self.g, t)
-            self.draws = self.started
+        self.draws = self.started
         self.set_buffers(self.found)
         self.stage, self.aside = DESCENT, None
         if self.owns_descent:
@@ -235,8 +235,7 @@ class Mirror:
     def leave_descent(self):
         self.unperturb()
         self.set_buffers(self.left[0])
-        if not self.is_needless:  # which does not replay the draws of the pass that it takes the place of
-            self.draws = self.left[1]
+        self.draws = self.left[1]
         self.add_aside(self.combine(self.g, self.grads()))
         self.pairs, self.stage, self.consumed = self.pairs + 1, IDLE, False
 
@@ -244,7 +243,7 @@ class Mirror:
         """A pass has failed."""
         if self.stage == DESCENT:
             self.unperturb()
-            self.draws = self.draws if self.is_needless else self.left[1]
+            self.draws = self.left[1]
         self.forget_buffers()
         self.stage, self.failed, self.single_before, self.pending, self.grads_known = IDLE, True, None, None, False
 
