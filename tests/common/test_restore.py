@@ -89,9 +89,10 @@ def test_an_interrupt_at_a_call_boundary_leaves_the_weights_of_before_or_after(c
                 training.step()
         except KeyboardInterrupt as error:
             raised = error
-        if raised is None:
-            assert interrupt.seen < n, "an interrupt was swallowed"
+        if interrupt.seen < n:
             break  # with warm caches there are fewer calls than were counted
+        # Python itself swallows what is raised while it disposes of a generator or a weak reference, and reports it
+        assert raised is not None or interrupt.swallowed, "an interrupt was swallowed"
         if cell.way == "two_steps":
             training.opt.restore()
         now = list(zip(training.weights(), before, after, strict=True))

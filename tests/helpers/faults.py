@@ -87,7 +87,7 @@ class Interrupt:
 
     @staticmethod
     def _is_ours(frame):
-        # what is raised while Python disposes of a generator it swallows itself
+        # what is raised while Python disposes of a generator it swallows itself; most are generator expressions
         module = frame.f_globals.get("__name__", "")
         if frame.f_code.co_name == "<genexpr>" or _inside_a_kernel(frame):
             return False
