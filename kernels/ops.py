@@ -7,9 +7,9 @@ here. The way of the data is gradients -> `norm` -> `perturb_` -> second gradien
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, partial, wraps
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -21,11 +21,25 @@ from fastsam.kernels.philox import Draw
 from fastsam.kernels.reference import E0, AdamOptions, SGDOptions
 from fastsam.kernels.tensor_list import Backup
 
+_P = ParamSpec("_P")
+
 BACKENDS = ("triton", "torch")
 _LOSSES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _chosen: str | None = None
 # Looked up once: it takes longer than all the rest of `_pick`.
 _is_interpreting = "TRITON_INTERPRET" in os.environ
+
+
+def _running(name: str, calls_of: Callable[_P, list[Call]]) -> Callable[_P, None]:
+    """Return a stage by this name that runs what `calls_of` prepares, of the same arguments."""
+
+    @wraps(calls_of)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        run_all(calls_of(*args, **kwargs))
+
+    run.__name__ = run.__qualname__ = name
+    run.__doc__ = f"Run what `{calls_of.__name__}` returns, of the same arguments."
+    return torch.no_grad()(run)
 
 
 @torch.no_grad()
@@ -172,19 +186,15 @@ def restore_(backup: Backup) -> None:
         backup.discard()
 
 
-@torch.no_grad()
-def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into its target, bit for bit: one launch for all that are of one width and device.
+def copy_calls(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Call]:
+    """Return the calls that copy each source into its target, bit for bit.
+
+    Tensors of one width on one device are copied in one launch.
 
     Args:
         targets: tensors to write, of any dtypes; the storage stays where it is. There may be none.
         sources: tensors of the same shapes, dtypes and devices.
     """
-    run_all(copy_calls(targets, sources))
-
-
-def copy_calls(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Call]:
-    """Return the calls that do what `copy_` does, of the same arguments; nothing is changed before."""
     if not targets:
         return []
     kernels, launches, rest = _split(targets, sources, by_width=True)
@@ -194,8 +204,11 @@ def copy_calls(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Cal
     return calls
 
 
+copy_ = _running("copy_", copy_calls)
+
+
 @torch.no_grad()
-def restore_sgd_step_(
+def sgd_step_calls(
     weights: Sequence[Tensor],
     sources: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -204,8 +217,8 @@ def restore_sgd_step_(
     *,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> None:
-    """Set each weight to its source, then take torch.optim.SGD's step from there.
+) -> list[Call]:
+    """Return the calls that set each weight to its source, then take torch.optim.SGD's step from there.
 
     Args:
         weights: tensors to update in place.
@@ -220,22 +233,6 @@ def restore_sgd_step_(
         RuntimeError: in a capture, if the kernels cannot walk a tensor.
     """
     lists = weights, sources, grads, momentum_buffers
-    run_all(sgd_step_calls(*lists, options, grad_scale=grad_scale, found_inf=found_inf))
-
-
-@torch.no_grad()
-def sgd_step_calls(
-    weights: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor | None],
-    options: Sequence[SGDOptions],
-    *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> list[Call]:
-    """Return the calls that do what `restore_sgd_step_` does, of the same arguments; nothing is changed before."""
-    lists = weights, sources, grads, momentum_buffers
     kernels, launches, rest = _split(*lists)
     calls: list[Call] = []
     if rest:
@@ -247,39 +244,7 @@ def sgd_step_calls(
     return calls
 
 
-@torch.no_grad()
-def restore_adam_step_(
-    weights: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor | None],
-    steps: Sequence[Tensor],
-    options: Sequence[AdamOptions],
-    *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """Set each weight to its source, then take torch.optim.Adam's or AdamW's step from there.
-
-    Args:
-        weights: tensors to update in place.
-        sources: for each weight its backup, or the weight itself where it was not perturbed.
-        grads: final gradients; divided in place by `grad_scale` if given.
-        exp_avgs: first moments, updated in place.
-        exp_avg_sqs: second moments, updated in place.
-        max_exp_avg_sqs: largest second moments so far, updated in place by the reference; None without amsgrad.
-        steps: 0-dim float32 step counters on the weights' devices, advanced in place.
-        options: hyperparameters for each tensor.
-        grad_scale: 0-dim float32 tensor, a GradScaler's scale; None means the gradients are unscaled.
-        found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
-
-    Raises:
-        RuntimeError: in a capture, if the kernels cannot walk a tensor, or with amsgrad.
-    """
-    lists = weights, sources, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
-    run_all(adam_step_calls(*lists, options, grad_scale=grad_scale, found_inf=found_inf))
+restore_sgd_step_ = _running("restore_sgd_step_", sgd_step_calls)
 
 
 @torch.no_grad()
@@ -296,7 +261,23 @@ def adam_step_calls(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> list[Call]:
-    """Return the calls that do what `restore_adam_step_` does, of the same arguments; nothing is changed before."""
+    """Return the calls that set each weight to its source, then take torch.optim.Adam's or AdamW's step from there.
+
+    Args:
+        weights: tensors to update in place.
+        sources: for each weight its backup, or the weight itself where it was not perturbed.
+        grads: final gradients; divided in place by `grad_scale` if given.
+        exp_avgs: first moments, updated in place.
+        exp_avg_sqs: second moments, updated in place.
+        max_exp_avg_sqs: largest second moments so far, updated in place by the reference; None without amsgrad.
+        steps: 0-dim float32 step counters on the weights' devices, advanced in place.
+        options: hyperparameters for each tensor.
+        grad_scale: 0-dim float32 tensor, a GradScaler's scale; None means the gradients are unscaled.
+        found_inf: 0-dim float32 tensor; where it is not 0, weights are restored and nothing else changes.
+
+    Raises:
+        RuntimeError: in a capture, if the kernels cannot walk a tensor, or with amsgrad.
+    """
     lists = weights, sources, grads, exp_avgs, exp_avg_sqs
 
     def refused() -> tuple[bool, ...]:
@@ -313,6 +294,9 @@ def adam_step_calls(
     if launches:
         calls += [*kernels.adam_step_calls(launches, steps, options, grad_scale, found_inf), _new_version(weights)]
     return calls
+
+
+restore_adam_step_ = _running("restore_adam_step_", adam_step_calls)
 
 
 def _new_version(tensors: Sequence[Tensor]) -> Call:
@@ -385,8 +369,10 @@ def record_(logits: Tensor, past: Past, targets: Tensor | None = None, ignore_in
 
 
 @torch.no_grad()
-def ema_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float, found_inf: Tensor | None = None) -> None:
-    """Set each average v to decay v + (1 - decay) w (MESA Eq. 10).
+def ema_calls(
+    averages: Sequence[Tensor], values: Sequence[Tensor], decay: float, found_inf: Tensor | None = None
+) -> list[Call]:
+    """Return the calls that set each average v to decay v + (1 - decay) w (MESA Eq. 10).
 
     Args:
         averages: floating tensors to update in place; computed in float64 where either side is, else in float32.
@@ -397,14 +383,6 @@ def ema_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float, fou
     Raises:
         ValueError: decay is out of range.
     """
-    run_all(ema_calls(averages, values, decay, found_inf))
-
-
-@torch.no_grad()
-def ema_calls(
-    averages: Sequence[Tensor], values: Sequence[Tensor], decay: float, found_inf: Tensor | None = None
-) -> list[Call]:
-    """Return the calls that do what `ema_` does, of the same arguments; nothing is changed before."""
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be from 0 to 1, got {decay}")
     kernels, launches, rest = _split(averages, values)
@@ -415,6 +393,9 @@ def ema_calls(
     if launches:
         calls += [*kernels.ema_calls(launches, decay, found_inf), _new_version(averages)]
     return calls
+
+
+ema_ = _running("ema_", ema_calls)
 
 
 def set_backend(name: str | None) -> None:
