@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,27 +14,24 @@ from fastsam.cli.data import SCORED_ON
 from fastsam.cli.results import Epoch, Watcher
 from fastsam.methods import METHODS
 
+_B = TypeVar("_B", bound="_Bar")
 
-class Display(Watcher):
-    """A progress bar on a terminal; elsewhere plain lines, one for each epoch or each of several runs, and each minute.
 
-    What it says within an epoch is also how long one takes.
+class _Bar:
+    """A progress bar that is there on a terminal alone.
+
+    Args:
+        console: where to.
+        transient: take the bar away at the end.
     """
 
-    def __init__(self, console: Console, runs: int) -> None:
-        self.console, self.runs, self.run = console, runs, 0
+    def __init__(self, console: Console, transient: bool = False) -> None:
+        self.console = console
         # a short bar, so that a line fits into 80 columns
         columns = BarColumn(10), TextColumn("{task.description}"), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.all_runs = self.bar.add_task("", visible=runs > 1, total=None)
-        self.this_run = self.bar.add_task("", total=None)
-        self.numbers, self.note = "", ""
-        self.epochs = self.this_epoch = self.steps = self.done = 0
-        self.began = self.next_look = 0.0
-        # seconds from one look at the loss to the next
-        self.pause = 0.25 if console.is_terminal else 60.0
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=transient)
 
-    def __enter__(self) -> "Display":
+    def __enter__(self: _B) -> _B:
         # Where there is no terminal rich before 14.3 prints an empty line for a bar that is disabled.
         if self.console.is_terminal:
             self.bar.start()
@@ -42,6 +40,24 @@ class Display(Watcher):
     def __exit__(self, *_: object) -> None:
         if self.console.is_terminal:
             self.bar.stop()
+
+
+class Display(_Bar, Watcher):
+    """A progress bar on a terminal; elsewhere plain lines, one for each epoch or each of several runs, and each minute.
+
+    What it says within an epoch is also how long one takes.
+    """
+
+    def __init__(self, console: Console, runs: int) -> None:
+        super().__init__(console)
+        self.runs, self.run = runs, 0
+        self.all_runs = self.bar.add_task("", visible=runs > 1, total=None)
+        self.this_run = self.bar.add_task("", total=None)
+        self.numbers, self.note = "", ""
+        self.epochs = self.this_epoch = self.steps = self.done = 0
+        self.began = self.next_look = 0.0
+        # seconds from one look at the loss to the next
+        self.pause = 0.25 if console.is_terminal else 60.0
 
     def started(self, config: Config, history: list[Epoch], steps_per_epoch: int) -> None:
         """Start the run's bar where the run starts."""
@@ -117,7 +133,7 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=max(console.width, 100))
 
 
-class Measuring:
+class Measuring(_Bar):
     """A progress bar for measures on a terminal; elsewhere a line for each one that begins.
 
     Args:
@@ -125,19 +141,8 @@ class Measuring:
     """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        columns = BarColumn(10), TextColumn("{task.description}"), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        super().__init__(console, transient=True)
         self.task = self.bar.add_task("", total=None)
-
-    def __enter__(self) -> "Measuring":
-        if self.console.is_terminal:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self.bar.stop()
 
     def stage_of(self, label: str) -> Callable[[str], Callable[[int, int | None], None]]:
         """Return `stage` for the measures of one model."""
