@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from fastsam.two_pass.gradients import flat
 from fastsam.two_pass.module_state import modules_of
 from fastsam.two_pass.restore_step import steps_in_a_kernel
-from fastsam.two_pass.snapshot import has_value
+from fastsam.two_pass.snapshot import has_value, slots_of
 from fastsam.two_pass.wrapper import STEP, TAKEN
 
 _REFRESHED = ("lr", "momentum", "dampening", "weight_decay", "betas", "eps")
@@ -44,6 +44,7 @@ class Guards:
         hooks = [(*o._optimizer_step_pre_hooks, *o._optimizer_step_post_hooks) for o in self._optimizers]
         hooks += [tuple(o._run.followers) for o in self._optimizers if hasattr(o, "_run")]
         options = {k: v for k, v in vars(self._stepper).items() if isinstance(v, (bool, int, float, str))}
+        buffers = [slot.held for slot in slots_of(self._modules, "_buffers")]
         # not what a step leaves there
         guarded = {f"the optimizer's {k}": v for k, v in options.items() if not k.startswith(("_", "last_"))}
         for i, group in enumerate(groups):
@@ -56,12 +57,9 @@ class Guards:
             "the optimizer's state": tuple(map(_address, states)),
             "the optimizer's step hooks": hooks,
             "the mode of the model": tuple(map(_training, self._modules)),
-            "the memory of the model's buffers": tuple([b.data_ptr() for b in self._buffers() if has_value(b)]),
+            "the memory of the model's buffers": tuple([b.data_ptr() for b in buffers if has_value(b)]),
             "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         }
-
-    def _buffers(self) -> list[Any]:
-        return [b for module in self._modules for _, b in module._buffers.items()]
 
     def numbers(self) -> list[Any]:
         """Return what the tables of a capture follow. A tensor on the device is followed by the kernel itself."""

@@ -20,7 +20,7 @@ from fastsam.two_pass.forward_alone import ForwardAlone
 from fastsam.two_pass.loss_function import check_losses
 from fastsam.two_pass.module_state import Modules, modules_of
 from fastsam.two_pass.rng import RandomState
-from fastsam.two_pass.snapshot import Slot, Snapshot
+from fastsam.two_pass.snapshot import Snapshot, slots_of
 
 Progress = Callable[[int, int | None], None]
 """Is called with how many units of work are done, and how many there are, or None where that is not known."""
@@ -90,13 +90,12 @@ class Objective:
             random_state = RandomState(_cuda_devices(), self._generators())
             # the last to be put back, since what comes before may draw
             stack.callback(random_state.set)
-            parameters = [p for module in self.modules for p in module._parameters.values() if p is not None]
+            slots = slots_of(self.modules, "_parameters")
+            parameters = [slot.held for slot in slots if slot.held is not None]
             stack.callback(_put_back_grads, [(p, p.grad) for p in parameters])
             stack.callback(_put_back_modes, [(module, module.training) for module in self.modules])
             everything = Snapshot()
-            everything.take(
-                [Slot(held, name) for m in self.modules for held in (m._parameters, m._buffers) for name in held]
-            )
+            everything.take(slots + slots_of(self.modules, "_buffers"))
             stack.callback(everything.put_back)
             for module in self.modules:
                 if isinstance(module, DistributedDataParallel):
@@ -110,7 +109,7 @@ class Objective:
 
     def keep_buffers(self) -> None:
         """Let the next forwards start from the buffers as they are now."""
-        self._state.take([Slot(m._buffers, name) for m in self.modules for name in m._buffers])
+        self._state.take(slots_of(self.modules, "_buffers"))
 
     def _generators(self) -> list[torch.Generator]:
         sampler = getattr(self.loader, "sampler", None)

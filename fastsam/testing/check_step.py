@@ -18,7 +18,7 @@ from fastsam.two_pass.gradients import put, take
 from fastsam.two_pass.module_state import modules_of, walk
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 from fastsam.two_pass.rng import RandomState
-from fastsam.two_pass.snapshot import Slot, Snapshot, checksum
+from fastsam.two_pass.snapshot import Slot, Snapshot, checksum, slots_of
 from fastsam.two_pass.stage import Stage
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1, torch.complex64: 1e-3}
@@ -112,10 +112,8 @@ class _Everything:
         self.params = [p for group in opt.param_groups for p in group["params"]]
         self.used = list(_modules_behind(losses))
         roots = [*modules_of(opt.model), *self.used]
-        self.slots = [Slot(m._buffers, name) for m in walk(roots) for name, _ in m._buffers.items()]
-        self.slots += [
-            Slot(m._parameters, name) for m in walk(roots) for name, p in m._parameters.items() if p is not None
-        ]
+        parameters = (slot for slot in slots_of(walk(roots), "_parameters") if slot.held is not None)
+        self.slots = [*slots_of(walk(roots), "_buffers"), *parameters]
         kept = [k for k in opt.keep if isinstance(k, Tensor)]
         self.slots += [Slot(kept, i) for i in range(len(kept))] + [
             Slot(self.params, i) for i in range(len(self.params))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fastsam.two_pass import capture
-from fastsam.two_pass.snapshot import Slot, Snapshot, checksum
+from fastsam.two_pass.snapshot import Slot, Snapshot, checksum, slots_of
 
 Modules = nn.Module | Sequence[nn.Module] | None
 """What `model=` takes."""
@@ -126,9 +126,8 @@ class ModuleState:
         self._mean.add(self._share)
 
     def _take(self, snapshot: Snapshot) -> None:
-        slots = [Slot(m._buffers, name) for m in walk(self._modules) for name, _ in m._buffers.items()]
         kept = [Slot(self._kept_tensors, i) for i in range(len(self._kept_tensors))]
-        snapshot.take(slots + kept + self._frozen.slots, self._kept_objects)
+        snapshot.take(slots_of(walk(self._modules), "_buffers") + kept + self._frozen.slots, self._kept_objects)
 
     # what there is
 
@@ -175,8 +174,7 @@ class _MovingFrozen:
         n = self._steps
         if not (n <= 4 or n & (n - 1) == 0 or n % SEARCHED_EVERY == 0) or capture.current() is not None:
             return
-        all_slots = (Slot(m._parameters, name) for m in walk(modules) for name, _ in m._parameters.items())
-        parameters = [slot for slot in all_slots if slot.held is not None]
+        parameters = [slot for slot in slots_of(walk(modules), "_parameters") if slot.held is not None]
         known = self._kept | {id(slot.held) for slot in self._found}
         self._suspects = [s for s in parameters if not s.held.requires_grad and id(s.held) not in known]
         self._checksums = [checksum(slot.held) for slot in self._suspects]

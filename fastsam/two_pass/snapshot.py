@@ -1,12 +1,12 @@
 """What modules hold at one moment, by reference and by value, in few copies of whole lists."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastsam.distributed.dtensor import local
@@ -26,6 +26,13 @@ class Slot(NamedTuple):
     def held(self) -> Any:
         """The tensor that is there now, or None."""
         return self.owner[self.key]
+
+
+def slots_of(modules: Iterable[nn.Module], kind: Literal["_parameters", "_buffers"]) -> list[Slot]:
+    """Return where these modules hold their parameters, or their buffers, those that are None too."""
+    # The dicts of a scripted module have items, but no iterator.
+    owners = (getattr(module, kind) for module in modules)
+    return [Slot(owner, name) for owner in owners for name, _ in owner.items()]
 
 
 class Snapshot:

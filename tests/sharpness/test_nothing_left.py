@@ -235,3 +235,14 @@ def test_a_loader_that_shrinks_is_refused():
     model = mlp()
     with pytest.raises(RuntimeError, match="the loader had 24 samples in one pass and 12 in another"):
         hessian_eigenvalues(model, losses_of(model), Shrinking())
+
+
+def test_a_scripted_model_is_measured_and_left_as_it_was(measure):
+    with warnings.catch_warnings():
+        # torch's own, on every Python that it still scripts on
+        warnings.simplefilter("ignore")
+        model = torch.jit.script(mlp(batchnorm=True))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    measure(model, losses_of(model), batches())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
