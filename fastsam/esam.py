@@ -31,7 +31,7 @@ from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.batch import take_rows
 from fastsam.two_pass.loss_function import check_losses
 from fastsam.two_pass.module_state import Modules
-from fastsam.two_pass.optimizer import TwoPassOptimizer
+from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
 from fastsam.two_pass.wrapper import SEED, STEP
 
 
@@ -89,6 +89,7 @@ class ESAM(SAM):
         generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        on_base_step: OnBaseStep = "raise",
         keep: Sequence[Any] = (),
         seed: int = 0,
         **base_kwargs: Any,
@@ -110,6 +111,7 @@ class ESAM(SAM):
             generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            on_base_step=on_base_step,
             keep=keep,
             seed=seed,
             **base_kwargs,

@@ -24,7 +24,7 @@ from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.module_state import Modules
-from fastsam.two_pass.optimizer import TwoPassOptimizer
+from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
 
 
 class GSAM(SAM):
@@ -68,6 +68,7 @@ class GSAM(SAM):
         generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        on_base_step: OnBaseStep = "raise",
         keep: Sequence[Any] = (),
         seed: int = 0,
         **base_kwargs: Any,
@@ -90,6 +91,7 @@ class GSAM(SAM):
             generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            on_base_step=on_base_step,
             keep=keep,
             seed=seed,
             **base_kwargs,

@@ -27,7 +27,7 @@ from fastsam.two_pass.batch import Batch, batch_size, split_rows
 from fastsam.two_pass.hooks import Pair
 from fastsam.two_pass.loss_function import LossFunction
 from fastsam.two_pass.module_state import Modules, as_one, set_to_means
-from fastsam.two_pass.optimizer import TwoPassOptimizer
+from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
 from fastsam.two_pass.vmap_shards import WAY_OUT, BatchedShards, check_batchable
 
 
@@ -88,6 +88,7 @@ class MSAM(SAM):
         generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        on_base_step: OnBaseStep = "raise",
         keep: Sequence[Any] = (),
         seed: int = 0,
         **base_kwargs: Any,
@@ -109,6 +110,7 @@ class MSAM(SAM):
             generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            on_base_step=on_base_step,
             keep=keep,
             seed=seed,
             **base_kwargs,

@@ -21,7 +21,7 @@ from fastsam.distributed.ddp import PerturbSync
 from fastsam.kernels.reference import E0
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.module_state import Modules
-from fastsam.two_pass.optimizer import TwoPassOptimizer
+from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
 
 OFFICIAL_ETA, OFFICIAL_E0 = 0.01, 1e-16
 
@@ -61,6 +61,11 @@ class SAM(TwoPassOptimizer):
             round as the whole weights would on one process; shards of columns draw numbers of their own.
         check_finite: skip steps whose final gradient holds inf or NaN, and count them in `skipped_steps`. Costs one
             read of the gradient unless a GradScaler has looked already.
+        on_base_step: what `step()` does where no pass of fastsam's came before, so that the base optimizer alone would
+            step, as in the loops of frameworks that know nothing of two passes: "raise" RuntimeError with what to call
+            instead, "warn" once, or "ignore". Steps with lr 0, without gradients and without a second pass
+            (`needs_second_pass`) are never refused; an optimizer that has perturbed weights before only warns once,
+            but for gradients that its last step has used already.
         keep: what a forward moves beside `model`'s buffers and is to be kept to one forward as well: tensors, and
             objects with state_dict() and load_state_dict().
         seed: of the random numbers of stochastic rounding.
@@ -96,6 +101,7 @@ class SAM(TwoPassOptimizer):
         generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        on_base_step: OnBaseStep = "raise",
         keep: Sequence[Any] = (),
         seed: int = 0,
         **base_kwargs: Any,
@@ -110,6 +116,7 @@ class SAM(TwoPassOptimizer):
             generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            on_base_step=on_base_step,
             keep=keep,
             seed=seed,
             **base_kwargs,

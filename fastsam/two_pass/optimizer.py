@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 from torch.optim import Optimizer
 
-from fastsam.arguments import check_clip, check_flag, check_grad_scale, check_scaler, check_seed, shown
+from fastsam.arguments import check_choice, check_clip, check_flag, check_grad_scale, check_scaler, check_seed, shown
 from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
 from fastsam.two_pass.batch import NO_BATCH, Batch, read_batch
 from fastsam.two_pass.capture import recorder
@@ -30,6 +30,14 @@ _NAMES_OF_WAY_1 = "step(closure)", "step(loss_fn, *batch)"
 _WOULD_DRIFT = (
     "nobody would reduce the gradients of its update, and ranks would drift apart. Leave no_sync() out; to accumulate, "
     "run `with opt.ascent(): ...` and `with opt.descent(): ...` under no_sync(), the last pair without, then opt.step()"
+)
+
+OnBaseStep = Literal["raise", "warn", "ignore"]
+_WAYS_TO_STEP = (
+    "Call opt.backward(loss_fn, *batch, backward=...) in place of the forward and backward before it, as loops and "
+    "frameworks that own the step need it; or take the step with opt.step(loss_fn, *batch), opt.step(closure), or "
+    "opt.ascent() and opt.descent(). Where the base's step is meant, call opt.base_optimizer.step() or pass "
+    "on_base_step='ignore'"
 )
 
 
@@ -50,6 +58,7 @@ class TwoPassOptimizer(Engine):
         generators: of random numbers, beside the global ones.
         stochastic_rounding: round the perturbation of 16-bit weights stochastically: "auto", True or False.
         check_finite: skip steps whose final gradient is not finite.
+        on_base_step: what a `step()` does that would be the base's alone: "raise", "warn" or "ignore"; see `SAM`.
         keep: module state beside that of `model`, to be kept to one forward as well.
         seed: of the method's random numbers.
         **base_kwargs: the base optimizer's own arguments.
@@ -73,6 +82,7 @@ class TwoPassOptimizer(Engine):
         generators: Sequence[Any] = (),
         stochastic_rounding: Any = "auto",
         check_finite: bool = True,
+        on_base_step: OnBaseStep = "raise",
         keep: Sequence[Any] = (),
         seed: int = 0,
         **base_kwargs: Any,
@@ -87,6 +97,7 @@ class TwoPassOptimizer(Engine):
             isinstance(stochastic_rounding, str) and stochastic_rounding == "auto"
         ):
             raise ValueError(f"stochastic_rounding must be 'auto', True or False, got {shown(stochastic_rounding)}")
+        check_choice("on_base_step", on_base_step, ("raise", "warn", "ignore"))
         check_seed("seed", seed)
         super().__init__(params, base_optimizer, {**options, "perturb": True}, seed, base_kwargs)
         self.model = model
@@ -95,6 +106,7 @@ class TwoPassOptimizer(Engine):
         self.same_rng = same_rng
         self.stochastic_rounding = bool(stochastic_rounding)
         self.check_finite = check_finite
+        self.on_base_step = on_base_step
         # An error in the first step would come too late.
         self.check("the constructor")
         self._start()
@@ -147,8 +159,8 @@ class TwoPassOptimizer(Engine):
         backward, or where the method needs no rows their mean, 0-dim; fastsam takes their mean, runs backward, unscales
         and clips. Gradients that are there are discarded.
         `step(closure)` is torch's convention: the closure runs zero_grad and backward itself, once in each pass.
-        `step()` finishes `backward(...)` calls and `ascent()`/`descent()` pairs; without any it is the base
-        optimizer's step.
+        `step()` finishes `backward(...)` calls and `ascent()`/`descent()` pairs; without any it would be the base
+        optimizer's step, which `on_base_step` refuses.
 
         Args:
             closure: the loss function or closure.
@@ -320,7 +332,7 @@ class TwoPassOptimizer(Engine):
         elif closure is not None:
             refuse_fresh(run.consumed, self.param_groups)
         elif not run.in_second_step and self.has_second_pass():
-            self._warn_about_base_step()
+            self._check_base_step()
         return read
 
     def _refuse_unreduced(self, batch: tuple) -> None:
@@ -342,17 +354,25 @@ class TwoPassOptimizer(Engine):
             )
         return loss
 
-    def _warn_about_base_step(self) -> None:
-        run = self._run
+    def _check_base_step(self) -> None:
+        """Raise, or warn once, where a step of the base optimizer alone may not be meant, as `on_base_step` says."""
+        run, grads = self._run, take(self._params())
         rates = [group.get("lr") for group in self.param_groups]
-        if run.warned_about_base_step or all(lr is not None and float(lr) == 0 for lr in rates):
+        # torch.distributed.checkpoint makes an optimizer's state by a step with lr 0
+        changes_nothing = all(lr is not None and float(lr) == 0 for lr in rates) or all(g is None for g in grads)
+        if self.on_base_step == "ignore" or changes_nothing:
             return
-        run.warned_about_base_step = True
-        warnings.warn(
-            f"{type(self).__name__}.step() without a loss function, a closure or an ascent()/descent() pair is a plain "
-            f"{type(self.base_optimizer).__name__} step; nothing is perturbed",
-            stacklevel=5,
-        )
+        base, is_used = type(self.base_optimizer).__name__, run.consumed.covers(self.param_groups)
+        what = f"{type(self).__name__}.step() finds no loss function, no closure and no finished passes, so that it is "
+        what += f"a plain {base} step: nothing is perturbed"
+        if is_used:
+            what += ", and the gradients are those that the last step has used already"
+        # a loop that mixes steps of both kinds knows what it does, unless one follows the other on the same gradients
+        if self.on_base_step == "raise" and (is_used or not run.has_perturbed):
+            raise RuntimeError(f"{what}. {_WAYS_TO_STEP}")
+        if not run.warned_about_base_step:
+            run.warned_about_base_step = True
+            warnings.warn(what, stacklevel=5)
 
     # what graph_step asks
 

@@ -70,6 +70,8 @@ class StepState:
         self.pairs = 0
         self.in_second_step = False
         self.warned_about_base_step = False
+        self.has_perturbed = False
+        """Whether weights have been perturbed since the optimizer was built."""
         self.owns_descent = owns_descent
         self.params: list[Tensor] = []
         self.aside: list[Tensor | None] | None = None

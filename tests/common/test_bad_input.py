@@ -68,6 +68,7 @@ INTEGER = ("2", 2.0, True, [2])
 COMMON = {
     "same_rng": FLAG,
     "check_finite": FLAG,
+    "on_base_step": ("error", None, True, ["raise"]),
     "stochastic_rounding": ("on", 1, None, ["auto"]),
     "perturb_sync": ("all", 0, -1, 2.0, True, ["global"]),
     "seed": (*INTEGER, None, HUGE, -HUGE),

@@ -1,9 +1,11 @@
 """The order of calls: what may follow what, gradients that are already there, closures of frameworks."""
 
+import copy
 import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 from laws import PLAIN, law
 from methods import by_closure, by_contexts, by_loss_function
 from problems import batches, largest_difference, losses_of, mlp
@@ -286,15 +288,65 @@ def test_what_a_step_returns(pair):
     assert opt.step(lambda: {"anything": 1}) == {"anything": 1}
 
 
-def test_a_step_without_passes_is_the_base_step_and_warns_once(pair):
-    model, opt = pair
-    plain = mlp()
-    base = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
-    for i in range(2):
+def plain_backward(training):
+    training.begin()
+    training.opt.zero_grad()
+    training.losses(*training.batch).mean().backward()
+
+
+@law(skips=PLAIN)
+def test_a_step_that_would_be_the_bases_is_refused_and_changes_nothing(cell):
+    """As the loops of frameworks take it that know nothing of two passes."""
+    training, expected = Training(cell), Training(cell)
+    if cell.subject.loss != "saf":
+        # a plain pass of whose own SAF keeps a record
+        plain_backward(training)
+    else:
+        F.cross_entropy(training.model(training.batch[0]), training.batch[1]).backward()
+    training.load(expected.state())
+    before, grads = training.weights(), [p.grad.clone() for p in training.model.parameters()]
+    with pytest.raises(RuntimeError, match=r"a plain \w+ step: nothing is perturbed. Call opt.backward\(loss_fn"):
+        training.opt.step()
+    assert all(map(torch.equal, training.weights(), before))
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(training.model.parameters(), grads, strict=True))
+    training.opt.zero_grad()
+    training.step()
+    expected.step()
+    assert all(map(torch.equal, training.weights(), expected.weights()))
+
+
+@law(skips=PLAIN)
+def test_gradients_that_a_step_has_used_are_not_stepped_with_again(cell):
+    """As in a framework that steps once more after the user's own step."""
+    training = Training(cell).train(1)
+    # the ways that clear gradients themselves leave none to step with
+    training.model(training.batch[0]).sum().backward()
+    by_loss_function(training.opt, training.losses, *training.batch)
+    while not training.opt.needs_second_pass:
+        by_loss_function(training.opt, training.losses, *training.batch)
+    before = training.weights()
+    with pytest.raises(RuntimeError, match="and the gradients are those that the last step has used already"):
+        training.opt.step()
+    assert all(map(torch.equal, training.weights(), before))
+
+
+@pytest.mark.parametrize("on_base_step", ["raise", "warn", "ignore"])
+def test_a_step_without_passes_is_the_base_step_where_it_is_meant(backend, on_base_step):
+    """After a step of two passes it warns once, in a loop that takes steps of both kinds."""
+    model, plain = mlp(), mlp()
+    settings = {"lr": 0.1, "momentum": 0.9}
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, on_base_step=on_base_step, **settings)
+    base = torch.optim.SGD(plain.parameters(), **settings)
+    if on_base_step == "raise":
+        by_loss_function(opt, losses_of(model), X, Y)
+        plain.load_state_dict(model.state_dict())
+        base.load_state_dict(copy.deepcopy(opt.state_dict()))
+        opt.zero_grad()
+    for i in range(3):
         backward(model)
         losses_of(plain)(X, Y).mean().backward()
-        if i == 0:
-            with pytest.warns(UserWarning, match="is a plain SGD step; nothing is perturbed"):
+        if i == 0 and on_base_step != "ignore":
+            with pytest.warns(UserWarning, match="a plain SGD step: nothing is perturbed"):
                 opt.step()
         else:
             opt.step()
@@ -302,6 +354,18 @@ def test_a_step_without_passes_is_the_base_step_and_warns_once(pair):
         base.step()
         base.zero_grad()
     assert largest_difference(model, plain) < 1e-15
+
+
+@pytest.mark.parametrize("on_base_step", ["raise", "warn"])
+def test_steps_that_train_nothing_are_not_refused(pair, on_base_step):
+    model, opt = pair
+    opt.on_base_step = on_base_step
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.step()
+    opt.param_groups[0]["lr"] = 0.0
+    backward(model)
+    opt.step()
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_final_gradients_stay_until_zero_grad(pair):

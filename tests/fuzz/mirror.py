@@ -60,6 +60,7 @@ class Mirror:
         self.base = self.base_cls(self.params, **self.base_options)
         self.stage, self.failed, self.pairs, self.taken = IDLE, False, 0, 0
         self.consumed, self.zeroed, self.grads_known, self.is_perturbed = True, False, True, False
+        self.has_perturbed = False
         self.single_before = self.step_start = None
         self.kept, self.pending = [torch.zeros_like(p) for p in self.params], None
 
@@ -76,8 +77,8 @@ class Mirror:
     def has_fresh(self):
         return not self.consumed and any(p.grad is not None and p.grad.any() for p in self.params)
 
-    def may(self, call):
-        """Whether a call is legal now."""
+    def may(self, call, t):
+        """Whether a call is legal now, as the t-th perturbation."""
         idle, ready = self.stage == IDLE, self.stage == IDLE and not self.failed
         return {
             "step(losses)": idle,
@@ -87,7 +88,7 @@ class Mirror:
             "descent": not self.failed and (self.stage == ASCENDED or (idle and self.single_before is not None)),
             "first_step": ready and not self.selects and self.row != "msam" and not self.consumed and not self.pairs,
             "second_step": self.stage == FIRST and not self.failed,
-            "step()": ready,
+            "step()": ready and (self.pairs > 0 or not self.has_second(t) or self.may_be_the_bases()),
             "restore": self.stage in (IDLE, ASCENDED, FIRST),
             "state_dict": self.stage not in (DESCENT, FIRST),
             "copy": self.stage not in (DESCENT, FIRST),
@@ -95,6 +96,11 @@ class Mirror:
             "add_param_group": idle,
             "base step": not self.is_perturbed,
         }[call]
+
+    def may_be_the_bases(self):
+        """Whether a step of the base alone is not refused."""
+        is_there = any(p.grad is not None for p in self.params)
+        return not is_there or (self.has_perturbed and not self.consumed)
 
     # the method
 
@@ -215,7 +221,7 @@ class Mirror:
             self.single_before, self.g = None, None
             self.pairs -= 1
         else:
-            eps = self.eps(self.g, t)
+            eps, self.has_perturbed = self.eps(self.g, t), True
         self.draws = self.started
         self.set_buffers(self.found)
         self.stage, self.aside = DESCENT, None
@@ -311,6 +317,7 @@ class Mirror:
         self.weights = [p.detach().clone() for p in self.params]
         self.is_perturbed = self.has_second(t)
         if self.is_perturbed:
+            self.has_perturbed = True
             for p, e in zip(self.params, self.eps(self.g, t), strict=True):
                 p.data.add_(e)
         else:
@@ -355,7 +362,7 @@ class Mirror:
     def forget_copy(self):
         """What a copy of the optimizer and its model has of a step that is under way: nothing."""
         self.put([None] * len(self.params))
-        self.consumed, self.zeroed, self.grads_known = True, False, True
+        self.consumed, self.zeroed, self.grads_known, self.has_perturbed = True, False, True, False
         self.forget()
 
     def add_group(self):

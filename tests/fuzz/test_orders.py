@@ -58,7 +58,7 @@ class Orders(RuleBasedStateMachine):
         COUNTS["calls"] += 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if self.mirror.may(name):
+            if self.mirror.may(name, self.counter):
                 act()
                 return True
             before, stage = picture(self.model, self.opt), self.opt._run.stage
@@ -162,7 +162,7 @@ class Orders(RuleBasedStateMachine):
             loss.backward()
             return loss
 
-        if mirror.may("step(closure)") and mirror.pairs:
+        if mirror.may("step(closure)", self.counter) and mirror.pairs:
             # a framework's closure may do nothing then; this one changes p.grad, and the step has failed
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
