@@ -17,6 +17,7 @@ from fastsam.saf import SAF
 from fastsam.sam import SAM
 from fastsam.trajectory.samples import IndexedDataset, SampleToRankSampler
 from fastsam.two_pass.batch import whole
+from fastsam.two_pass.losses import Weighted
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 
 __version__ = installed_version()
@@ -34,6 +35,7 @@ __all__ = [
     "LookSAM",
     "SampleToRankSampler",
     "TwoPassOptimizer",
+    "Weighted",
     "graph_step",
     "set_backend",
     "whole",

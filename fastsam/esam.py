@@ -30,6 +30,7 @@ from fastsam.two_pass import capture
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.batch import take_rows
 from fastsam.two_pass.loss_function import check_losses
+from fastsam.two_pass.losses import Losses
 from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
 from fastsam.two_pass.wrapper import SEED, STEP
@@ -217,7 +218,7 @@ class ESAM(SAM):
 
     # sharpness-sensitive data selection
 
-    def select(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], first: Tensor) -> Tensor:
+    def select(self, loss_fn: Callable[..., Any], batch: tuple[Any, ...], first: Losses) -> Losses:
         """Return the losses of B+, the k rows whose loss the perturbation raises most (Eq. 6)."""
         if not self.needs_rows():
             self.last_selected_fraction = 1.0
@@ -230,7 +231,7 @@ class ESAM(SAM):
             return super().select(loss_fn, batch, first)
         if self.selection == "reuse":
             losses = check_losses(loss_fn(*batch), n)
-            return losses.index_select(0, self._rows(losses.detach(), first, k))
+            return losses.take(self._rows(losses.detach(), first, k))
         rows = self._rows(self.losses_without_backward(loss_fn, batch, n), first, k)
         self.replay()
         return check_losses(loss_fn(*take_rows(batch, rows)), len(rows))
@@ -239,11 +240,11 @@ class ESAM(SAM):
         smallest = 2 if self.trains_batch_norm else 1
         return min(n, max(smallest, math.floor(self._gamma * n + 1e-6)))
 
-    def _rows(self, after: Tensor, before: Tensor, k: int) -> Tensor:
-        rows = ops.select_largest_increase(after, before, k)
+    def _rows(self, after: Losses, before: Losses, k: int) -> Tensor:
+        rows = ops.select_largest_increase(after.ranked(), before.rows, k)
         if not self.strict:
             return rows
-        delta = (after - before)[rows]
+        delta = (after.ranked() - before.rows)[rows]
         above = rows[delta > delta.min()]
         if not len(above):
             raise RuntimeError(

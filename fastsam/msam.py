@@ -24,8 +24,8 @@ from fastsam.arguments import check_choice, check_integer, shown
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM
 from fastsam.two_pass.batch import Batch, batch_size, split_rows
-from fastsam.two_pass.hooks import Pair
 from fastsam.two_pass.loss_function import LossFunction
+from fastsam.two_pass.losses import Pair
 from fastsam.two_pass.module_state import Modules, as_one, set_to_means
 from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
 from fastsam.two_pass.vmap_shards import WAY_OUT, BatchedShards, check_batchable
@@ -186,11 +186,10 @@ class MSAM(SAM):
 
     def passes(self, batch: tuple[Any, ...]) -> list[Pair]:
         """Cut the batch into shards; each counts n_i/n, or 1/m."""
-        n = batch_size(batch)
+        n, alike = batch_size(batch), self.weighting == "uniform"
         sizes = self._sizes(n)
-        weights = [size / n if self.weighting == "sample" else 1 / len(sizes) for size in sizes]
-        shares = [size / n for size in sizes]
-        return [Pair(*pair) for pair in zip(split_rows(batch, sizes), weights, shares, strict=True)]
+        parts = zip(split_rows(batch, sizes), sizes, strict=True)
+        return [Pair(part, 1 / len(sizes) if alike else size / n, size / n, alike) for part, size in parts]
 
     def needs_rows(self) -> bool:
         """Return that shards are weighted by their rows."""

@@ -75,10 +75,11 @@ class ParallelModel:
         size = dist.get_world_size(self._world) if _is_running() else 1
         sharing = _ranks_sharing(self.perturb_sync, size)
         self.is_local = sharing < size
-        self._is_sharded = bool(self._fsdp) or any(map(is_dtensor, params))
+        self.is_sharded = bool(self._fsdp) or any(map(is_dtensor, params))
+        """Whether weights are DTensors, whose gradients every backward completes."""
         if self.is_local:
             self._check_local_ascents(model)
-        is_known = self._reducers or self._is_sharded
+        is_known = self._reducers or self.is_sharded
         self._peers = None if is_known or size == 1 else Peers(params)
         self._sharing = sharing
         self._group = _own_group(self._world, sharing) if 1 < sharing < size else self._world
@@ -95,7 +96,7 @@ class ParallelModel:
             )
 
     def _reason_against_local_ascents(self, model: nn.Module | None) -> str | None:
-        if self._is_sharded:
+        if self.is_sharded:
             return "needs all weights on every rank, but these are sharded; use DistributedDataParallel"
         if not self._reducers:
             return (
@@ -115,7 +116,7 @@ class ParallelModel:
         ends = torch.tensor([number, -number], device=params[0].device)
         if self._reducers:
             all_reduce(ends, self._world, dist.ReduceOp.MAX, "the seed")
-        elif self._is_sharded:
+        elif self.is_sharded:
             largest_over_ranks(ends, params)
         if ends[0] != -ends[1]:
             raise ValueError(other_seed(seed, "another rank has another one"))
@@ -136,12 +137,12 @@ class ParallelModel:
         if self._reducers:
             return not any(r.ddp.static_graph for r in self._reducers)
         # There may be a DDP module that we were not given.
-        return not (self._is_sharded or _is_running())
+        return not (self.is_sharded or _is_running())
 
     @property
     def are_several(self) -> bool:
         """Whether a step takes several processes."""
-        return bool(self._reducers) or self._is_sharded
+        return bool(self._reducers) or self.is_sharded
 
     def overwrites_gradients(self, unreduced: bool) -> bool:
         """Whether a backward may write over gradients that were set aside, which DDP keeps in its buckets."""

@@ -44,7 +44,7 @@ class PlainOptimizerStep(Capturable):
 
     def step(
         self,
-        loss_fn: Callable[..., Tensor],
+        loss_fn: Callable[..., Any],
         *batch: Any,
         scaler: torch.amp.GradScaler | None = None,
         clip_grad_norm: float | None = None,
@@ -53,7 +53,7 @@ class PlainOptimizerStep(Capturable):
         read = read_batch(batch)
         self.optimizer.zero_grad()
         losses = check_losses(read.guarded(loss_fn)(*read), read.n)
-        loss = losses.mean()
+        loss = losses.objective()
         (loss if scaler is None else scaler.scale(loss)).backward()
         if clip_grad_norm is not None:
             if scaler is not None:

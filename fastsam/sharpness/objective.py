@@ -18,6 +18,7 @@ from fastsam.distributed.dtensor import is_dtensor
 from fastsam.two_pass.batch import Batch, read_batch, replace_tensors, tensors_of
 from fastsam.two_pass.forward_alone import ForwardAlone
 from fastsam.two_pass.loss_function import check_losses
+from fastsam.two_pass.losses import Losses
 from fastsam.two_pass.module_state import Modules, modules_of
 from fastsam.two_pass.rng import RandomState
 from fastsam.two_pass.snapshot import Snapshot, slots_of
@@ -170,11 +171,12 @@ class Objective:
             TypeError: the loss function returns something else than n losses.
             RuntimeError: the losses have no gradient.
         """
-        return check_losses(self._call(batch), batch.n)
+        return _unweighted(check_losses(self._call(batch), batch.n))
 
     def losses_alone(self, batch: Batch) -> Tensor:
         """Return what `losses` does where no backward follows."""
-        return check_losses(self._forward_alone(lambda: self._call(batch)), batch.n, needs_grad=False).detach()
+        losses = check_losses(self._forward_alone(lambda: self._call(batch)), batch.n, needs_grad=False)
+        return _unweighted(losses).detach()
 
     def _call(self, batch: Batch) -> Any:
         assert self._draws is not None
@@ -257,6 +259,16 @@ def count_batches(loader: Any) -> int | None:
         return len(loader)
     except TypeError:
         return None
+
+
+def _unweighted(losses: Losses) -> Tensor:
+    """Return the losses of rows that all count the same, or raise TypeError."""
+    if losses.weights is not None:
+        raise TypeError(
+            "measures take the mean over rows, but the loss function returned fastsam.Weighted; return one loss for "
+            "each row, such as the mean over its tokens"
+        )
+    return losses.rows
 
 
 def _is_sharded(loader: Any, sharded: bool | None) -> bool:

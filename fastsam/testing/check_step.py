@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from fastsam.distributed.dtensor import is_dtensor
 from fastsam.testing.references import REFERENCES, PlainStep
-from fastsam.two_pass.batch import read_batch, take_rows
+from fastsam.two_pass.batch import batch_size, read_batch, take_rows
 from fastsam.two_pass.gradients import put, take
+from fastsam.two_pass.loss_function import check_losses
+from fastsam.two_pass.losses import Losses
 from fastsam.two_pass.module_state import modules_of, walk
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 from fastsam.two_pass.rng import RandomState
@@ -41,7 +43,7 @@ class StepReport(NamedTuple):
 
 def check_step(
     opt: TwoPassOptimizer,
-    losses: Callable[..., Tensor],
+    losses: Callable[..., Any],
     *batch: Any,
     take_step: Callable[[], Any] | None = None,
     reference: Callable[[PlainStep], list[Tensor]] | None = None,
@@ -81,7 +83,7 @@ def check_step(
     tolerance = rtol or max(_TOLERANCES.get(p.dtype, 1e-3) for p in everything.params)
     take_it = take_step or (lambda: opt.step(losses, *batch))
     with everything.put_back():
-        looks = _Looks(opt, everything, losses)
+        looks = _Looks(opt, everything, read.guarded(losses))
         looks.refuse_changing_losses(read)
         everything.restore()
         d = rule(PlainStep(opt, read, looks, everything.opt._run.module_state.statistics))
@@ -107,7 +109,7 @@ def _check_arguments(opt: Any, reference: Any) -> None:
 class _Everything:
     """All that a step may change, and its values when this was made."""
 
-    def __init__(self, opt: TwoPassOptimizer, losses: Callable[..., Tensor]) -> None:
+    def __init__(self, opt: TwoPassOptimizer, losses: Callable[..., Any]) -> None:
         self.opt = opt
         self.params = [p for group in opt.param_groups for p in group["params"]]
         self.used = list(_modules_behind(losses))
@@ -186,7 +188,7 @@ class _Looks:
     from those that the last look at w found, and leaves no trace.
     """
 
-    def __init__(self, opt: TwoPassOptimizer, everything: _Everything, losses: Callable[..., Tensor]) -> None:
+    def __init__(self, opt: TwoPassOptimizer, everything: _Everything, losses: Callable[..., Any]) -> None:
         self._opt, self._all, self._losses = opt, everything, losses
         self._ranks = opt._find_ranks()
         self._found, self._left = Snapshot(), Snapshot()
@@ -200,7 +202,7 @@ class _Looks:
         eps: Sequence[Tensor] | None = None,
         rows: Tensor | None = None,
         chosen: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Losses, list[Tensor]]:
         weights = self._all.weights()
         if eps is None:
             self._found.take(self._state)
@@ -227,10 +229,10 @@ class _Looks:
             gradient = list(mean(self._all.params, gradient))  # type: ignore[arg-type]
         return losses, gradient
 
-    def _gradient(self, batch: tuple[Any, ...], chosen: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def _gradient(self, batch: tuple[Any, ...], chosen: Tensor | None) -> tuple[Losses, list[Tensor]]:
         with torch.enable_grad(), self._ranks.no_sync():
-            losses = self._losses(*batch)
-            mean = (losses if chosen is None else losses[chosen]).mean()
+            losses = check_losses(self._losses(*batch), batch_size(batch), may_be_scalar=not self._opt.needs_rows())
+            mean = (losses if chosen is None else losses.take(chosen)).mean()
             wanted = [p for p in self._all.params if p.requires_grad]
             found = iter(torch.autograd.grad(mean, wanted, allow_unused=True))
         torch.clear_autocast_cache()
@@ -245,9 +247,9 @@ class _Looks:
 
     def refuse_changing_losses(self, batch: tuple[Any, ...]) -> None:
         """Raise AssertionError where the same weights, state and random numbers give other losses."""
-        first = self(batch)[0]
+        first = self(batch)[0].rows
         self._all.restore()
-        again = self(batch)[0]
+        again = self(batch)[0].rows
         if not torch.equal(first, again) and not torch.allclose(first, again, rtol=1e-4, equal_nan=True):
             raise AssertionError(
                 "the loss function returns other losses from the same weights, buffers and random numbers, so that the "

@@ -16,10 +16,11 @@ from fastsam.kernels import philox
 from fastsam.looksam import LookSAM
 from fastsam.msam import MSAM
 from fastsam.sam import SAM
+from fastsam.two_pass.losses import Losses
 
-Look = Callable[..., tuple[Tensor, list[Tensor]]]
+Look = Callable[..., tuple[Losses, list[Tensor]]]
 """`look(batch, eps=None, rows=None, chosen=None)` returns the losses at w + eps, of these rows, and the gradient of the
-mean of them, or of those chosen among them."""
+mean of them by their weights, or of those chosen among them."""
 Vector = list[Tensor]
 
 
@@ -118,7 +119,7 @@ def esam(step: PlainStep) -> Vector:
     k = min(n, max(smallest, math.floor(step.first("gamma") * n + 1e-6)))
     if k == n:
         return step.look(step.batch, eps)[1]
-    delta = step.look(step.batch, eps)[0] - first
+    delta = step.look(step.batch, eps)[0].ranked() - first.rows
     rows_kept = delta.argsort(descending=True, stable=True)[:k]
     rows_kept = rows_kept[delta[rows_kept] > delta[rows_kept].min()] if opt.strict else rows_kept
     rows_kept = rows_kept.sort().values
@@ -129,19 +130,21 @@ def esam(step: PlainStep) -> Vector:
 
 def msam(step: PlainStep) -> Vector:
     """mSAM Eq. 7, with n_i / n for 1 / m unless weighting="uniform"."""
-    d = [torch.zeros_like(p) for p in step.params]
+    found = []
     start, left, pairs = [b.clone() for b in step.statistics()], [], step.opt.passes(step.batch)
     for pair in pairs:
         if step.opt.bn_update == "mean":
             _set(step.statistics(), start)
-        _, g = step.look(pair.batch)
+        losses, g = step.look(pair.batch)
         left.append([b.clone() for b in step.statistics()])
         g_adv = step.look(pair.batch, step.radial(g, step.option("rho")))[1]
-        d = [d_n + pair.weight * v for d_n, v in zip(d, g_adv, strict=True)]
+        weighs = losses.weights is not None and not pair.counts_alike
+        found.append((losses.weights.sum() if weighs else pair.weight, g_adv))  # type: ignore[union-attr]
     if step.opt.bn_update == "mean":
         shares = torch.tensor([pair.share for pair in pairs], dtype=torch.float64)
         _set(step.statistics(), [_mean(torch.stack(of_pairs), shares) for of_pairs in zip(*left, strict=True)])
-    return d
+    total = sum(weight for weight, _ in found)
+    return [sum((w / total * g_adv[i] for w, g_adv in found), torch.zeros_like(p)) for i, p in enumerate(step.params)]
 
 
 def _mean(stacked: Tensor, shares: Tensor) -> Tensor:

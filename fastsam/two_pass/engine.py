@@ -25,9 +25,10 @@ from fastsam.two_pass.ascent import Ascent, as_dense
 from fastsam.two_pass.batch import Batch, batch_size
 from fastsam.two_pass.capture import Capturable, watch
 from fastsam.two_pass.gradients import ConsumedMark, clear, put, take
-from fastsam.two_pass.hooks import MethodHooks, Pair
+from fastsam.two_pass.hooks import MethodHooks
 from fastsam.two_pass.interrupts import held_back
 from fastsam.two_pass.loss_function import LossFunction, check_losses
+from fastsam.two_pass.losses import Losses, StepObjective, joined
 from fastsam.two_pass.partial_backward import run_backward
 from fastsam.two_pass.restore_step import Update, prepare
 from fastsam.two_pass.wrapper import SEED, STEP, TAKEN
@@ -117,20 +118,26 @@ class Engine(MethodHooks, Capturable):
             finishes: restore the weights after each pair and count it, since no update follows.
         """
         run, pairs = self._run, self.passes(batch)
-        losses: list[Tensor] = []
+        objective = StepObjective(pairs, self._params(), not self._reduces_each_pair())
+        losses: list[Losses] = []
         norms: list[Tensor | None] = []
         for i, pair in enumerate(pairs):
             # The weights are still those that the pair before has perturbed.
             run.restore()
             run.share, perturbs = pair.share, self.has_second_pass()
             # The last backward reduces the sum of all pairs between DDP's ranks.
-            losses.append(self._pair_on_batch(loss_fn, pair, scale, i == len(pairs) - 1, own))
+            losses.append(self._pair_on_batch(loss_fn, pair.batch, objective, i, scale, i == len(pairs) - 1, own))
             norms.append(run.last_grad_norm)
             if finishes and perturbs:
                 run.restore()
                 run.finish_pair()
         run.last_grad_norm = self.norm_of_pairs(norms)
-        return losses[0].mean() if len(losses) == 1 else torch.cat(losses).mean()
+        return joined(losses)
+
+    def _reduces_each_pair(self) -> bool:
+        """Whether gradients of one pair are reduced between ranks before those of the next are there."""
+        ranks = self._run.parallel_model
+        return ranks.is_sharded or (ranks.are_several and self._combines())
 
     def _start_on_batch(self, scaler: Any) -> None:
         """Drop what earlier passes left, and note the scale that the backward passes of this step will have."""
@@ -142,37 +149,40 @@ class Engine(MethodHooks, Capturable):
     def _pair_on_batch(
         self,
         loss_fn: LossFunction,
-        pair: Pair,
+        batch: tuple[Any, ...],
+        objective: StepObjective,
+        i: int,
         scale: Callable[[Tensor], Tensor],
         sync: bool,
         own: Callable[[Tensor], Any] | None,
-    ) -> Tensor:
+    ) -> Losses:
         """Run both passes on a part of the batch; return the losses of the first, or of the only one.
 
         Args:
             loss_fn: the user's.
-            pair: the part.
+            batch: its arguments, the part's rows.
+            objective: what the losses of the parts make.
+            i: which part it is.
             scale: multiplies the losses.
             sync: reduce p.grad between DDP's ranks in the second pass.
             own: the caller's backward, in place of ours.
         """
-        n = batch_size(pair.batch) if pair.batch else None
+        n = batch_size(batch) if batch else None
         may_be_scalar = not self.needs_rows()
         loss_fn.begin_pair()
         only_first = not self.has_second_pass()
         needed = None if only_first else self._needed_in_ascent()
-        kept: list[Tensor] = []
+        kept: list[Losses] = []
         untouched = ConsumedMark()
 
-        def losses_of_all() -> Tensor:
+        def losses_of_all() -> Losses:
             untouched.set(self.param_groups)
-            losses = check_losses(loss_fn(*pair.batch), n, may_be_scalar=may_be_scalar)
-            if not losses.dim() and not untouched.covers(self.param_groups, also_missing=True):
+            losses = check_losses(loss_fn(*batch), n, may_be_scalar=may_be_scalar)
+            if not losses.rows.dim() and not untouched.covers(self.param_groups, also_missing=True):
                 raise TypeError("the loss function has run backward itself; leave that out, or use opt.step(closure)")
             return losses
 
-        def backward(losses: Tensor, weight: float, leaves: list[Tensor] | None = None) -> None:
-            loss = losses.mean() if weight == 1 else losses.mean() * weight
+        def backward(loss: Tensor, leaves: list[Tensor] | None = None) -> None:
             if own is not None:
                 self._run_callers(own, loss, leaves)
             else:
@@ -180,16 +190,14 @@ class Engine(MethodHooks, Capturable):
 
         def first_pass() -> None:
             losses = losses_of_all()
-            backward(losses, pair.weight if only_first else 1.0, needed)
             kept.append(losses.detach())
+            backward(objective.of_second(i, kept[0], losses) if only_first else objective.of_first(losses), needed)
 
         def second_pass() -> None:
-            if kept:
-                losses = self.select(loss_fn, pair.batch, kept[0])
-            else:
-                losses = losses_of_all()
+            losses = self.select(loss_fn, batch, kept[0]) if kept else losses_of_all()
+            if not kept:
                 kept.append(losses.detach())
-            backward(losses, pair.weight)
+            backward(objective.of_second(i, kept[0], losses))
 
         self._pair(first_pass, second_pass, sync, is_partial=needed is not None)
         return kept[0]

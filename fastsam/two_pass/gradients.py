@@ -49,6 +49,20 @@ def sums(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list
     return [b if a is None else a if b is None else a.add_(b) for a, b in pairs]
 
 
+@torch.no_grad()
+def scale_(params: Sequence[Tensor], factor: Tensor | float) -> None:
+    """Multiply the parameters' gradients by a number in place."""
+    for p in params:
+        if p.grad is None:
+            continue
+        factor = factor.to(p.grad.device) if isinstance(factor, Tensor) else factor
+        if p.grad.dtype.itemsize < 4:
+            # A factor rounded to 16 bits would be off by 0.4 %.
+            p.grad.copy_(p.grad.float() * factor)
+        else:
+            p.grad.mul_(factor)
+
+
 def clear(params: Sequence[Tensor]) -> None:
     """Drop the parameters' gradients."""
     for p in params:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,19 +13,9 @@ from fastsam.distributed.dtensor import local
 from fastsam.two_pass.ascent import Ascent, as_real
 from fastsam.two_pass.gradients import clear, put, take
 from fastsam.two_pass.loss_function import check_losses
+from fastsam.two_pass.losses import Losses, Pair
 from fastsam.two_pass.module_state import modules_of
 from fastsam.two_pass.passes import PassOptimizer
-
-
-class Pair(NamedTuple):
-    """A part of the batch that is perturbed by itself: a first pass and a second one."""
-
-    batch: tuple[Any, ...]
-    """Arguments of the loss function."""
-    weight: float = 1.0
-    """What the mean loss of the part counts in the step's gradient."""
-    share: float = 1.0
-    """What its batch-norm statistics count, the part's share of the rows."""
 
 
 class MethodHooks(PassOptimizer):
@@ -107,15 +97,16 @@ class MethodHooks(PassOptimizer):
             The gradient norm, 0-dim, for `last_grad_norm`; None if there is none.
         """
 
-    def select(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], first: Tensor) -> Tensor:
+    def select(self, loss_fn: Callable[..., Any], batch: tuple[Any, ...], first: Losses) -> Losses:
         """Return the losses at the perturbed weights whose mean the second pass goes back from. Default: of all rows.
 
         Args:
             loss_fn: the user's.
             batch: its arguments, of n rows.
-            first: the first pass's losses, shape [n], detached; 0-dim where that is what the loss function returns.
+            first: the first pass's losses, detached: `rows` of shape [n], 0-dim where that is what the loss function
+                returns, and their `weights`.
         """
-        return check_losses(loss_fn(*batch), len(first) if first.dim() else None)
+        return check_losses(loss_fn(*batch), len(first) if first.rows.dim() else None)
 
     def combine(self, ascent: Ascent, d: list[Tensor]) -> None:
         """Change the gradient of a second pass, in place, into what the base optimizer shall step with.
@@ -180,8 +171,8 @@ class MethodHooks(PassOptimizer):
         """Let one more forward of the second pass draw the first pass's random numbers and find its module state."""
         self._run.replay()
 
-    def losses_without_backward(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], n: int) -> Tensor:
-        """Return the losses of one more forward of the second pass, shape [n], detached; no backward follows it.
+    def losses_without_backward(self, loss_fn: Callable[..., Any], batch: tuple[Any, ...], n: int) -> Losses:
+        """Return the losses of one more forward of the second pass, of n rows, detached; no backward follows it.
 
         It runs as `ForwardAlone` says, on the first pass's draws, and leaves p.grad as it is.
 
@@ -195,7 +186,7 @@ class MethodHooks(PassOptimizer):
         """
         run, params = self._run, self._params()
 
-        def forward() -> Tensor:
+        def forward() -> Losses:
             # DDP would wait for a backward.
             with run.parallel_model.no_sync() if torch.is_grad_enabled() else nullcontext():
                 return check_losses(loss_fn(*batch), n, needs_grad=False)

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, vmap
 from fastsam.two_pass.batch import Batch, has_only_tensors, replace_tensors, tensors_of
 from fastsam.two_pass.gradients import put
 from fastsam.two_pass.loss_function import check_losses
+from fastsam.two_pass.losses import Weighted
 
 WAY_OUT = "use execution='sequential'"
 
@@ -156,8 +157,15 @@ class BatchedShards:
             if "vmap" not in str(error):
                 raise
             raise RuntimeError(f"torch.func.vmap cannot run the loss function; {WAY_OUT}") from error
+        if isinstance(losses, Weighted):
+            raise ValueError(f"execution='batched' cannot weigh the rows of fastsam.Weighted; {WAY_OUT}")
         # whether they have a gradient shows outside of vmap
-        return check_losses(losses, tensors[0].shape[0], needs_grad=False)
+        found = check_losses(losses, tensors[0].shape[0], needs_grad=False)
+        if found.weights is not None:
+            raise ValueError(
+                f"fastsam.Weighted goes with shards one after the other, but execution='batched'; {WAY_OUT}"
+            )
+        return found.rows
 
     def _buffers(self) -> dict[str, Tensor]:
         """A copy of the model's buffers for each shard."""
