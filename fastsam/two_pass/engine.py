@@ -203,18 +203,26 @@ class Engine(MethodHooks, Capturable):
         return kept[0]
 
     def _run_callers(self, own: Callable[[Tensor], Any], loss: Tensor, leaves: list[Tensor] | None) -> None:
-        """Let the caller's function run backward from the loss, or from a leaf in its place where part is left out."""
+        """Let the caller's function run backward from the loss, or from a leaf in its place where part is left out.
+
+        What it multiplies the loss by, a GradScaler's scale or the share of a micro-batch, is the gradient that arrives
+        at the loss.
+        """
         untouched = ConsumedMark()
+        factors: list[Tensor] = []
         untouched.set(self.param_groups)
-        if leaves is not None and not self._run.parallel_model.reduce_in_backward:
-            leaf = loss.detach().requires_grad_()
-            own(leaf)
-            if leaf.grad is not None:
-                run_backward(loss, leaves, leaf.grad)
-                return
-        else:
-            own(loss)
-        if untouched.covers(self.param_groups, also_missing=True):
+        is_partial = leaves is not None and not self._run.parallel_model.reduce_in_backward
+        given = loss.detach().requires_grad_() if is_partial else loss
+        handle = given.register_hook(factors.append)
+        try:
+            own(given)
+        finally:
+            handle.remove()
+        if factors:
+            self._run.grad_scale = factors[0].detach()
+        if is_partial and given.grad is not None:
+            run_backward(loss, leaves, given.grad)
+        elif untouched.covers(self.param_groups, also_missing=True):
             raise RuntimeError(
                 "backward= left no gradient in p.grad: it must run backward from the tensor that it is given. An "
                 "engine that keeps gradients and takes the step by itself, such as DeepSpeed's, cannot be used with "

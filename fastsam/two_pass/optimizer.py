@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 from torch.optim import Optimizer
 
-from fastsam.arguments import check_choice, check_clip, check_flag, check_grad_scale, check_scaler, check_seed, shown
+from fastsam.arguments import check_choice, check_clip, check_flag, check_scaler, check_seed, shown
 from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
 from fastsam.two_pass.batch import NO_BATCH, Batch, read_batch
 from fastsam.two_pass.capture import recorder
@@ -229,7 +229,6 @@ class TwoPassOptimizer(Engine):
         *batch: Any,
         backward: Callable[[Tensor], Any] | None = None,
         has_aux: bool = False,
-        grad_scale: Tensor | float | None = None,
     ) -> Any:
         """Run both passes of a step, and no update: p.grad then holds the step's gradient, added to what was there.
 
@@ -243,11 +242,10 @@ class TwoPassOptimizer(Engine):
             batch: its arguments, of n rows.
             backward: runs backward from one 0-dim tensor, which it is given once in every pass (mSAM: in every pass of
                 every shard): `accelerator.backward`, `fabric.backward`, `self.manual_backward`,
-                `lambda loss: scaler.scale(loss).backward()`, or with a division by the number of micro-batches.
+                `lambda loss: scaler.scale(loss).backward()`, or with a division by the number of micro-batches. What
+                it multiplies the loss by is measured, for `last_grad_norm` and for methods that keep a gradient.
                 Default: `loss.backward()`.
             has_aux: the loss function returns (losses, aux).
-            grad_scale: a GradScaler's scale where `backward` multiplies by one; for methods whose state must not hold
-                it (LookSAM), and for `last_grad_norm`.
 
         Returns:
             The first pass's mean loss, detached, on its device; with has_aux=True (loss, aux), as `step` does.
@@ -259,19 +257,18 @@ class TwoPassOptimizer(Engine):
         """
         run = self._run
         run.require("backward()", Stage.IDLE)
-        read = self._check_backward(loss_fn, batch, backward, has_aux, grad_scale)
+        read = self._check_backward(loss_fn, batch, backward, has_aux)
         function = LossFunction(loss_fn, read, has_aux)
-        with self._attempt(partial(setattr, run, "grad_scale", grad_scale), self._fail_pass):
+        with self._attempt(partial(setattr, run, "grad_scale", None), self._fail_pass):
             return function.with_aux(self._run_pairs(function, read, lambda loss: loss, backward, finishes=True))
 
-    def _check_backward(self, loss_fn: Any, batch: tuple, backward: Any, has_aux: Any, grad_scale: Any) -> Batch:
+    def _check_backward(self, loss_fn: Any, batch: tuple, backward: Any, has_aux: Any) -> Batch:
         """Raise if both passes cannot be run; return the batch as it was read."""
         self.check_groups()
         for name, function in (("loss_fn", loss_fn), ("backward", backward)):
             if not callable(function) and not (name == "backward" and function is None):
                 raise TypeError(f"{name} must be a function, got {shown(function)}")
         check_flag("has_aux", has_aux)
-        check_grad_scale(grad_scale)
         if recorder() is not None:
             raise RuntimeError("backward() cannot be captured: it takes no step; use graph_step with step's arguments")
         self._find_ranks().refuse_kept_gradients("backward()")
@@ -321,7 +318,7 @@ class TwoPassOptimizer(Engine):
         ):
             raise RuntimeError(
                 f"{type(self).__name__} keeps a gradient, which must not hold the loss scale: pass it as "
-                "opt.ascent(grad_scale=scaler.get_scale()) or opt.backward(..., grad_scale=scaler.get_scale()), or use "
+                "opt.ascent(grad_scale=scaler.get_scale()), or use opt.backward(loss_fn, *batch, backward=...) or "
                 "opt.step(loss_fn, *batch, scaler=scaler)"
             )
         read = read_batch(batch) if batch else None

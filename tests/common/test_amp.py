@@ -26,7 +26,7 @@ def scaled_step(training, scaler, clip=None, losses=None):
     if training.cell.way == "loss_fn":
         as_stepper(opt).step(losses, *batch, scaler=scaler, clip_grad_norm=clip)
     elif training.cell.way == "backward":
-        opt.backward(losses, *batch, backward=lambda loss: scaler.scale(loss).backward(), grad_scale=scaler.get_scale())
+        opt.backward(losses, *batch, backward=lambda loss: scaler.scale(loss).backward())
         finish(training, scaler, clip)
     else:
         for pair in opt.passes(batch):

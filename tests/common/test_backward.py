@@ -179,7 +179,6 @@ def inside(opt, losses, x, y):
         (TypeError, "backward must be a function, got 3", lambda o, f, x, y: o.backward(f, x, y, backward=3)),
         (TypeError, "loss_fn must be a function", lambda o, f, x, y: o.backward(x, y)),
         (TypeError, "has_aux must be True or False", lambda o, f, x, y: o.backward(f, x, y, has_aux="yes")),
-        (ValueError, "grad_scale must be", lambda o, f, x, y: o.backward(f, x, y, grad_scale=-1.0)),
         (TypeError, "go with step", lambda o, f, x, y: o.step(lambda: f(x, y).mean(), has_aux=True)),
     ],
 )
@@ -235,3 +234,26 @@ def test_a_model_may_be_named_late(choose):
     with pytest.raises(TypeError, match="model must be a torch"):
         opt.bind("net")
     by_contexts(opt, losses_of(model), x, y)
+
+
+@both_passes
+def test_what_the_caller_multiplies_the_loss_by_is_measured(choose, name):
+    """A loss scale that overflows nothing, and the share of a micro-batch."""
+    choose("torch")
+    (some, opt), (other, expected) = made(name), made(name)
+    for x, y in batches(5):
+        opt.backward(losses_of(some), x, y, backward=lambda loss: (loss * 4096 / 2).backward())
+        norm = opt.last_grad_norm
+        with torch.no_grad():
+            torch._foreach_div_([p.grad for p in some.parameters()], 2048)
+        opt.step()
+        opt.zero_grad()
+        expected.step(losses_of(other), x, y)
+        assert (norm is None) == (expected.last_grad_norm is None)
+        if norm is not None:
+            torch.testing.assert_close(norm, expected.last_grad_norm)
+        assert largest_difference(some, other) < 1e-12
+    if name == "looksam":
+        kept = [[o.states_of([p], "g_v")[0] for p in m.parameters()] for o, m in ((opt, some), (expected, other))]
+        for a, b in zip(*kept, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
