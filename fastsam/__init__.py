@@ -13,6 +13,7 @@ from fastsam.kernels.ops import set_backend
 from fastsam.looksam import LookSAM
 from fastsam.mesa import MESA
 from fastsam.msam import MSAM
+from fastsam.norm_layers import norm_layer_groups
 from fastsam.saf import SAF
 from fastsam.sam import SAM
 from fastsam.trajectory.samples import IndexedDataset, SampleToRankSampler
@@ -37,6 +38,7 @@ __all__ = [
     "TwoPassOptimizer",
     "Weighted",
     "graph_step",
+    "norm_layer_groups",
     "set_backend",
     "whole",
 ]

@@ -64,11 +64,12 @@ class MethodHooks(PassOptimizer):
         return False
 
     def needs_gradient(self) -> list[bool]:
-        """Return for each parameter in group order whether the ascent needs its gradient.
+        """Return for each parameter in group order whether the ascent needs its gradient. Default: `perturbed()`.
 
-        Those of the others are not computed in the first pass of `step(loss_fn, *batch)`, where that changes nothing.
+        Those of the others are not computed in the first pass of `step(loss_fn, *batch)` and `backward(loss_fn,
+        *batch)`, where that changes nothing.
         """
-        return [True] * len(self._params())
+        return self.perturbed()
 
     def has_first_pass(self) -> bool:
         """Whether the perturbation depends on a gradient; if not, `perturb` gets an ascent whose grads are None."""
