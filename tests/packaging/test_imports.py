@@ -15,7 +15,7 @@ ARROWS = {
     "__main__": {"fastsam", "cli", "installation"},
     "cli": {"fastsam", "methods", "graph", "two_pass", "sharpness"},
     "arguments": set(),
-    "fastsam": {"an optimizer", "a loss", "graph", "trajectory", "two_pass", "kernels", "installation"},
+    "fastsam": {"an optimizer", "a loss", "graph", "trajectory", "two_pass", "kernels", "norm_layers", "installation"},
     "methods": {"an optimizer", "a loss"},
     "testing": {"an optimizer", "two_pass", "distributed", "kernels"},
     "graph": {"two_pass", "kernels", "arguments"},
@@ -26,6 +26,7 @@ ARROWS = {
     "two_pass": {"distributed", "kernels", "arguments"},
     "distributed": {"kernels", "arguments"},
     "installation": set(),
+    "norm_layers": set(),
     "kernels": set(),
 }
 """For each room what it may import beside itself, as docs/architecture.md has it. Rooms are the folders of fastsam/ and
