@@ -14,15 +14,16 @@ mask at the start of every step and keep exactly floor(gamma |B|) rows.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastsam.arguments import check_choice, check_flag, check_number
+from fastsam.arguments import check_choice, check_flag, check_number, shown
 from fastsam.distributed.ddp import PerturbSync
-from fastsam.distributed.dtensor import first_element
+from fastsam.distributed.dtensor import first_element, is_dtensor, local
 from fastsam.kernels import ops, philox
 from fastsam.kernels.philox import Draw
 from fastsam.sam import SAM
@@ -30,10 +31,43 @@ from fastsam.two_pass import capture
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.batch import take_rows
 from fastsam.two_pass.loss_function import check_losses
-from fastsam.two_pass.losses import Losses
+from fastsam.two_pass.losses import Losses, Pair
 from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
 from fastsam.two_pass.wrapper import SEED, STEP
+
+_DRAWS_ITS_MASKS = "given_mask is set, but a captured step draws its masks"
+
+
+class Selection(NamedTuple):
+    """What one step of `ESAM` has masked and selected."""
+
+    mask: list[bool] | list[Tensor]
+    """For each parameter in group order whether its tensor was kept; with mask="element" bool tensors, of sharded
+    weights for this rank's entries."""
+    rows: Tensor
+    """The rows of B+, ascending: int64, shape [k]."""
+    before: Tensor
+    """The losses of all rows at w, shape [n]; with `fastsam.Weighted` the weighted sums of each row."""
+    after: Tensor
+    """The losses of all rows at w + eps, shape [n]."""
+
+    @property
+    def deltas(self) -> Tensor:
+        """How much the perturbation raises each row's loss, shape [n] (Eq. 6)."""
+        return self.after - self.before
+
+    @property
+    def plus(self) -> tuple[Tensor, Tensor]:
+        """Mean losses of B+, the selected rows, at w and at w + eps, as in the paper's Fig. 5 and 6."""
+        return self.before[self.rows].mean(), self.after[self.rows].mean()
+
+    @property
+    def minus(self) -> tuple[Tensor, Tensor]:
+        """Mean losses of B-, the rows that were not selected, at w and at w + eps; NaN where there are none."""
+        left = torch.ones(len(self.before), dtype=torch.bool, device=self.before.device)
+        left[self.rows] = False
+        return self.before[left].mean(), self.after[left].mean()
 
 
 class ESAM(SAM):
@@ -101,6 +135,10 @@ class ESAM(SAM):
         check_flag("strict", strict)
         self.mask, self.norm, self.selection, self.strict = mask, norm, selection, strict
         self.last_selected_fraction = 1.0
+        self._given_mask: list[bool | Tensor] | None = None
+        self.has_given_mask = False
+        self._last_mask: tuple[list[bool | Tensor] | None, int] = (None, 0)
+        self._selected: tuple[Tensor, Tensor, Tensor] | None = None
         TwoPassOptimizer.__init__(
             self,
             params,
@@ -158,6 +196,11 @@ class ESAM(SAM):
             return self.perturbed()
         return [kept and wanted for kept, wanted in zip(self._kept(), self.perturbed(), strict=True)]
 
+    def passes(self, batch: tuple[Any, ...]) -> list[Pair]:
+        """Return the batch as one part, and forget the last one's selection."""
+        self._selected = None
+        return super().passes(batch)
+
     def needs_rows(self) -> bool:
         """Whether rows are selected."""
         return self._gamma < 1
@@ -169,9 +212,13 @@ class ESAM(SAM):
 
     def perturb(self, ascent: Ascent, k: int) -> Tensor:
         """Compute ||m g||_2, and move the weights that the mask m keeps by rho m g / (beta ||m g||_2) (Eq. 4-5)."""
-        norm, kept = self._masked_norm(ascent), self._kept()
-        ascent = ascent.take([row for row, i in enumerate(ascent.indices) if kept[i]])
-        ascent.move(norm, self.radius, self.etas(ascent), self._draw(ascent), self.e0)
+        self._last_mask = self._given_mask, self.param_groups[0][STEP]
+        if self.has_given_mask and capture.recorder() is not None:
+            raise RuntimeError(f"the step cannot be captured: {_DRAWS_ITS_MASKS}; set it to None")
+        masked, kept = self._masked_as_given(ascent), self._kept()
+        norm = self._masked_norm(ascent if self.norm == "full" else masked)
+        masked = masked.take([row for row, i in enumerate(masked.indices) if kept[i]])
+        masked.move(norm, self.radius, self.etas(masked), self._draw(masked), self.e0)
         return norm
 
     def radius(self, group: dict[str, Any]) -> float:
@@ -185,13 +232,39 @@ class ESAM(SAM):
 
     def _kept(self) -> list[bool]:
         """The tensor mask of this step, in group order: the same on every rank, backend and device."""
+        if self._given_mask is not None:
+            return [m if isinstance(m, bool) else True for m in self._given_mask]
         # There the kernels draw the mask.
         if self.mask == "element" or capture.recorder() is not None:
             return [True] * len(self._params())
-        group = self.param_groups[0]
-        betas = tuple(self.option(group, "beta") for group in self.param_groups for _ in group["params"])
-        words = philox.first_words(len(betas), group[STEP], group[SEED])
-        return [word < philox.threshold(beta) for word, beta in zip(words, betas, strict=True)]
+        return self._tensor_mask(self.param_groups[0][STEP])
+
+    def _limits(self) -> list[int]:
+        """The numbers below which a word keeps a tensor or an element, in group order."""
+        return [philox.threshold(self.option(g, "beta")) for g in self.param_groups for _ in g["params"]]
+
+    def _tensor_mask(self, step: int) -> list[bool]:
+        limits = self._limits()
+        words = philox.first_words(len(limits), step, self.param_groups[0][SEED])
+        return [word < limit for word, limit in zip(words, limits, strict=True)]
+
+    def _element_mask(self, step: int) -> list[Tensor]:
+        seed, found = self.param_groups[0][SEED], []
+        for i, (p, limit) in enumerate(zip(map(local, self._params()), self._limits(), strict=True)):
+            start = first_element(self._params()[i]) or 0
+            found.append((philox.words(p.numel(), i, step, seed, start=start, device=p.device) < limit).view(p.shape))
+        return found
+
+    def _masked_as_given(self, ascent: Ascent) -> Ascent:
+        """Return the ascent with its gradients times the elements of a given mask."""
+        masks = [None if self._given_mask is None else self._given_mask[i] for i in ascent.indices]
+        if not any(isinstance(m, Tensor) for m in masks):
+            return ascent
+        rows = zip(masks, ascent.grads, strict=True)
+        return replace(
+            ascent,
+            grads=[g * m.view(m.shape + (1,) * (g.dim() - m.dim())) if isinstance(m, Tensor) else g for m, g in rows],
+        )
 
     def _masked_norm(self, ascent: Ascent) -> Tensor:
         draw, etas = self._draw(ascent), self.etas(ascent)
@@ -212,9 +285,63 @@ class ESAM(SAM):
         """The random numbers of a mask that the kernels draw, and of rounding."""
         betas = tuple(self.option(group, "beta") for group in ascent.groups)
         is_whole = self.mask == "tensor"
-        if all(beta == 1 for beta in betas) or (is_whole and capture.recorder() is None):
+        if (
+            self._given_mask is not None
+            or all(beta == 1 for beta in betas)
+            or (is_whole and capture.recorder() is None)
+        ):
             return ascent.rounding()
         return ascent.draw(rounding=bool(self.stochastic_rounding), keep_probability=betas, whole=is_whole)
+
+    @property
+    def given_mask(self) -> list[bool | Tensor] | None:
+        """The mask of the next steps in place of drawn ones, for parity checks; None draws.
+
+        One entry for each parameter in group order: a bool, or with mask="element" a bool tensor of its shape. beta
+        still divides the perturbation; ranks need equal masks. It is in no checkpoint.
+
+        Raises:
+            TypeError: when it is set, an entry is neither a bool nor a bool tensor.
+            ValueError: when it is set, another number of entries, another shape, or elements under mask="tensor" or of
+                sharded weights.
+        """
+        return self._given_mask
+
+    @given_mask.setter
+    def given_mask(self, mask: Sequence[bool | Tensor] | None) -> None:
+        self._given_mask = None if mask is None else self._checked_mask(list(mask))
+        # what captured steps compare with
+        self.has_given_mask = mask is not None
+
+    def _checked_mask(self, mask: list[bool | Tensor]) -> list[bool | Tensor]:
+        params = self._params()
+        if len(mask) != len(params):
+            raise ValueError(f"given_mask needs an entry for each of the {len(params)} parameters, got {len(mask)}")
+        for i, (m, p) in enumerate(zip(mask, params, strict=True)):
+            if isinstance(m, bool):
+                continue
+            if not isinstance(m, Tensor) or m.dtype is not torch.bool:
+                raise TypeError(f"given_mask[{i}] must be a bool or a bool tensor, got {shown(m)}")
+            if self.mask == "tensor" or is_dtensor(p):
+                raise ValueError(
+                    f"given_mask[{i}] masks elements, which needs mask='element' and whole weights; pass a bool"
+                )
+            if m.shape != p.shape:
+                raise ValueError(f"given_mask[{i}] must be of shape {list(p.shape)}, got {list(m.shape)}")
+        return mask
+
+    @property
+    def last_selection(self) -> "Selection | None":
+        """What the last `step(loss_fn, *batch)` or `backward(loss_fn, *batch)` masked and selected; see `Selection`.
+
+        None where no rows were selected: gamma = 1, a step without a second pass, or another way of stepping.
+        """
+        if self._selected is None:
+            return None
+        (given, step), (rows, before, after) = self._last_mask, self._selected
+        mask: Any = given or (self._tensor_mask(step) if self.mask == "tensor" else self._element_mask(step))
+        # a captured step writes into its own tensors again
+        return Selection(mask, rows.clone(), before.clone(), after.clone())
 
     # sharpness-sensitive data selection
 
@@ -231,10 +358,16 @@ class ESAM(SAM):
             return super().select(loss_fn, batch, first)
         if self.selection == "reuse":
             losses = check_losses(loss_fn(*batch), n)
-            return losses.take(self._rows(losses.detach(), first, k))
-        rows = self._rows(self.losses_without_backward(loss_fn, batch, n), first, k)
-        self.replay()
-        return check_losses(loss_fn(*take_rows(batch, rows)), len(rows))
+            after = losses.detach()
+            rows = self._rows(after, first, k)
+            chosen = losses.take(rows)
+        else:
+            after = self.losses_without_backward(loss_fn, batch, n)
+            rows = self._rows(after, first, k)
+            self.replay()
+            chosen = check_losses(loss_fn(*take_rows(batch, rows)), len(rows))
+        chosen.of_all, self._selected = after, (rows, first.rows, after.rows)
+        return chosen
 
     def _number_of_rows(self, n: int) -> int:
         smallest = 2 if self.trains_batch_norm else 1
@@ -258,6 +391,8 @@ class ESAM(SAM):
 
     def why_not_capturable(self, scaler: Any) -> str | None:
         """Return why no step can be captured, if so."""
+        if self.has_given_mask:
+            return _DRAWS_ITS_MASKS
         return "strict=True reads the device" if self.strict else super().why_not_capturable(scaler)
 
     def is_warm(self) -> bool:
@@ -269,4 +404,8 @@ class ESAM(SAM):
 
     def static_outputs(self) -> list[tuple[Any, str]]:
         """Return what a step sets and every replay leaves as well."""
-        return [*super().static_outputs(), (self, "last_selected_fraction")]
+        return [*super().static_outputs(), (self, "last_selected_fraction"), (self, "_selected")]
+
+    def _replayed(self) -> None:
+        super()._replayed()
+        self._last_mask = None, self.param_groups[0][STEP] - 1

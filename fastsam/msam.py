@@ -25,7 +25,7 @@ from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM
 from fastsam.two_pass.batch import Batch, batch_size, split_rows
 from fastsam.two_pass.loss_function import LossFunction
-from fastsam.two_pass.losses import Pair
+from fastsam.two_pass.losses import Losses, Pair
 from fastsam.two_pass.module_state import Modules, as_one, set_to_means
 from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
 from fastsam.two_pass.vmap_shards import WAY_OUT, BatchedShards, check_batchable
@@ -234,7 +234,8 @@ class MSAM(SAM):
             gradients.clear()
 
         self._run.enter_descent(perturb)
-        d = shards.second_pass(weights, scale)
+        perturbed, d = shards.second_pass(weights, scale)
+        self._run.perturbed_losses = [Losses(perturbed)]
         self._run.leave_descent()
         shards.put_gradients(d)
         set_to_means(statistics, moved_statistics)

@@ -121,6 +121,7 @@ class Engine(MethodHooks, Capturable):
         objective = StepObjective(pairs, self._params(), not self._reduces_each_pair())
         losses: list[Losses] = []
         norms: list[Tensor | None] = []
+        run.perturbed_losses = []
         for i, pair in enumerate(pairs):
             # The weights are still those that the pair before has perturbed.
             run.restore()
@@ -195,6 +196,7 @@ class Engine(MethodHooks, Capturable):
 
         def second_pass() -> None:
             losses = self.select(loss_fn, batch, kept[0]) if kept else losses_of_all()
+            self._run.perturbed_losses.append((losses.of_all or losses).detach())
             if not kept:
                 kept.append(losses.detach())
             backward(objective.of_second(i, kept[0], losses))

@@ -86,7 +86,11 @@ class Losses:
         rows: c_i, shape [n]; or one loss of all rows, 0-dim.
         weights: W_i, shape [n]; None where each row counts 1.
         total: T; None for the sum of the weights.
+
+    Where they are a part of a batch's rows, `of_all` holds those of all rows at the same weights.
     """
+
+    of_all: "Losses | None" = None
 
     def __init__(self, rows: Tensor, weights: Tensor | None = None, total: float | Tensor | None = None) -> None:
         self.rows, self.weights, self.total = rows, weights, total

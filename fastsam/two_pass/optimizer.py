@@ -199,6 +199,7 @@ class TwoPassOptimizer(Engine):
                 loss = self._closure_after_pairs(closure)
             elif not batch:
                 self._start_afresh()
+                self._run.perturbed_losses = []
                 loss = self._pair(closure, closure)
                 self._refuse_unreduced(batch)
             else:
@@ -388,7 +389,7 @@ class TwoPassOptimizer(Engine):
     def static_outputs(self) -> list[tuple[Any, str]]:
         """Return attributes, by holder and name, that a step sets to tensors which every replay leaves as well."""
         # the backup may be another after a step without a graph, but a captured one has its address
-        return [(self._run, "last_grad_norm"), (self._run, "found_inf"), (self._run, "backup")]
+        return [(self._run, name) for name in ("last_grad_norm", "perturbed_losses", "found_inf", "backup")]
 
     def _discard(self) -> None:
         self._run.discard()

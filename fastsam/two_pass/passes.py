@@ -18,6 +18,7 @@ from fastsam.distributed.ddp import ParallelModel, PerturbSync
 from fastsam.distributed.unsupported import refuse_unsupported
 from fastsam.two_pass.gradients import copies, flat, follow_steps, put, take
 from fastsam.two_pass.interrupts import Attempt, Pass
+from fastsam.two_pass.losses import joined
 from fastsam.two_pass.module_state import Modules, ModuleState, as_one, modules_of
 from fastsam.two_pass.scaler_target import ScalerTarget
 from fastsam.two_pass.stage import Stage
@@ -106,6 +107,17 @@ class PassOptimizer(WrappedOptimizer):
         """
         return self._run.last_grad_norm
 
+    @property
+    def last_perturbed_loss(self) -> Tensor | None:
+        """The last second pass's loss over the rows of the loss that `step` or `backward` returned: 0-dim, detached.
+
+        Their difference is the sharpness of the batch. Over all rows also where a method goes back from a part of them;
+        of several parts each at its own perturbed weights. None after steps without a second pass, and in other ways
+        than `step(loss_fn, *batch)` and `backward(loss_fn, *batch)`.
+        """
+        losses = self._run.perturbed_losses
+        return joined(losses) if losses else None
+
     def _params(self) -> list[Tensor]:
         return flat(self.param_groups)
 
@@ -187,11 +199,11 @@ class PassOptimizer(WrappedOptimizer):
         return Pass(Attempt(self._run, _nothing, enter, _nothing, fail))
 
     def _begin_ascent(self, grad_scale: Tensor | float | None) -> None:
-        self._run.grad_scale = grad_scale
+        self._run.grad_scale, self._run.perturbed_losses = grad_scale, []
         self._enter_ascent()
 
     def _begin_single(self, grad_scale: Tensor | float | None) -> None:
-        self._run.grad_scale = grad_scale
+        self._run.grad_scale, self._run.perturbed_losses = grad_scale, []
         self._run.enter_single(self.param_groups, self._syncs(True), self.same_rng)
 
     def _leave_single(self) -> None:
@@ -305,7 +317,7 @@ class PassOptimizer(WrappedOptimizer):
             put(params, grads)
 
         with self._attempt(partial(run.note_count, self.param_groups), fail):
-            run.params, run.ascent_is_local = params, ranks.left_unreduced
+            run.params, run.ascent_is_local, run.perturbed_losses = params, ranks.left_unreduced, []
             # zero_grad() may write zeros into them, or the mean over ranks
             is_written = self._combines() or run.ascent_is_local
             run.ascent_grads = copies(run.params) if is_written else grads

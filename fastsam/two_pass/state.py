@@ -18,6 +18,7 @@ from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.forward_alone import ForwardAlone
 from fastsam.two_pass.gradients import ConsumedMark, clear, copies, flat, put, sums, take
 from fastsam.two_pass.interrupts import Attempt
+from fastsam.two_pass.losses import Losses
 from fastsam.two_pass.module_state import ModuleState
 from fastsam.two_pass.rng import RandomState
 from fastsam.two_pass.stage import WAYS_IN, WAYS_OUT, Stage, execute
@@ -97,6 +98,8 @@ class StepState:
         self.later_draws: RandomState | None = None
         self.consumed = ConsumedMark()
         self.last_grad_norm: Tensor | None = None
+        self.perturbed_losses: list[Losses] = []
+        """Of the second passes of the last `step(loss_fn, *batch)` or `backward(loss_fn, *batch)`."""
         device = next((p.device for p in flat(groups)), torch.device("cpu"))
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.found_inf: Tensor | None = None
@@ -428,6 +431,6 @@ class StepState:
             self.aside = None
         elif self.stage is Stage.ASCENT and self.before_single is not None:
             put(self.params, self.before_single)
-        self.before_single, self.pending, self.is_first_forward = None, {}, False
+        self.before_single, self.pending, self.is_first_forward, self.perturbed_losses = None, {}, False, []
         self.at_end = []
         self.stage = Stage.IDLE

@@ -101,7 +101,9 @@ class BatchedShards:
             )
         return losses, gradients, [buffers[name_of[id(b)]] for b in statistics]
 
-    def second_pass(self, weights: list[Tensor], scale: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+    def second_pass(
+        self, weights: list[Tensor], scale: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """Run shard i at the i-th of its own weights.
 
         Args:
@@ -109,8 +111,8 @@ class BatchedShards:
             scale: applied to the mean loss.
 
         Returns:
-            The gradient of the mean loss, summed over shards, for each parameter; None where the loss does not
-            depend on it.
+            Losses of shape [n], and the gradient of the mean loss, summed over shards, for each parameter; None where
+            the loss does not depend on it.
         """
         leaves = [w.requires_grad_() for w in weights]
         run = vmap(self._losses, randomness="different")
@@ -119,7 +121,7 @@ class BatchedShards:
             loss = scale(check_losses(losses, len(losses)).mean())
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         # in the parameter's own layout, as autograd's would be
-        return [
+        return losses.detach(), [
             None if g is None else torch.sum(g, 0, out=torch.empty_like(p))
             for p, g in zip(self.params, gradients, strict=True)
         ]

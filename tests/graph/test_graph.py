@@ -853,3 +853,29 @@ def test_a_capture_that_draws_in_another_order_fails_and_hands_the_generator_bac
         recording.__exit__(None, None, None)
     assert generator.state is own
     assert (own.seed, own.offset, own.within) == (7, 44, None)
+
+
+def test_captures_refuse_given_masks_and_keep_the_selection_of_a_replay(recorder):
+    found = []
+    expected, problem = both(of(ESAM, seed=4))
+    for one in (expected, problem):
+        torch.manual_seed(6)
+        step = one.graphed(warmup=1) if one is problem else one.eager()
+        for batch in data():
+            step(*batch)
+            found.append(one.opt.last_selection)
+        if one is problem:
+            assert step.replays > 1
+            one.opt.given_mask = [True] * len(list(one.model.parameters()))
+            with pytest.raises(ValueError, match="given_mask"):
+                graph_step(one.opt, one.losses, *data()[0])
+            before = snapshot(one.model)
+            with pytest.raises(RuntimeError, match="given_mask is set, but a captured step draws its masks"):
+                step(*data()[0])
+            assert_same(one.model, before)
+            one.opt.given_mask = None
+            step(*data()[0])
+    for a, b in zip(found[: len(data())], found[len(data()) :], strict=True):
+        assert a.mask == b.mask
+        assert torch.equal(a.rows, b.rows)
+        assert torch.equal(a.after, b.after)

@@ -550,3 +550,100 @@ def test_losses_that_are_wrong_in_a_later_pass_leave_the_weights_alone(backend, 
         assert_same(model, before)
     with pytest.raises(RuntimeError, match="losses have no gradient"):
         opt.step(lambda x, y: losses_of(model)(x, y).detach(), X, Y)
+
+
+# what the last step masked and selected, and masks that are given
+
+
+def selected(mask, norm="masked", gamma=0.5, steps=3, given=None, selection="reforward"):
+    """Train, with the masks that are given or drawn; return the optimizer, its model and the selections."""
+    model, found = mlp(), []
+    options = {"mask": mask, "norm": norm, "gamma": gamma, "seed": 4, "selection": selection}
+    opt = ESAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, **options)
+    for i, batch in enumerate(batches(steps)):
+        opt.given_mask = None if given is None else given[i]
+        opt.step(losses_of(model), *batch)
+        found.append(opt.last_selection)
+    return opt, model, found
+
+
+@pytest.mark.parametrize("selection", ["reforward", "reuse"])
+def test_the_last_selection_is_that_of_the_equations(backend, selection):
+    _, _, found = selected("tensor", selection=selection, steps=1)
+    model, (x, y) = mlp(), batches(1)[0]
+    params = list(model.parameters())
+    before = losses_of(model)(x, y)
+    g = torch.autograd.grad(before.mean(), params)
+    words = philox.first_words(len(params), 0, 4)
+    mask = [word < philox.threshold(0.6) for word in words]
+    norm = torch.stack([g_n.square().sum() for g_n, m in zip(g, mask, strict=True) if m]).sum().sqrt()
+    with torch.no_grad():
+        for p, g_n, m in zip(params, g, mask, strict=True):
+            p.add_(0.5 / 0.6 * m * g_n / norm)
+    after = losses_of(model)(x, y)
+    rows = (after - before).topk(6).indices.sort().values
+    left = torch.tensor([i for i in range(12) if i not in rows.tolist()])
+    assert found[0].mask == mask
+    assert found[0].rows.tolist() == rows.tolist()
+    for ours, truth in (
+        (found[0].before, before),
+        (found[0].after, after),
+        (found[0].deltas, after - before),
+        (torch.stack(found[0].plus), torch.stack([before[rows].mean(), after[rows].mean()])),
+        (torch.stack(found[0].minus), torch.stack([before[left].mean(), after[left].mean()])),
+    ):
+        torch.testing.assert_close(ours, truth.detach())
+
+
+@pytest.mark.parametrize("norm", ["masked", "full", "estimated"])
+@pytest.mark.parametrize("mask", ["tensor", "element"])
+def test_masks_that_are_given_make_the_step_of_masks_that_are_drawn(backend, mask, norm):
+    _, drawn, selections = selected(mask, norm)
+    masks = [selection.mask for selection in selections]
+    assert len({str(m) for m in masks}) > 1
+    opt, given, again = selected(mask, norm, given=masks)
+    assert largest_difference(drawn, given) < 1e-12
+    for a, b in zip(selections, again, strict=True):
+        assert a.rows.tolist() == b.rows.tolist()
+    opt.given_mask = None
+    assert opt.given_mask is None
+
+
+def test_a_given_mask_that_keeps_nothing_is_the_base_step(backend):
+    _, model, found = selected("tensor", given=[[False] * 4] * 3)
+    assert found == [None] * 3
+    plain = mlp()
+    base = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for x, y in batches(3):
+        base.zero_grad()
+        losses_of(plain)(x, y).mean().backward()
+        base.step()
+    assert largest_difference(model, plain) < 1e-14
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_other_steps_leave_no_selection(backend, gamma):
+    opt, model, found = selected("tensor", gamma=gamma)
+    assert (found[-1] is None) == (gamma == 1)
+    if gamma == 1:
+        return
+    opt.param_groups[0]["gamma"] = 1.0
+    opt.step(losses_of(model), *batches(1)[0])
+    assert opt.last_selection is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "given", "error", "needle"),
+    [
+        ("tensor", [True] * 3, ValueError, "an entry for each of the 4 parameters, got 3"),
+        ("tensor", [1, True, True, True], TypeError, r"given_mask\[0\] must be a bool or a bool tensor, got 1"),
+        ("tensor", [torch.ones(8, 6, dtype=torch.bool), *[True] * 3], ValueError, "needs mask='element'"),
+        ("element", [torch.ones(8, 6), *[True] * 3], TypeError, "must be a bool or a bool tensor"),
+        ("element", [torch.ones(8, dtype=torch.bool), *[True] * 3], ValueError, r"of shape \[8, 6\], got \[8\]"),
+    ],
+)
+def test_a_bad_mask_is_named(mask, given, error, needle):
+    opt = ESAM(mlp().parameters(), torch.optim.SGD, mask=mask, lr=0.1)
+    with pytest.raises(error, match=needle):
+        opt.given_mask = given
+    assert opt.given_mask is None
