@@ -12,7 +12,7 @@ docs/algorithms.md#mesa.
 import operator
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -165,7 +165,7 @@ class MESA(Trajectory):
         if device.type != "cuda":
             self._begun = _Batch(inputs), self._teacher_forward(inputs, self.teacher_dtype), None
             return
-        stream = torch.cuda.Stream(device)
+        stream = _stream_of_teachers(device)
         # The inputs and the teacher's last update were queued on the current stream.
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -300,3 +300,9 @@ def _unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+@cache
+def _stream_of_teachers(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream for each device: the allocator and cuBLAS keep memory for every stream that is used."""
+    return torch.cuda.Stream(device)

@@ -223,9 +223,11 @@ class AsyncCopy:
     def __init__(self, positions: Tensor, epoch: int, fields: Fields, device: torch.device) -> None:
         self.positions, self.epoch, self._event = positions, epoch, None
         if fields["tags"].device != device:
+            on_gpu = fields["tags"].device if device.type == "cpu" else device
             fields = {name: _start_copy(field, device) for name, field in fields.items()}
             self._event = torch.cuda.Event()
-            self._event.record()
+            # The copies run there, whatever the current device is.
+            self._event.record(torch.cuda.current_stream(on_gpu))
         self._fields = fields
 
     def result(self, wait: bool = False) -> Fields:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastsam.trajectory.storage
 from fastsam import ESAM, SAF, SAM, IndexedDataset
 from fastsam.kernels import reference_common
+from fastsam.trajectory import history as history_module
 from fastsam.trajectory.history import History
 
 SGD = torch.optim.SGD
@@ -756,3 +757,22 @@ def test_indexed_dataset_yields_ids():
     assert sorted(seen) == list(range(N))
     with pytest.raises(TypeError, match="cannot be indexed"):
         IndexedDataset(iter([1]))
+
+
+@pytest.mark.parametrize("to_host", [False, True])
+def test_copies_of_records_are_waited_for_on_the_gpus_own_stream(monkeypatch, to_host):
+    """Whatever device is the current one; copies and streams are stand-ins here."""
+    gpu, recorded = torch.device("cuda", 1), []
+
+    class Field:
+        device = gpu if to_host else torch.device("cpu")
+
+    class Event:
+        def record(self, stream):
+            recorded.append(stream)
+
+    monkeypatch.setattr(history_module, "_start_copy", lambda field, device: field)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    history_module.AsyncCopy(torch.arange(2), 1, {"tags": Field()}, torch.device("cpu") if to_host else gpu)
+    assert recorded == ["stream of cuda:1"]

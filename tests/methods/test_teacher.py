@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from fastsam import MESA
+from fastsam import mesa as mesa_module
 
 X, Y = batches(1)[0]
 
@@ -161,3 +162,15 @@ def test_an_answer_without_logits_is_refused(kind, output, message):
 def test_output_is_checked_at_once():
     with pytest.raises(TypeError, match=r"output must be a key, an index or a function, got 0\.5"):
         MESA(mlp(), output=0.5)
+
+
+def test_teachers_share_one_stream_for_each_device(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
+    mesa_module._stream_of_teachers.cache_clear()
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    streams = [mesa_module._stream_of_teachers(device) for device in (first, second, first, second)]
+    mesa_module._stream_of_teachers.cache_clear()
+    assert made == [first, second]
+    assert streams[0] is streams[2]
+    assert streams[0] is not streams[1]
