@@ -4,6 +4,7 @@ The command line makes options and `--help` of it, and `fastsam compare` tunes a
 the count gate and the tests' laws take their methods and variants from it.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -171,6 +172,7 @@ METHODS: dict[str, Method] = {
         kind="optimizer",
         cls=SAM,
         options={"rho": 0.05},
+        variants={"default": Variant({}), "p = 3": Variant({"p": 3.0}), "p = inf": Variant({"p": math.inf})},
         tuned="rho",
         grid=_RHO_GRID,
         base="sgd",

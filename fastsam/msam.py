@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from fastsam.arguments import check_choice, check_integer, shown
 from fastsam.distributed.ddp import PerturbSync
-from fastsam.sam import SAM
+from fastsam.sam import SAM, check_p
 from fastsam.two_pass.batch import Batch, batch_size, split_rows
 from fastsam.two_pass.loss_function import LossFunction
 from fastsam.two_pass.losses import Losses, Pair
@@ -83,6 +83,7 @@ class MSAM(SAM):
         bn_update: Literal["mean", "sequential"] = "mean",
         execution: Literal["sequential", "batched"] = "sequential",
         model: Modules = None,
+        p: float = 2.0,
         perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
         generators: Sequence[Any] = (),
@@ -93,6 +94,8 @@ class MSAM(SAM):
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
+        check_p(p)
+        self.p = float(p)
         check_choice("weighting", weighting, ("sample", "uniform"))
         check_choice("bn_update", bn_update, ("mean", "sequential"))
         check_choice("execution", execution, ("sequential", "batched"))

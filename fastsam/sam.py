@@ -5,14 +5,21 @@
     d     = grad L_B(w + eps)                            (Eq. 3)
     w    <- base step from w with d                      (Alg. 1)
 
+With another p, 1/p + 1/q = 1:
+
+    eps   = rho sign(g) (|g| / ||g||_q)^(q-1)            (Eq. 2; dual_norm.py)
+
 With adaptive=True it is ASAM (Kwon et al. 2021, https://arxiv.org/abs/2102.11600), T = diag(|w|):
 
     eps   = rho T^2 g / ||T g||_2                        (Eq. 7)
 """
 
+import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,10 +27,20 @@ from fastsam.arguments import check_radius, shown
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.kernels.reference import E0
 from fastsam.two_pass.ascent import Ascent
+from fastsam.two_pass.dual_norm import direction
 from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
 
 OFFICIAL_ETA, OFFICIAL_E0 = 0.01, 1e-16
+
+
+def check_p(p: Any) -> None:
+    """Raise TypeError or ValueError unless this is the p of a norm."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"p must be a number, got {shown(p)}")
+    # an integer beyond float64's range is no number here
+    if not p >= 1 or (isinstance(p, int) and p > sys.float_info.max):
+        raise ValueError(f"p must be at least 1, or math.inf, got {shown(p)}")
 
 
 class SAM(TwoPassOptimizer):
@@ -45,6 +62,10 @@ class SAM(TwoPassOptimizer):
             parameters that a forward moves, which are searched for in a few first steps and in every 256th (a wait
             each). After a step that fails all are what they were before it. Without it they are yours to handle. It
             is held, not registered.
+        p: of the norm that rho bounds, at least 1; math.inf perturbs every entry by rho, with its gradient's sign; 1
+            perturbs one entry of all, the first with the largest gradient, and takes whole weights (no fully_shard).
+            With ASAM the norm is that of eps / T. Radii are those of the norm: for inf about 1/sqrt(P) of the 2-norm's,
+            for P weights. Other values than 2 are computed by torch, not in fastsam's kernels.
         perturb_sync: which ranks of a DistributedDataParallel (or `replicate()`) model share a perturbation: "global"
             perturbs all alike, along the gradient of the whole batch; "replica" perturbs each along its own, unreduced,
             which is mSAM with one shard per rank and saves a reduction; a number g makes groups of g neighbouring
@@ -88,6 +109,9 @@ class SAM(TwoPassOptimizer):
             loss = opt.step(losses, x, y)
     """
 
+    p = 2.0
+    """Of the norm that rho bounds."""
+
     def __init__(
         self,
         params: Iterable,
@@ -96,6 +120,7 @@ class SAM(TwoPassOptimizer):
         adaptive: bool | Literal["official"] = False,
         *,
         model: Modules = None,
+        p: float = 2.0,
         perturb_sync: PerturbSync | None = None,
         same_rng: bool = True,
         generators: Sequence[Any] = (),
@@ -106,6 +131,8 @@ class SAM(TwoPassOptimizer):
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
+        check_p(p)
+        self.p = float(p)
         super().__init__(
             params,
             base_optimizer,
@@ -136,8 +163,14 @@ class SAM(TwoPassOptimizer):
             self.parameter_names()
 
     def perturb(self, ascent: Ascent, k: int) -> Tensor:
-        """Compute ||T g||_2, and move w by rho T^2 g / ||T g||_2 (Eq. 2; ASAM's Eq. 7)."""
+        """Compute ||T g||_q, and move w by the step of Eq. 2, for p = 2 rho T^2 g / ||T g||_2 (ASAM's Eq. 7)."""
         etas = self.etas(ascent)
+        if self.p != 2:
+            steps, norm = direction(ascent, self.p, etas)
+            # a norm of NaN perturbs nothing
+            one = torch.where(torch.isfinite(norm), 1.0, torch.nan).double()
+            replace(ascent, grads=steps).move(one, self.radius, e0=0.0)
+            return norm
         norm = ascent.norm(etas)
         ascent.move(norm, self.radius, etas, e0=self.e0)
         return norm

@@ -164,9 +164,20 @@ def plain(step):
     return step.look()[1]
 
 
+def dual(g, rho, p):
+    """Eq. 2 as printed, with sums of whole powers."""
+    if p == 2:
+        return radial(g, rho)
+    if math.isinf(p):
+        return [rho * g_n.sign() for g_n in g]
+    q = p / (p - 1)
+    total = sum(g_n.abs().pow(q).sum() for g_n in g)
+    return [rho * g_n.sign() * g_n.abs().pow(q - 1) / total ** (1 / p) for g_n in g]
+
+
 def sam(step):
     _, g = step.look()
-    return step.look(radial(g, step.options["rho"]))[1]
+    return step.look(dual(g, step.options["rho"], step.options.get("p", 2)))[1]
 
 
 def asam(step):

@@ -117,7 +117,7 @@ class ParallelModel:
         if self._reducers:
             all_reduce(ends, self._world, dist.ReduceOp.MAX, "the seed")
         elif self.is_sharded:
-            largest_over_ranks(ends, params)
+            largest_over_ranks(ends, params, "the seed")
         if ends[0] != -ends[1]:
             raise ValueError(other_seed(seed, "another rank has another one"))
 

@@ -127,11 +127,17 @@ def any_over_ranks(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def largest_over_ranks(values: Tensor, tensors: Sequence[Any]) -> None:
-    """Replace each value by the largest that a rank has of those which hold entries or copies of these DTensors."""
+def largest_over_ranks(values: Tensor, tensors: Sequence[Any], what: str) -> None:
+    """Replace each value by the largest that a rank has of those which hold entries or copies of these DTensors.
+
+    Args:
+        values: of shape [k].
+        tensors: DTensors, and others.
+        what: the values are, for an error.
+    """
     for mesh in dict.fromkeys(t.device_mesh for t in tensors if is_dtensor(t)):
         for d in range(mesh.ndim):
-            all_reduce(values, mesh.get_group(d), dist.ReduceOp.MAX, "the seed")
+            all_reduce(values, mesh.get_group(d), dist.ReduceOp.MAX, what)
 
 
 def _split_dims(placements: Sequence[Placement | None]) -> dict[Any, list[int]]:

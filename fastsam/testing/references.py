@@ -81,11 +81,37 @@ class PlainStep:
         rows = zip(signs, radii, t, tg, strict=True)
         return [(sign * rho * t_n * tg_n / length).to(tg_n.dtype) for sign, rho, t_n, tg_n in rows]
 
+    def dual(self, g: Vector) -> Vector:
+        """Return SAM's eps for its p (Eq. 2), in the form rho T sign(g) |T g|^(q-1) / (||T g||_q^q)^(1/p)."""
+        p, radii = self.opt.p, self.option("rho")
+        if p == 2:
+            return self.radial(g, radii)
+        t = self.t_of_asam()[0]
+        wanted = self.option("perturb")
+        tg = [(t_n * g_n).double() * float(w) for t_n, g_n, w in zip(t, g, wanted, strict=True)]
+        top = max((v.abs().max().item() for v in tg if v.numel()), default=0.0)
+        if not math.isfinite(top) or top == 0:
+            return [torch.zeros_like(p_n) for p_n in self.params]
+        tg = [v / top for v in tg]
+        if p == 1:
+            places = [(v.abs() == 1).flatten().nonzero().flatten() for v in tg]
+            first = next(i for i, place in enumerate(places) if len(place))
+            units = [torch.zeros_like(v) for v in tg]
+            units[first].view(-1)[places[first][0]] = tg[first].view(-1)[places[first][0]].sign()
+        else:
+            q = 1.0 if math.isinf(p) else p / (p - 1)
+            total = sum(v.abs().pow(q).sum().item() for v in tg)
+            divisor = 1.0 if math.isinf(p) else total ** (1 / p)
+            units = [v.sign() * v.abs().pow(q - 1) / divisor for v in tg]
+        signs = [-1.0 if group.get("maximize") else 1.0 for group in self.groups]
+        rows = zip(signs, radii, t, units, self.params, strict=True)
+        return [(sign * rho * t_n * unit).to(p_n.dtype) for sign, rho, t_n, unit, p_n in rows]
+
 
 def sam(step: PlainStep) -> Vector:
     """SAM Eq. 2 and 3, ASAM Eq. 7."""
     _, g = step.look(step.batch)
-    return step.look(step.batch, step.radial(g, step.option("rho")))[1]
+    return step.look(step.batch, step.dual(g))[1]
 
 
 def esam(step: PlainStep) -> Vector:
@@ -137,7 +163,7 @@ def msam(step: PlainStep) -> Vector:
             _set(step.statistics(), start)
         losses, g = step.look(pair.batch)
         left.append([b.clone() for b in step.statistics()])
-        g_adv = step.look(pair.batch, step.radial(g, step.option("rho")))[1]
+        g_adv = step.look(pair.batch, step.dual(g))[1]
         weighs = losses.weights is not None and not pair.counts_alike
         found.append((losses.weights.sum() if weighs else pair.weight, g_adv))  # type: ignore[union-attr]
     if step.opt.bn_update == "mean":

@@ -87,8 +87,9 @@ TRAJECTORY = {
     "ignore_index": (*INTEGER, None, HUGE),
     "reduction": ("max", None, ["mean"]),
 }
+P = {"p": ("2", None, True, [2], float("nan"), 0.5, -1, HUGE)}
 BAD = {
-    fastsam.SAM: COMMON,
+    fastsam.SAM: COMMON | P,
     fastsam.ESAM: {
         **COMMON,
         "beta": (*NUMBER, 0, 1.5),
@@ -100,6 +101,7 @@ BAD = {
     },
     fastsam.MSAM: {
         **COMMON,
+        **P,
         "num_shards": (*INTEGER, 0, -1),
         "shard_size": (*INTEGER, 0, -1),
         "weighting": ("rows", None, ["sample"]),

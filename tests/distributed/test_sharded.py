@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from ddp_steps import (
     EXACT,
     SGD,
@@ -209,3 +210,29 @@ def test_sharded_tensor_parallel_weights():
             sam_step(expected, partial(mean_loss, expected, x, y), base, 0.1)
         assert error_of(model, expected) < EXACT
         assert_equal_on_ranks([opt.last_grad_norm, *gathered(model)])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("p", [1.001, 3, float("inf")])
+def test_other_norms_than_2_are_of_whole_weights(p):
+    """Powers are summed over ranks, of entries over the largest on any of them."""
+    model, other = mlp(), mlp()
+    shard(model)
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, p=p, model=model, **SGD)
+    one = SAM(other.parameters(), torch.optim.SGD, rho=0.1, p=p, model=other, **SGD)
+    for x, y in batches(3):
+        opt.step(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), *rows_of_rank((x, y)))
+        one.step(lambda x, y: F.cross_entropy(other(x), y, reduction="none"), x, y)
+        torch.testing.assert_close(opt.last_grad_norm, one.last_grad_norm)
+        assert error_of(model, other) < EXACT
+
+
+@pytest.mark.ranks(2)
+def test_one_entry_of_sharded_weights_is_refused():
+    model = mlp()
+    shard(model)
+    before = [p.clone() for p in gathered(model)]
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, p=1, model=model, **SGD)
+    with pytest.raises(ValueError, match="p=1 perturbs one entry of all weights, but these are sharded"):
+        opt.step(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), *rows_of_rank(batches(1)[0]))
+    assert all(map(torch.equal, gathered(model), before))
