@@ -6,12 +6,14 @@ take turns within each seed, so that step times are measured side by side.
 """
 
 import json
+import math
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fastsam.cli.config import Config, options_for, options_of, with_options
+from fastsam.cli.config import Config, base_of, options_for, options_of, with_options
 from fastsam.cli.errors import InputError
 from fastsam.cli.files import CHECKPOINT, contents_of, make_directory, write_json
 from fastsam.cli.flatness import Trained, measure
@@ -45,6 +47,16 @@ class Plan:
     device: str
     threads: int
     sharpness: bool = False
+    base: str | None = None
+    schedule: str = "cosine"
+    warmup: float | None = None
+    clip: float | None = None
+    init: str | None = None
+    freeze_bn: bool = False
+
+    def base_of(self, method: str) -> str:
+        """Return what a method goes around in this comparison: a key of METHODS, of a base itself its own."""
+        return base_of(method, None if METHODS[method].kind == "base" else self.base)
 
     def config(self, method: str, noise: float, seed: int) -> Config:
         """Return the config of one run with the method's default for what is tuned.
@@ -54,9 +66,12 @@ class Plan:
             noise: share of training labels that are redrawn, 0 to 1.
             seed: of the weights, the label noise and the order.
         """
+        base = self.base_of(method)
+        given = {k: v for k, v in self.options.items() if k in options_of(method, base)}
         shared = {f.name: getattr(self, f.name) for f in fields(Config) if f.name in asdict(self)} | {
-            "options": options_for(method, {k: v for k, v in self.options.items() if k in options_of(method)}),
+            "options": options_for(method, given, base),
             "label_noise": noise,
+            "base": base,
         }
         return Config(method=method, seed=seed, split_seed=0, scored_on="test", **shared)
 
@@ -83,7 +98,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: accuracies in percent over the seeds, times as medians; `step_ratio` is to `base`."""
+    """A line of the table: accuracies in percent over the seeds, times as medians; `step_ratio` is to `base`.
+
+    `interval_last` is half of the 95 % interval of the mean, by Student's t; None of a single seed.
+    """
 
     label_noise: float
     method: str
@@ -91,6 +109,7 @@ class Row:
     value: float | None
     mean_last: float
     std_last: float
+    interval_last: float | None
     mean_best: float
     step_ms: float
     base: str | None
@@ -136,7 +155,8 @@ class Comparison:
         results, entry = self.of(noise, method), METHODS[method]
         last = [r.last for r in results]
         step_ms = self._step_ms(noise, method)
-        base = entry.base if entry.base in self.plan.methods else None
+        around = self.plan.base_of(method)
+        base = around if around != method and around in self.plan.methods else None
         return Row(
             label_noise=noise,
             method=method,
@@ -144,6 +164,7 @@ class Comparison:
             value=results[0].config.options[entry.tuned] if entry.tuned else None,
             mean_last=statistics.mean(last),
             std_last=statistics.stdev(last) if len(last) > 1 else 0.0,
+            interval_last=interval(last),
             mean_best=statistics.mean(r.best for r in results),
             step_ms=step_ms,
             base=base,
@@ -161,6 +182,15 @@ class Comparison:
 
     def _step_ms(self, noise: float, method: str) -> float:
         return statistics.median(epoch.step_ms for r in self.of(noise, method) for epoch in r.history)
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Return half the width of the 95 % interval of the mean, by Student's t; None of fewer than two values."""
+    # takes half a second to import
+    from scipy.stats import t
+
+    n = len(values)
+    return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
 def run(plan: Plan, out: Path, watcher: Watcher) -> Comparison:
@@ -208,7 +238,20 @@ def _choose(plan: Plan, noise: float, method: str, out: Path, watcher: Watcher) 
 
 
 def _train(config: Config, out: Path, watcher: Watcher) -> Result:
-    directory = out / "runs" / _name(config)
+    return train_in(out / "runs" / _name(config), config, watcher)
+
+
+def train_in(directory: Path, config: Config, watcher: Watcher) -> Result:
+    """Train a run in a directory of its own, go on with one that was interrupted, or return the one that is there.
+
+    Args:
+        directory: made if need be.
+        config: what to train.
+        watcher: hears how the run gets on.
+
+    Raises:
+        InputError: the config cannot work, or a file cannot be written.
+    """
     make_directory(directory)
     return train(config, directory, resume=(directory / CHECKPOINT).exists(), watcher=watcher)
 
@@ -247,28 +290,60 @@ def prepare(plan: Plan, out: Path, *, overwrite: bool) -> None:
     Raises:
         InputError: a comparison is there and overwrite is False, or the directory cannot be written.
     """
-    done = list(out.glob(f"runs/noise*/{CHECKPOINT}")) if (out / PLAN).exists() else []
+    prepare_directory(out, PLAN, asdict(plan), overwrite=overwrite)
+
+
+def prepare_directory(out: Path, file: str, plan: dict[str, Any], *, overwrite: bool) -> None:
+    """Make the directory of a new plan and write the plan into it.
+
+    Args:
+        out: its directory, made with its parents.
+        file: name of the plan's file.
+        plan: its fields.
+        overwrite: forget the runs that are there.
+
+    Raises:
+        InputError: runs of an earlier plan are there and overwrite is False, or the directory cannot be written.
+    """
+    kind = Path(file).stem.replace("compare", "comparison")
+    done = list(out.glob(f"runs/*/{CHECKPOINT}")) if (out / file).exists() else []
     if done:
         if not overwrite:
             raise InputError(
-                f"{out} already holds a comparison; add --resume to finish it, --overwrite to start it afresh, "
+                f"{out} already holds a {kind}; add --resume to finish it, --overwrite to start it afresh, "
                 "or choose another --out"
             )
         for path in done:
             path.unlink()
             path.with_name(FLATNESS).unlink(missing_ok=True)
     make_directory(out)
-    write_json(out / PLAN, asdict(plan))
+    write_json(out / file, plan)
 
 
 def read_plan(out: Path) -> Plan:
     """Return the plan of the comparison in `out`, or raise InputError if there is none that can be read."""
+    return read_fields(out / PLAN, lambda saved: Plan(**with_options(saved)))
+
+
+_T = TypeVar("_T")
+
+
+def read_fields(path: Path, make: Callable[[dict[str, Any]], _T]) -> _T:
+    """Return what is made of the fields in a plan's file.
+
+    Args:
+        path: the file.
+        make: makes the plan of its fields.
+
+    Raises:
+        InputError: there is no such file, or it is no such plan.
+    """
     try:
-        return Plan(**with_options(json.loads((out / PLAN).read_text(encoding="utf-8"))))
+        return make(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise InputError(f"nothing to resume: {out / PLAN} does not exist") from error
+        raise InputError(f"nothing to resume: {path} does not exist") from error
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{out / PLAN} cannot be read as a plan: {error}") from error
+        raise InputError(f"{path} cannot be read as a plan: {error}") from error
 
 
 def flat(plan: Plan) -> dict[str, Any]:

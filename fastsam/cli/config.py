@@ -12,6 +12,10 @@ from fastsam.cli.files import contents_of
 from fastsam.methods import METHODS
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCHEDULES = ("cosine", "onecycle")
+BASES = [name for name, method in METHODS.items() if method.kind == "base"]
+WARMUP_OF_ONECYCLE = 0.3
+"""Share of the epochs over which the rate rises unless told otherwise, torch's own."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,13 @@ class Config:
     """Everything that decides a run's numbers. Names are keys of METHODS, DATA_SETS, MODELS and AMP.
 
     `options` are all of the method, those of its base among them; `data` is what `fastsam.cli.data.resolve` returns;
-    `batch_size` is that of all `ranks` together.
+    `batch_size` is that of all `ranks` together; `base` is the optimizer that the method goes around, by default its
+    row's; `warmup` is in epochs, by default 0, and `WARMUP_OF_ONECYCLE` of them with that schedule; `init` is the file
+    that the first weights come from. `preset` says where settings came from, and decides nothing.
 
     Raises:
-        InputError: the method cannot be compiled, or the ranks' parts of a batch would not be equal.
+        InputError: the method cannot be compiled or has no such base, the ranks' parts of a batch would not be equal,
+            the rate would never fall, or there are no statistics to freeze.
     """
 
     method: str
@@ -44,8 +51,24 @@ class Config:
     threads: int = 1
     ranks: int = 1
     log_sharpness: bool = False
+    base: str = ""
+    schedule: str = "cosine"
+    warmup: float | None = None
+    clip: float | None = None
+    init: str | None = None
+    freeze_bn: bool = False
+    preset: str | None = None
 
     def __post_init__(self) -> None:
+        # what is left to the method and the schedule is written down as what it is
+        object.__setattr__(self, "base", base_of(self.method, self.base))
+        if self.warmup is None:
+            warmup = WARMUP_OF_ONECYCLE * self.epochs if self.schedule == "onecycle" else 0.0
+            object.__setattr__(self, "warmup", warmup)
+        if self.rises_for >= self.epochs:
+            raise InputError(f"--warmup {self.warmup:g} leaves no epoch of {self.epochs} for the rate to fall in")
+        if self.freeze_bn and self.init is None:
+            raise InputError("--freeze-bn keeps the statistics of --init; name a checkpoint with it")
         if self.batch_size % self.ranks:
             raise InputError(f"batch size {self.batch_size} cannot be cut into equal parts for {self.ranks} processes")
         if self.graph and self.ranks > 1:
@@ -56,27 +79,54 @@ class Config:
                 "the model would be compiled anew for each; take --mask element, or leave --compile out"
             )
 
+    @property
+    def rises_for(self) -> float:
+        """Epochs over which the rate rises."""
+        return self.warmup or 0.0
 
-def options_of(name: str) -> dict[str, Any]:
-    """Return all options of a method with their defaults: first those of its base, then its own."""
-    method = METHODS[name]
-    return {**(METHODS[method.base].options if method.base else {}), **method.options}
+
+def base_of(name: str, base: str | None = None) -> str:
+    """Return the base of a method, a key of METHODS: the one asked for, or its row's, or itself.
+
+    Args:
+        name: a key of METHODS.
+        base: "sgd" or "adamw"; None or empty for the row's.
+
+    Raises:
+        InputError: the method is a base itself, and not that one.
+    """
+    own = METHODS[name].base or name
+    if base and base != own and METHODS[name].kind == "base":
+        raise InputError(f"{name} is a base itself and goes around none; take --method {base}, or leave --base out")
+    return base or own
 
 
-def options_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(name: str, base: str | None = None) -> dict[str, Any]:
+    """Return all options of a method with their defaults: first those of its base, then its own.
+
+    Args:
+        name: a key of METHODS.
+        base: what `base_of` takes.
+    """
+    return {**METHODS[base_of(name, base)].options, **METHODS[name].options}
+
+
+def options_for(name: str, given: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:
     """Return all options of a method: those given, and the defaults for those that are None or absent.
 
     Args:
         name: a key of METHODS.
         given: values by option.
+        base: what `base_of` takes.
 
     Raises:
         InputError: a given option is none of the method's.
     """
-    options = options_of(name)
+    options = options_of(name, base)
     chosen = {option: value for option, value in given.items() if value is not None}
     if unknown := [option for option in chosen if option not in options]:
-        raise InputError(f"{name} has no {flag(unknown[0])}; it has {', '.join(map(flag, options))}")
+        around = f" around {base}" if base and base != METHODS[name].base else ""
+        raise InputError(f"{name}{around} has no {flag(unknown[0])}; it has {', '.join(map(flag, options))}")
     return {**options, **chosen}
 
 
@@ -90,6 +140,14 @@ def flat(config: Config) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if key != "options"} | config.options
 
 
+SINCE: Mapping[str, Any] = {
+    field.name: field.default
+    for field in fields(Config)
+    if field.name in ("log_sharpness", "base", "schedule", "warmup", "clip", "init", "freeze_bn", "preset")
+}
+"""Fields that checkpoints from before they came do not have, with what those runs did."""
+
+
 def read_config(checkpoint: dict[str, Any], path: Path) -> Config:
     """Return a checkpoint's config.
 
@@ -101,7 +159,7 @@ def read_config(checkpoint: dict[str, Any], path: Path) -> Config:
         InputError: another version of fastsam wrote it, or somebody altered it.
     """
     with contents_of(path):
-        saved = {"log_sharpness": False, **with_options(checkpoint["config"])}
+        saved = {**SINCE, **with_options(checkpoint["config"])}
         if set(saved) != {field.name for field in fields(Config)}:
             raise InputError(f"{path} was written by another version of fastsam; resume it with that one")
         return Config(**saved)

@@ -12,16 +12,17 @@ normalised alone. Float pictures, the digits, are taken as they are.
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsam.cli import cifar
+from fastsam.cli import cifar, own_data
 from fastsam.cli.cifar import Cifar
 from fastsam.cli.errors import InputError
 
@@ -115,6 +116,52 @@ def fake(shape: str, split_seed: int) -> Pictures:
     return Pictures(x[:n], y[:n], x[n:], y[n:], 10, mean, std)
 
 
+def own_pictures(parts: Sequence[own_data.Arrays], split_seed: int) -> Pictures:
+    """Return pictures of one's own; without a test set 30 % of each class are it.
+
+    Args:
+        parts: the training set and the test set, or all pictures.
+        split_seed: of the choice of the test set.
+
+    Raises:
+        InputError: a class is too small to be split.
+    """
+    from sklearn.model_selection import train_test_split
+
+    classes = own_data.classes_of(parts)
+    (x, y), *tests = parts
+    if not tests:
+        rows = np.arange(len(x))
+        try:
+            train, test = train_test_split(rows, test_size=TEST_SHARE, stratify=y, random_state=split_seed)
+        except ValueError as error:
+            raise InputError(f"{TEST_SHARE:.0%} of each class are to be tested on: {error}") from error
+        (x, y), tests = (x[train], y[train]), [(x[test], y[test])]
+    train_x, train_y, test_x, test_y = map(torch.from_numpy, (x, y, *tests[0]))
+    if train_x.dtype == torch.float32:
+        return Pictures(train_x, train_y, test_x, test_y, classes)
+    mean, std = _moments(train_x)
+    return Pictures(train_x, train_y, test_x, test_y, classes, mean, std)
+
+
+def _moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel of x / 255, from exact sums over the bytes."""
+    pixels = x.transpose(0, 1).flatten(1)
+    count = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels]).double()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    n = pixels.shape[1]
+    mean = count @ values / n
+    std = (count @ values.square() / n - mean.square()).clamp(min=0).sqrt()
+    # a channel of one value is moved to 0 and not divided by it
+    return tuple(mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist())
+
+
+def _needs(argument: str, what: str) -> Path:
+    if not argument:
+        raise InputError(f"a path is needed after the colon: {what}")
+    return Path(argument).expanduser()
+
+
 def _check_fake(argument: str) -> str:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", argument) or int(argument.partition("x")[0]) < 10:
         raise InputError(f"fake:{argument} is not fake:NxCxHxW with N of at least 10, such as fake:512x3x32x32")
@@ -157,6 +204,18 @@ DATA_SETS: dict[str, DataSet] = {
     "digits": DataSet("1797 handwritten digits, 8x8 pixels, shipped with scikit-learn", digits),
     "cifar10": _cifar_entry(cifar.CIFAR10, "60,000 photographs of 10 classes, 3x32x32, cropped and flipped at random"),
     "cifar100": _cifar_entry(cifar.CIFAR100, "the same in 100 classes"),
+    "folder": DataSet(
+        "pictures of your own: DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, or DIR/CLASS/*.png",
+        lambda argument, split_seed: own_pictures(own_data.read_folder(Path(argument)), split_seed),
+        "DIR",
+        lambda argument: str(own_data.find_folder(_needs(argument, "folder:DIR"))),
+    ),
+    "npz": DataSet(
+        "arrays x_train, y_train, x_test, y_test of your own, as np.savez writes them",
+        lambda argument, split_seed: own_pictures(own_data.read_arrays(Path(argument)), split_seed),
+        "FILE",
+        lambda argument: str(own_data.find_arrays(_needs(argument, "npz:FILE"))),
+    ),
     "fake": DataSet(
         "N random pictures of C channels and HxW pixels, treated like CIFAR's, for timing",
         fake,

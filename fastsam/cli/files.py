@@ -99,19 +99,20 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
             raise error.__context__ or error from None
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the checkpoint at `path`, its tensors on the CPU.
+def read_archive(path: Path) -> Any:
+    """Return what torch.save wrote into a file, its tensors on the CPU.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        FileNotFoundError: there is none.
+        InputError: it cannot be read.
     """
     try:
         # torch reads past flipped bits; the archive has a checksum of every part of it
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"nothing to resume: {path} does not exist") from error
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
     except Exception as error:
         # a damaged archive ends in whatever error its bytes lead to
         if isinstance(error, OSError) and error.strerror:
@@ -119,6 +120,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is broken, or no checkpoint") from error
     if damaged:
         raise InputError(f"{path} is broken: {damaged} in it is not what was written")
+    return content
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the checkpoint at `path`, its tensors on the CPU.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        checkpoint = read_archive(path)
+    except FileNotFoundError as error:
+        raise InputError(f"nothing to resume: {path} does not exist") from error
     parts = {"config", "history", "model", "optimizer", "of each process"}
     if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
         raise InputError(f"{path} is not a checkpoint of fastsam train")

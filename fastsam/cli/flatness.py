@@ -14,7 +14,7 @@ from fastsam.cli.config import Config, read_config
 from fastsam.cli.data import Split, generator, load, short
 from fastsam.cli.errors import InputError
 from fastsam.cli.files import CHECKPOINT, contents_of, environment, read_checkpoint, write_json
-from fastsam.cli.models import MODELS
+from fastsam.cli.models import build_model
 from fastsam.methods import METHODS
 from fastsam.sharpness import (
     Landscape,
@@ -96,7 +96,7 @@ class Trained:
             scored_on=self.config.scored_on,
             device=device,
         )
-        model = MODELS[self.config.model].build(tuple(self.data.x.shape[1:]), self.data.classes)
+        model = build_model(self.config.model, tuple(self.data.x.shape[1:]), self.data.classes)
         self.layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         self.model = model.to(device).to(memory_format=self.layout)  # type: ignore[call-overload]
         try:

@@ -367,6 +367,7 @@ MODELS: dict[str, Model] = {
     "resnet101": _resnet(101, (3, 4, 23, 3), "42.5"),
     "resnet152": _resnet(152, (3, 8, 36, 3), "58.2"),
     "wrn16-4": Model("wide ResNet of depth 16, 4 times as wide, 2.7 million", partial(wide_resnet, depth=16, widen=4)),
+    "wrn16-8": Model("the same 8 times as wide, 11.0 million", partial(wide_resnet, depth=16, widen=8)),
     "wrn28-10": Model("the same of depth 28, 10 times as wide, 36.5 million", partial(wide_resnet, depth=28, widen=10)),
     "wrn40-2": Model("the same of depth 40, twice as wide, 2.2 million", partial(wide_resnet, depth=40, widen=2)),
     "wrn40-10": Model("the same of depth 40, 10 times as wide, 55.8 million", partial(wide_resnet, depth=40, widen=10)),
@@ -432,6 +433,11 @@ def _check_timm(name: str) -> Any:
     return timm
 
 
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that compute statistics over the batch."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any layer computes statistics over the batch."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return bool(batch_norms(model))

@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from fastsam.cli.config import AMP, flag, options_of
+from fastsam import presets
+from fastsam.cli import initial
+from fastsam.cli.config import AMP, BASES, SCHEDULES, flag, options_of
 from fastsam.cli.data import DATA_SETS, resolve, spelling
 from fastsam.cli.errors import InputError
-from fastsam.cli.models import MODELS
+from fastsam.cli.models import MODELS, check_model
+from fastsam.cli.sweep import SWEPT_FIELDS
 from fastsam.methods import METHODS
 
 OPTIONS = list(dict.fromkeys(option for name in METHODS for option in options_of(name)))
@@ -23,6 +27,12 @@ COMPILE_HELP = (
     "torch.compile the model: the first steps, and those after --resume, take up to minutes. Not for --mask tensor, "
     "which would recompile in each step. A GPU may pick other kernels the next time, and the run then not repeat."
 )
+BASE_HELP = "The optimizer that methods go around. Default: sgd."
+SCHEDULE_HELP = "How the rate falls, by steps: to 0 as a cosine, or as torch's one cycle, the momentum constant."
+WARMUP_HELP = "Epochs in which the rate rises. Default: 0, for onecycle 0.3 of --epochs."
+INIT_HELP = "Begin with the weights of a checkpoint of train, of its directory, or of a state dict."
+FREEZE_BN_HELP = "Keep batch norm's statistics as they are in --init; its weights and biases train."
+PRESET_HELP = "Settings of a paper's table, those typed beside it in their place; fastsam presets lists them."
 GRAPH_HELP = "Take whole steps as CUDA graphs, bit for bit the same. On a CPU it changes nothing."
 
 
@@ -39,17 +49,29 @@ class Entry(click.ParamType):
         return value
 
 
-class Data(click.ParamType):
-    """A data set that is there, by its name and what follows the colon."""
+class Checked(click.ParamType):
+    """A text that a function checks, and returns as it is to be kept.
 
-    name = "data set"
+    Args:
+        name: what it is.
+        check: returns the text, or raises InputError or ValueError.
+    """
+
+    def __init__(self, name: str, check: Callable[[str], str]) -> None:
+        self.name, self.check = name, check
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the data set in full, or fail before anything is read."""
+        """Return the text as it is kept, or fail before anything is read."""
         try:
-            return resolve(value)
-        except InputError as error:
+            return self.check(value)
+        except (InputError, ValueError) as error:
             self.fail(str(error), param, ctx)
+
+
+DATA = Checked("data set", resolve)
+MODEL = Checked("model", check_model)
+WEIGHTS = Checked("weights", lambda path: str(initial.find(Path(path).expanduser())))
+PRESET = Checked("preset", lambda name: presets.load(name).name)
 
 
 class Number(click.FloatRange):
@@ -79,6 +101,24 @@ class Several(click.ParamType):
         return items
 
 
+class Over(click.ParamType):
+    """An option of the same command, an equals sign, and values of it with commas between."""
+
+    name = "option=values"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, list[Any]]:
+        """Return the option's name and its values, or fail at the first bad one."""
+        spelled, equals, values = str(value).partition("=")
+        name = spelled.strip().removeprefix("--").replace("-", "_")
+        if not equals:
+            self.fail(f"{value!r} is not NAME=X,... as in rho=0.05,0.1", param, ctx)
+        assert ctx is not None
+        known = {p.name: p for p in ctx.command.params if p.name in (*OPTIONS, *SWEPT_FIELDS)}
+        if name not in known:
+            self.fail(f"{spelled!r} cannot be swept; what can is {', '.join(map(flag, known))}", param, ctx)
+        return name, Several(known[name].type).convert(values, known[name], ctx)
+
+
 class Device(click.Choice):
     """Where to train; "auto" stands for a GPU if there is one."""
 
@@ -97,12 +137,15 @@ class CommandWithTables(click.Command):
         """Write one section for each table, as it is now."""
         data_sets = {spelling(name): entry for name, entry in DATA_SETS.items()}
         for title, table in {"Methods": METHODS, "Data sets": data_sets, "Models": MODELS}.items():
+            rows = [(name, entry.summary) for name, entry in table.items()]  # type: ignore[attr-defined]
+            if table is MODELS:
+                rows.append(("timm:NAME", "a model of timm's, where that is installed"))
             with formatter.section(title):
-                formatter.write_dl([(name, entry.summary) for name, entry in table.items()])  # type: ignore[attr-defined]
+                formatter.write_dl(rows)
 
 
 def shared_options(command: Callable) -> Callable:
-    """Add the options that both commands have."""
+    """Add the options that all commands that train have."""
     positive, share = click.IntRange(min=1), Number(0, 1)
     of_methods = [
         click.option(
@@ -114,11 +157,17 @@ def shared_options(command: Callable) -> Callable:
         for option in OPTIONS
     ]
     options = [
-        shown("--data", type=Data(), metavar="NAME[:...]", default="digits", help=DATA_HELP),
-        shown("--model", type=Entry("model", MODELS), metavar="NAME", default="cnn"),
-        shown("--epochs", type=positive, metavar="N", default=30, help="The rate falls to 0 as a cosine, by steps."),
+        shown("--data", type=DATA, metavar="NAME[:...]", default="digits", help=DATA_HELP),
+        shown("--model", type=MODEL, metavar="NAME", default="cnn"),
+        shown("--epochs", type=positive, metavar="N", default=30),
         shown("--batch-size", type=positive, metavar="N", default=64),
+        click.option("--base", type=click.Choice(BASES), help=BASE_HELP),
         *of_methods,
+        shown("--schedule", type=click.Choice(SCHEDULES), default="cosine", help=SCHEDULE_HELP),
+        click.option("--warmup", type=Number(min=0), metavar="X", help=WARMUP_HELP),
+        click.option("--clip", type=Number(min=0, min_open=True), metavar="X", help="Largest norm of the gradient."),
+        click.option("--init", type=WEIGHTS, metavar="CKPT", help=INIT_HELP),
+        click.option("--freeze-bn", is_flag=True, help=FREEZE_BN_HELP),
         shown("--label-smoothing", type=share, metavar="X", default=0.0),
         shown("--amp", type=click.Choice(list(AMP)), default="off", help=AMP_HELP),
         click.option("--channels-last", is_flag=True, help=CHANNELS_LAST_HELP),
@@ -147,4 +196,5 @@ def _type(option: str) -> click.ParamType:
 
 
 def _defaults(option: str) -> str:
-    return ", ".join(f"{name} {options_of(name)[option]}" for name in METHODS if option in options_of(name))
+    """Return the default of every row that has the option itself: those around a base have the base's too."""
+    return ", ".join(f"{name} {row.options[option]}" for name, row in METHODS.items() if option in row.options)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastsam.cli.config import Config
+from fastsam.cli.config import Config, base_of
 from fastsam.cli.data import SCORED_ON
 from fastsam.cli.results import Epoch, Watcher
 from fastsam.methods import METHODS
@@ -76,6 +76,11 @@ class Display(_Bar, Watcher):
         if len(history) == config.epochs:
             self._finished(config, history[-1])
 
+    def told(self, message: str) -> None:
+        """Print it, of a run by itself."""
+        if self.runs == 1:
+            self.console.print(message)
+
     def step(self, loss: Tensor, note: str) -> None:
         """Advance the bar, with a look at the loss now and then, since a look waits for the device."""
         self.note, self.done = f"{note}  " if note else "", self.done + 1
@@ -119,7 +124,8 @@ class Display(_Bar, Watcher):
 def _label(config: Config) -> str:
     tuned = METHODS[config.method].tuned
     chosen = f" {tuned} {config.options[tuned]:g}" if tuned else ""
-    return f"{config.method}{chosen}, noise {config.label_noise:.0%}, seed {config.seed}"
+    around = f" around {config.base}" if config.base != base_of(config.method) else ""
+    return f"{config.method}{around}{chosen}, noise {config.label_noise:.0%}, seed {config.seed}"
 
 
 def _numbers(config: Config, epoch: Epoch) -> str:

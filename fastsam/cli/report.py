@@ -15,6 +15,7 @@ from fastsam.cli.config import Config
 from fastsam.cli.data import SCORED_ON, short
 from fastsam.cli.files import environment, replacing, write_json, write_text
 from fastsam.cli.results import Result
+from fastsam.cli.sweep import Sweep, SweepPlan, SweepRow, shown, words
 from fastsam.methods import METHODS
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ def write_run(out: Path, result: Result) -> None:
     scored = result.config.scored_on
     columns = {"accuracy": f"{scored}_accuracy"}
     epochs = [epoch.numbers() for epoch in result.history]
-    write_text(out / "history.csv", _csv([columns.get(k, k) for k in epochs[0]], [list(e.values()) for e in epochs]))
+    # epochs from before a measure came do not have it
+    names = list(dict.fromkeys(name for epoch in epochs for name in epoch))
+    lines = [[epoch.get(name, "") for name in names] for epoch in epochs]
+    write_text(out / "history.csv", _csv([columns.get(name, name) for name in names], lines))
     accuracy = {f"last_{scored}_accuracy": result.last, f"best_{scored}_accuracy": result.best}
     numbers = {"config": asdict(result.config), **accuracy, "step_ms": result.step_ms, "seconds": result.seconds}
     write_json(out / "result.json", numbers | {"environment": environment(result.config.device)})
@@ -164,7 +168,7 @@ def cells(row: Row, plan: Plan) -> list[str]:
         row: its numbers.
         plan: of the comparison.
     """
-    spread = f" ± {row.std_last:.1f}" if plan.seeds > 1 else ""
+    spread = f" ± {row.interval_last:.1f}" if row.interval_last is not None else ""
     ratio = f" ({row.step_ratio:.2f}x {row.base})" if row.step_ratio is not None else ""
     flatness = [row.sharpness, row.lambda_max] if plan.sharpness else []
     return [
@@ -186,15 +190,35 @@ def caption(comparison: Comparison) -> str:
         "chosen: after the last epoch on a held-out tenth of the training set, with seed 0; ties go to the smallest. "
     )
     chosen = choice if comparison.choices else ""
-    seeds = f"seeds 0 to {plan.seeds - 1}, mean ± standard deviation" if plan.seeds > 1 else "seed 0"
+    seeds = seeds_caption(plan.seeds)
     return (
         f"Test accuracy on clean labels of {short(plan.data)}, {plan.model}, {plan.epochs} epochs, batch "
         f"{plan.batch_size}; {seeds}. last: after the last epoch. best: the best epoch, picked with the test set. "
         f"{chosen}step: median training step, with its ratio to the base's in this comparison. run: median time in "
-        f"training steps. {_flatness_caption(plan)}"
+        f"training steps. {_recipe(plan.base, plan.schedule, plan.warmup, plan.clip, plan.init, plan.freeze_bn)}"
+        f"{_flatness_caption(plan)}"
         f"{about['device']}, threads: {about['threads']}, torch {about['torch']}, amp {plan.amp}"
         f"{', channels last' if plan.channels_last else ''}{', compiled' if plan.compile else ''}."
     )
+
+
+def _recipe(
+    base: str | None, schedule: str, warmup: float | None, clip: float | None, init: str | None, freeze_bn: bool
+) -> str:
+    """Return what was asked for beside the usual, a sentence or nothing."""
+    parts = [f"methods around {base}"] if base else []
+    parts += [f"schedule {schedule}"] if schedule != "cosine" else []
+    parts += [f"warm-up {warmup:g} epochs"] if warmup else []
+    parts += [f"gradients clipped at {clip:g}"] if clip else []
+    parts += [f"weights from {short(init)}"] if init else []
+    parts += ["batch norm's statistics frozen"] if freeze_bn else []
+    text = ", ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}. " if text else ""
+
+
+def seeds_caption(seeds: int) -> str:
+    """Return what the numbers after a mean are."""
+    return f"seeds 0 to {seeds - 1}, mean ± 95 % interval of it (Student's t)" if seeds > 1 else "seed 0"
 
 
 def _flatness_caption(plan: Plan) -> str:
@@ -208,9 +232,13 @@ def _flatness_caption(plan: Plan) -> str:
 
 
 def _markdown(comparison: Comparison) -> str:
-    plan, names = comparison.plan, headers(comparison.plan)
-    lines = [names, ["---"] * len(names), *(cells(row, plan) for row in comparison.rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{caption(comparison)}\n"
+    plan = comparison.plan
+    return _markdown_table(headers(plan), [cells(row, plan) for row in comparison.rows], caption(comparison))
+
+
+def _markdown_table(names: list[str], rows: list[list[str]], below: str) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{below}\n"
 
 
 def _comparison_figure(comparison: Comparison) -> Figure:
@@ -255,3 +283,62 @@ def _limits(comparison: Comparison, noise: float) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = max(0.08 * (high - low), 0.5)
     return low - margin, min(high + margin, 100.5)
+
+
+# a sweep
+
+
+def write_sweep(out: Path, sweep: Sweep) -> None:
+    """Write results.json, results.csv and table.md.
+
+    Args:
+        out: an existing directory.
+        sweep: a finished one.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    plan = sweep.plan
+    columns = [*plan.over, "seed", "last_accuracy", "best_accuracy", "step_ms", "seconds"]
+    runs = [
+        [*point.values(), r.config.seed, r.last, r.best, r.step_ms, r.seconds]
+        for point, r in zip(sweep.points, sweep.results, strict=True)
+    ]
+    curves = [[epoch.numbers() for epoch in result.history] for result in sweep.results]
+    dicts = [dict(zip(columns, run, strict=True)) | {"history": c} for run, c in zip(runs, curves, strict=True)]
+    table = [asdict(row) for row in sweep.rows]
+    about = environment(plan.settings["device"])
+    write_json(out / "results.json", {"plan": asdict(plan), "table": table, "runs": dicts, "environment": about})
+    write_text(out / "results.csv", _csv(columns, runs))
+    rows = [sweep_cells(row) for row in sweep.rows]
+    write_text(out / "table.md", _markdown_table(sweep_headers(plan), rows, sweep_caption(sweep)))
+
+
+def sweep_headers(plan: SweepPlan) -> list[str]:
+    """Return the columns of a sweep's table."""
+    return [*(name.replace("_", "-") for name in plan.over), "last (%)", "best (%)", "step", "run"]
+
+
+def sweep_cells(row: SweepRow) -> list[str]:
+    """Return a row of a sweep's table, one text for each of `sweep_headers`."""
+    spread = f" ± {row.interval_last:.1f}" if row.interval_last is not None else ""
+    numbers = [f"{row.mean_last:.1f}{spread}", f"{row.mean_best:.1f}", f"{row.step_ms:.1f} ms", f"{row.seconds:.1f} s"]
+    return [*map(shown, row.point.values()), *numbers]
+
+
+def sweep_caption(sweep: Sweep) -> str:
+    """Return what a sweep's numbers are and where they come from."""
+    plan, config = sweep.plan, sweep.results[0].config
+    about = environment(config.device)
+    scored = "test" if config.scored_on == "test" else "held-out"
+    labels = f", {config.label_noise:.0%} label noise" if config.label_noise and "label_noise" not in plan.over else ""
+    fixed = [getattr(config, n) if n not in plan.over else None for n in ("schedule", "warmup", "clip")]
+    recipe = _recipe(None, fixed[0] or "cosine", fixed[1], fixed[2], config.init, config.freeze_bn)
+    around = f" around {config.base}" if config.base != config.method and "base" not in plan.over else ""
+    return (
+        f"Highest after the last epoch: {words(sweep.highest.point)}. {scored.capitalize()} accuracy of "
+        f"{config.method}{around} on {short(config.data)}, {config.model}{labels}; {seeds_caption(plan.seeds)}. last: "
+        f"after the last epoch. best: the best epoch, picked with the {scored} part. step: median training step. run: "
+        f"median time in training steps. {recipe}{about['device']}, threads: {about['threads']}, torch "
+        f"{about['torch']}, amp {config.amp}."
+    )

@@ -16,6 +16,7 @@ class Epoch:
     Train loss and accuracy are those of each step's first forward pass, against the labels trained on, noisy ones and
     all; `accuracy` is that of the test set, or of the held-out part, after the epoch. `step_ms` is the median step.
     `sharpness` is by how much the training loss rises within rho = 0.05 after the epoch, where it was measured.
+    `cross_entropy` and `divergence` are the parts of the train loss of SAF and MESA.
     """
 
     epoch: int
@@ -26,6 +27,8 @@ class Epoch:
     seconds: float
     step_ms: float
     sharpness: float | None = None
+    cross_entropy: float | None = None
+    divergence: float | None = None
 
     def numbers(self) -> dict[str, Any]:
         """Return what is known of it by name, without what was not measured."""
@@ -71,6 +74,9 @@ class Watcher:
             history: its epochs so far.
             steps_per_epoch: of this process.
         """
+
+    def told(self, message: str) -> None:
+        """The run has something to say once, a line."""
 
     def step(self, loss: Tensor, note: str) -> None:
         """A step was taken.

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from fastsam import SampleToRankSampler
+from fastsam.cli.config import Config, base_of
 from fastsam.cli.errors import InputError
 from fastsam.methods import METHODS
 from fastsam.two_pass.stage import Stage, under_way
@@ -102,23 +103,24 @@ class MethodLoss(Criterion):
         self.loss.set_epoch(epoch)
 
 
-def build(name: str, model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
+def build(name: str, model: nn.Module, options: Mapping[str, Any], base: str | None = None) -> Optimizer:
     """Return the optimizer of a method.
 
     Args:
         name: a key of METHODS.
         model: the module that is trained, or its wrapper.
         options: all of the method, those of its base among them.
+        base: what `base_of` takes.
 
     Raises:
         InputError: the method refuses an option's value.
     """
     method = METHODS[name]
-    base = METHODS[method.base or name]
-    of_base = {option: options[option] for option in base.options}
+    around = METHODS[base_of(name, base)]
+    of_base = {option: options[option] for option in around.options}
     own = _own(name, options) if method.kind == "optimizer" else {}
     try:
-        return method.build(model.parameters(), base.cls, model=model, base_options=of_base, **own)
+        return method.build(model.parameters(), around.cls, model=model, base_options=of_base, **own)
     except (ValueError, TypeError) as error:
         raise InputError(f"{name}: {error}") from error
 
@@ -146,21 +148,45 @@ def _own(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {option: options[option] for option in METHODS[name].options}
 
 
-def cosine(optimizer: Optimizer, epochs: int, steps_per_epoch: int, done: int) -> LRScheduler:
-    """Return a schedule that takes the learning rate from its initial value to 0 along a cosine, step by step.
+def schedule_of(optimizer: Optimizer, config: Config, steps_per_epoch: int, done: int) -> LRScheduler:
+    """Return the schedule of the learning rate, a function of the steps taken alone.
+
+    "cosine" rises linearly to the rate over the warm-up and falls to 0 along a cosine; "onecycle" is torch's one cycle,
+    which rises from a 25th of the rate along a cosine and falls to a 250,000th, the momentum constant.
 
     Args:
-        optimizer: its groups say their `initial_lr`.
-        epochs: after which the rate is 0.
-        steps_per_epoch: steps of the optimizer, and of the schedule, in each.
+        optimizer: its groups get their `initial_lr` here.
+        config: says rate, epochs and warm-up.
+        steps_per_epoch: steps of the optimizer, and of the schedule, in each epoch.
         done: steps taken already.
     """
+    rate, epochs, warmup = config.options["lr"], config.epochs, config.rises_for
+    if config.schedule == "onecycle":
+        total = epochs * steps_per_epoch
+        if warmup / epochs * total == 1:
+            # torch would divide by the steps between its first and its last of the rise
+            raise InputError(f"--warmup {warmup:g} is a single step here, over which no rate rises; ask for more, or 0")
+        if done:
+            # what torch writes into the groups of a run that begins
+            _set_groups(optimizer, initial_lr=rate / 25, max_lr=rate, min_lr=rate / 25 / 1e4)
+        share = float(warmup / epochs)
+        return OneCycleLR(optimizer, rate, total, pct_start=share, cycle_momentum=False, last_epoch=done - 1)
+    _set_groups(optimizer, initial_lr=rate)
 
     def factor(step: int) -> float:
         epoch, in_epoch = divmod(step, steps_per_epoch)
-        return 0.5 * (1 + math.cos(math.pi * (epoch + in_epoch / steps_per_epoch) / epochs))
+        passed = epoch + in_epoch / steps_per_epoch
+        if passed < warmup:
+            # no step is for nothing: the first one has a rate, and the first after the warm-up the whole
+            return (passed + 1 / steps_per_epoch) / (warmup + 1 / steps_per_epoch)
+        return 0.5 * (1 + math.cos(math.pi * (passed - warmup) / (epochs - warmup)))
 
     return LambdaLR(optimizer, factor, last_epoch=done - 1)
+
+
+def _set_groups(optimizer: Optimizer, **values: float) -> None:
+    for group in optimizer.param_groups:
+        group.update(values)
 
 
 def note_of(optimizer: Any) -> str:
@@ -170,7 +196,9 @@ def note_of(optimizer: Any) -> str:
 
 
 class BatchLosses:
-    """Per-sample losses of a batch, for the step; counts the hits of first forward passes on the side.
+    """Per-sample losses of a batch, for the step; on the side counts the hits of first forward passes.
+
+    Where the method is a loss, which may be more than the cross-entropy, that of first passes is added up too.
 
     Args:
         model: what computes the logits, shape [n, classes].
@@ -189,6 +217,16 @@ class BatchLosses:
         self.model, self.criterion = model, criterion
         self.autocast: Any = nullcontext() if amp_dtype is None else torch.autocast(device.type, amp_dtype)
         self.hits = torch.zeros((), dtype=torch.int64, device=device)
+        self.cross_entropy: Tensor | None = None
+        """Sum over the samples, where it is not the loss itself."""
+        if isinstance(criterion, MethodLoss):
+            self.cross_entropy = torch.zeros((), dtype=torch.float32, device=device)
+
+    def begin_epoch(self) -> None:
+        """Count anew."""
+        self.hits.zero_()
+        if self.cross_entropy is not None:
+            self.cross_entropy.zero_()
 
     def __call__(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """Return float32 losses of shape [n]."""
@@ -199,6 +237,9 @@ class BatchLosses:
         run = under_way()
         if run is None or run.stage is Stage.ASCENT:
             self.hits += (logits.detach().argmax(dim=1) == y).sum()
+            if self.cross_entropy is not None:
+                plain = Criterion.forward(self.criterion, logits.detach(), x, y, ids)
+                self.cross_entropy += plain.mean() * len(y)
         # a teacher computes as its model does
         with self.autocast:
             return self.criterion(logits, x, y, ids)

@@ -25,9 +25,10 @@ from fastsam.cli.data import draw_moves, generator, load
 from fastsam.cli.errors import InputError
 from fastsam.cli.files import CHECKPOINT, contents_of, read_checkpoint, write_checkpoint
 from fastsam.cli.flatness import Batches, losses_of
-from fastsam.cli.models import MODELS, has_batch_norm
+from fastsam.cli.initial import start_from
+from fastsam.cli.models import batch_norms, build_model, has_batch_norm
 from fastsam.cli.results import Epoch, Result, Watcher
-from fastsam.cli.steps import BatchLosses, StepClock, Task, build, build_criterion, cosine, note_of
+from fastsam.cli.steps import BatchLosses, StepClock, Task, build, build_criterion, note_of, schedule_of
 from fastsam.graph.captured_step import CaptureError
 from fastsam.graph.graph_step import GraphStep, graph_step
 from fastsam.graph.plain_step import as_stepper
@@ -42,12 +43,14 @@ class TrainingRun:
 
     Args:
         config: what to train.
+        begins: take the first weights from the config's `init`, which a run that goes on does not read again.
 
     Raises:
-        InputError: the optimizer refuses an option's value, or the batch size cannot work.
+        InputError: the optimizer refuses an option's value, the batch size cannot work, or `init` holds no weights of
+            such a model.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, begins: bool = True) -> None:
         self.config, self.device = config, torch.device(config.device)
         # sums are taken in another order with another number
         torch.set_num_threads(config.threads)
@@ -65,7 +68,13 @@ class TrainingRun:
             device=self.device,
         )
         torch.manual_seed(config.seed)
-        model = MODELS[config.model].build(tuple(self.data.x.shape[1:]), self.data.classes)
+        model = build_model(config.model, tuple(self.data.x.shape[1:]), self.data.classes)
+        if config.freeze_bn and not has_batch_norm(model):
+            raise InputError(f"{config.model} has no batch norm to freeze; leave --freeze-bn out")
+        self.drawn_anew: list[str] = []
+        """Names of the weights that `init` could not give, since it was trained on other classes."""
+        if config.init is not None and begins:
+            self.drawn_anew = start_from(Path(config.init), model, self.data.classes)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
         self.sampler: SampleToRankSampler | None = None
@@ -78,7 +87,7 @@ class TrainingRun:
             torch.manual_seed(config.seed + processes.rank())
         # a program for several shapes would depend on which came first, and a resume meets them in another order
         self.compiled: Any = torch.compile(trained, dynamic=False) if config.compile else trained
-        self.optimizer: Any = build(config.method, trained, config.options)
+        self.optimizer: Any = build(config.method, trained, config.options, config.base)
         smoothing = config.label_smoothing
         task = Task(trained, self.optimizer, len(self.data.x), self.data.classes, smoothing, self.sampler)
         self.criterion = build_criterion(config.method, task, config.options)
@@ -95,10 +104,8 @@ class TrainingRun:
 
     def _schedule(self) -> LRScheduler:
         """Return the schedule of the learning rate, a function of the steps taken, so that nothing of it is saved."""
-        for group in self.optimizer.param_groups:
-            group["initial_lr"] = self.config.options["lr"]
         done = len(self.history) * self.steps_per_epoch
-        return cosine(self.optimizer, self.config.epochs, self.steps_per_epoch, done)
+        return schedule_of(self.optimizer, self.config, self.steps_per_epoch, done)
 
     def _batch_sizes(self) -> list[int]:
         """Return the sizes of this process's batches in an epoch."""
@@ -106,7 +113,7 @@ class TrainingRun:
         sizes = [size] * (n // size) + ([n % size] if n % size else [])
         shards = self.config.options.get("num_shards", 1)
         # the statistics of one picture would go into the running ones with the weight of a full batch
-        has_norm = has_batch_norm(self.model)
+        has_norm = has_batch_norm(self.model) and not self.config.freeze_bn
         smallest, need = (2, "batch norm needs at least 2 samples") if has_norm else (1, "training needs a sample")
         sizes = [s for s in sizes if s >= smallest * shards]
         if not sizes:
@@ -117,13 +124,13 @@ class TrainingRun:
     def train_epoch(self, watcher: Watcher) -> None:
         """Train one epoch, score it, and add it to the history."""
         clock = StepClock(self.device)
-        self.losses.hits.zero_()
+        self.losses.begin_epoch()
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         # drawn on the CPU for the whole epoch, so that no step waits for them
         order = self._order().to(self.device)
         moves = draw_moves(len(order), self.moves).to(self.device)
         n, size = sum(self._batch_sizes()), self.config.batch_size // self.config.ranks
-        self.model.train()
+        self._train_mode()
         self.criterion.set_epoch(len(self.history) + 1)
         begin = time.perf_counter()
         for samples, how in zip(order[:n].split(size), moves[:n].split(size), strict=True):
@@ -138,8 +145,11 @@ class TrainingRun:
             watcher.step(loss, note_of(self.optimizer))
         step_ms = clock.median_ms()
         seconds = time.perf_counter() - begin
-        loss_sum, hits = processes.total(torch.stack([total.double(), self.losses.hits.double()])).tolist()
+        plain = total if self.losses.cross_entropy is None else self.losses.cross_entropy
+        sums = torch.stack([total.double(), self.losses.hits.double(), plain.double()])
+        loss_sum, hits, plain_sum = processes.total(sums).tolist()
         n *= self.config.ranks
+        is_sum = self.losses.cross_entropy is not None
         self.history.append(
             Epoch(
                 epoch=len(self.history) + 1,
@@ -150,16 +160,27 @@ class TrainingRun:
                 seconds=seconds,
                 step_ms=step_ms,
                 sharpness=processes.of_first(self.sharpness() if processes.is_first() else None),
+                cross_entropy=plain_sum / n if is_sum else None,
+                divergence=(loss_sum - plain_sum) / n if is_sum else None,
             )
         )
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.config.freeze_bn:
+            for norm in batch_norms(self.model):
+                norm.eval()
 
     def _step(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Take a step and return the batch's mean loss, 0-dim on the device."""
         if not self.config.graph:
-            return as_stepper(self.optimizer).step(self.losses, *batch, scaler=self.scaler)
+            stepper = as_stepper(self.optimizer)
+            return stepper.step(self.losses, *batch, scaler=self.scaler, clip_grad_norm=self.config.clip)
         if self._graph_step is None:
             try:
-                self._graph_step = graph_step(self.optimizer, self.losses, *batch, scaler=self.scaler)
+                self._graph_step = graph_step(
+                    self.optimizer, self.losses, *batch, scaler=self.scaler, clip_grad_norm=self.config.clip
+                )
             except (ValueError, RuntimeError) as error:
                 raise InputError(f"--graph: {error}") from error
         try:
@@ -257,7 +278,7 @@ def train(config: Config, out: Path, *, resume: bool = False, watcher: Watcher |
     watcher = watcher or Watcher()
     path = out / CHECKPOINT
     with contents_of(path) if resume else nullcontext():
-        run = TrainingRun(config)
+        run = TrainingRun(config, begins=not resume)
     if resume:
         checkpoint = read_checkpoint(path)
         refuse_differences(path, flat(read_config(checkpoint, path)), flat(config))
@@ -266,6 +287,8 @@ def train(config: Config, out: Path, *, resume: bool = False, watcher: Watcher |
     else:
         run.save(path)
     watcher.started(config, run.history, run.steps_per_epoch)
+    if run.drawn_anew:
+        watcher.told(f"{', '.join(run.drawn_anew)}: drawn anew, since {config.init} has other classes")
     while len(run.history) < config.epochs:
         with _compiling(config):
             run.train_epoch(watcher)

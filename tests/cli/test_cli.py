@@ -45,7 +45,10 @@ def python(*arguments, **keywords):
 
 BAD_INPUT = [
     ("train --method frob", "unknown method 'frob'; known are sgd, adamw, sam, asam"),
-    ("train --data frob", "unknown data set 'frob'; known are digits, cifar10:DIR, cifar100:DIR, fake:NxCxHxW"),
+    (
+        "train --data frob",
+        "unknown data set 'frob'; known are digits, cifar10:DIR, cifar100:DIR, folder:DIR, npz:FILE, fake:NxCxHxW",
+    ),
     ("train --data digits:0", "digits takes no argument, got '0'; use --data digits"),
     ("train --data cifar10", "CIFAR-10 needs a directory after the colon; unpack cifar-10-binary.tar.gz from"),
     ("train --data cifar100:frob", "frob is not a directory; unpack cifar-100-binary.tar.gz from"),
@@ -71,6 +74,35 @@ BAD_INPUT = [
     ("train --seed -1", "-1 is not in the range"),
     ("train --method sgd --rho 0.1", "sgd has no --rho; it has --lr, --momentum, --weight-decay"),
     ("train --resume", "nothing to resume"),
+    ("train --base rmsprop", "'--base': 'rmsprop' is not one of 'sgd', 'adamw'"),
+    ("train --method sgd --base adamw", "sgd is a base itself and goes around none; take --method adamw, or leave"),
+    (
+        "train --method sam --base adamw --momentum 0.9",
+        "sam around adamw has no --momentum; it has --lr,",
+    ),
+    ("compare --methods sgd --base adamw", "none of the methods (sgd) goes around a base; leave --base out"),
+    ("compare --methods sgd,sam --base adamw --mask element", "none of the methods (sgd, sam) has --mask"),
+    ("train --schedule linear", "'--schedule': 'linear' is not one of 'cosine', 'onecycle'"),
+    ("train --epochs 3 --warmup 3", "--warmup 3 leaves no epoch of 3 for the rate to fall in"),
+    ("compare --epochs 3 --warmup 3", "--warmup 3 leaves no epoch of 3 for the rate to fall in"),
+    ("train --warmup -1", "-1.0 is not in the range x>=0"),
+    ("train --clip 0", "0.0 is not in the range x>0"),
+    ("train --init frob", "frob does not exist; name a checkpoint of fastsam train, its directory, or a state dict"),
+    ("train --freeze-bn", "--freeze-bn keeps the statistics of --init; name a checkpoint with it"),
+    ("sweep", "nothing is swept; name an option and its values, as in --over rho=0.05,0.1"),
+    ("sweep --over rho", "'rho' is not NAME=X,... as in rho=0.05,0.1"),
+    ("sweep --over seed=1,2", "'seed' cannot be swept; what can is --epochs, --batch-size, --base, --lr"),
+    ("sweep --over rho=0.1,-1", "-1.0 is not in the range x>=0"),
+    ("sweep --over rho=0.1,0.1", "0.1 is there twice"),
+    ("sweep --over rho=0.1 --over rho=0.2", "rho is there twice in --over; list all its values in one"),
+    ("sweep --over rho=1,2 --over lr=1,2 --over epochs=1,2", "--over takes one or two options, got 3"),
+    ("sweep --over rho=1,2 --rho 0.1", "--rho is swept with --over; leave it out beside that"),
+    ("sweep --over num-shards=2,4", "sam has no --num-shards; it has --lr, --momentum, --weight-decay, --rho"),
+    ("sweep --over rho=1,2 --num-shards 4", "sam has no --num-shards; it has"),
+    ("sweep --over warmup=1,40", "--warmup 40 leaves no epoch of 30 for the rate to fall in"),
+    ("sweep --over rho=1,2 --resume", "nothing to resume"),
+    ("sweep --resume", "nothing to resume"),
+    ("presets frob", "unknown preset 'frob'; near it are"),
     ("train --resume --overwrite", "choose one of them"),
     ("train --frob", "--frob"),
     ("frob", "frob"),
@@ -271,7 +303,7 @@ def test_compare_writes_its_files_and_a_table(capsys, tmp_path):
     assert main([*COMPARE, str(tmp_path)]) == 0
     assert names(tmp_path) == COMPARISON_FILES
     printed = capsys.readouterr().out
-    assert "16/16" in printed
+    assert "20/20" in printed
     assert "\x1b" not in printed
     assert all(len(line) <= 100 for line in printed.splitlines() if str(tmp_path) not in line)
     runs = rows(tmp_path / "results.csv")
@@ -282,7 +314,8 @@ def test_compare_writes_its_files_and_a_table(capsys, tmp_path):
         mine = [r for r in runs if r["method"] == row["method"] and float(r["label_noise"]) == row["label_noise"]]
         last = [float(r["last_accuracy"]) for r in mine]
         assert row["mean_last"] == pytest.approx(sum(last) / 2)
-        assert f"{row['mean_last']:.1f} ± {row['std_last']:.1f}" in printed
+        assert row["interval_last"] == pytest.approx(12.7062 * row["std_last"] / 2**0.5, rel=1e-5)
+        assert f"{row['mean_last']:.1f} ± {row['interval_last']:.1f}" in printed
     sgd, sam = results["table"][:2]
     assert sam["step_ratio"] == sam["step_ms"] / sgd["step_ms"]
     chosen = {choice["label_noise"]: choice["value"] for choice in results["choices"]}

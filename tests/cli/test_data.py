@@ -14,7 +14,6 @@ from fastsam.cli.cifar import CIFAR10, CIFAR100, PIXELS
 from fastsam.cli.config import Config
 from fastsam.cli.data import DATA_SETS, Split, crop_and_flip, draw_moves, generator, load, resolve, short
 from fastsam.cli.errors import InputError
-from fastsam.cli.models import MODELS
 
 # pictures in each file
 TRAIN, TEST = 12, 7
@@ -246,69 +245,6 @@ def test_the_held_out_part_is_scored_without_augmentation(tmp_path, monkeypatch)
     scored = torch.cat([x for trained, x in seen if not trained])
     assert torch.equal(scored, run.data.normalised(run.data.score_x))
     assert len(scored) == 6
-
-
-# models
-
-
-PARAMETERS = [
-    ("resnet18", 10, 11_173_962),
-    ("resnet18", 100, 11_220_132),
-    ("wrn16-4", 10, 2_748_890),
-    ("wrn28-10", 10, 36_479_194),  # "36.5M" in Zagoruyko & Komodakis's table 4
-    ("wrn28-10", 100, 36_536_884),
-]
-
-
-@pytest.mark.parametrize(("name", "classes", "count"), PARAMETERS)
-def test_networks_have_as_many_parameters_as_published(name, classes, count):
-    with torch.device("meta"):
-        model = MODELS[name].build((3, 32, 32), classes)
-    assert sum(p.numel() for p in model.parameters()) == count
-
-
-def wrn_by_hand(weights, x, depth):
-    """The functional form of the authors' own PyTorch code, in training mode."""
-
-    def normed(x, bn):
-        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-        scale, shift = (weights[f"{bn}.{key}"].view(1, -1, 1, 1) for key in ("weight", "bias"))
-        return torch.relu((x - mean) / (var + 1e-5).sqrt() * scale + shift)
-
-    blocks = (depth - 4) // 6
-    x = torch.conv2d(x, weights["0.weight"], padding=1)
-    for i in range(1, 3 * blocks + 1):
-        stride = 2 if i in (blocks + 1, 2 * blocks + 1) else 1
-        first = normed(x, f"{i}.bn1")
-        second = normed(torch.conv2d(first, weights[f"{i}.conv1.weight"], stride=stride, padding=1), f"{i}.bn2")
-        if f"{i}.shortcut.weight" in weights:
-            x = torch.conv2d(first, weights[f"{i}.shortcut.weight"], stride=stride)
-        x = x + torch.conv2d(second, weights[f"{i}.conv2.weight"], padding=1)
-    x = normed(x, f"{3 * blocks + 1}").mean((2, 3))
-    return x @ weights[f"{3 * blocks + 4}.weight"].T + weights[f"{3 * blocks + 4}.bias"]
-
-
-def test_wide_resnet_is_pre_activated_as_published():
-    torch.manual_seed(0)
-    model = MODELS["wrn16-4"].build((3, 16, 16), 10).double()
-    for name, p in model.named_parameters():
-        if "conv" not in name:
-            torch.nn.init.uniform_(p, 0.5, 1.5)
-    x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
-    expected = wrn_by_hand(dict(model.named_parameters()), x, depth=16)
-    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 12, 20)])
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "wrn28-10"])
-def test_networks_take_pictures_of_any_shape(name, shape):
-    x = torch.randn(2, *shape)
-    assert MODELS[name].build(shape, 7)(x).shape == (2, 7)
-
-
-def test_vit_refuses_pictures_that_its_patches_do_not_cover():
-    with pytest.raises(InputError, match="vit cuts pictures into 4x4 pixels, which 30x32 do not fit"):
-        MODELS["vit"].build((3, 30, 32), 10)
 
 
 def test_a_split_keeps_bytes():

@@ -425,7 +425,7 @@ def test_options_are_never_chosen_on_the_test_set(make, monkeypatch):
 
 
 def test_the_best_on_the_held_out_part_is_chosen_and_ties_go_to_the_smallest(make, monkeypatch):
-    accuracies = {0.05: 40.0, 0.1: 60.0, 0.2: 60.0, 0.5: 50.0}
+    accuracies = {0.01: 10.0, 0.02: 20.0, 0.05: 40.0, 0.1: 60.0, 0.2: 60.0, 0.5: 50.0}
     trained = []
 
     def pretend(config, out, **_):
@@ -437,7 +437,7 @@ def test_the_best_on_the_held_out_part_is_chosen_and_ties_go_to_the_smallest(mak
     monkeypatch.setattr(compare, "train", pretend)
     done = compare.run(plan(), make("out"), Watcher())
     assert [choice.value for choice in done.choices] == [0.1]
-    assert done.choices[0].held_out_accuracy == {"0.05": 40.0, "0.1": 60.0, "0.2": 60.0, "0.5": 50.0}
+    assert done.choices[0].held_out_accuracy == {f"{rho}": a for rho, a in accuracies.items()}
     choosing = [c for c in trained if c.scored_on == "held_out"]
     final = [c for c in trained if c.scored_on == "test"]
     assert len(choosing) == len(METHODS["sam"].grid)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 BELOW_METHODS = {"two_pass", "distributed", "kernels", "arguments"}
 ARROWS = {
     "__main__": {"fastsam", "cli", "installation"},
-    "cli": {"fastsam", "methods", "graph", "two_pass", "sharpness"},
+    "cli": {"fastsam", "methods", "presets", "graph", "two_pass", "sharpness"},
     "arguments": set(),
     "fastsam": {"an optimizer", "a loss", "graph", "trajectory", "two_pass", "kernels", "norm_layers", "installation"},
     "methods": {"an optimizer", "a loss"},
@@ -27,6 +27,7 @@ ARROWS = {
     "distributed": {"kernels", "arguments"},
     "installation": set(),
     "norm_layers": set(),
+    "presets": set(),
     "kernels": set(),
 }
 """For each room what it may import beside itself, as docs/architecture.md has it. Rooms are the folders of fastsam/ and
