@@ -124,8 +124,8 @@ class Preset:
 
 
 def names() -> list[str]:
-    """Return the names of all presets, those of a method together."""
-    return list(_PRESETS)
+    """Return the names of all presets, sorted."""
+    return sorted(_PRESETS)
 
 
 def load(name: str) -> Preset:

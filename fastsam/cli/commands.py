@@ -201,8 +201,8 @@ def presets_command(name: str | None) -> None:
     preset = presets.load(name)
     rows = [[key, sweep.shown(value.value), value.source] for key, value in preset.values.items()]
     rows += [[key, "-", f"not given{f'; {hint}' if hint else ''}"] for key, hint in preset.gaps.items()]
-    lines = preset_options.about(preset, preset.method)
-    _print(console, ["setting", "value", "where it stands"], rows, "\n".join(lines), left=3, wraps=True)
+    _print(console, ["setting", "value", "where it stands"], rows, None, left=3, wraps=True)
+    _tell_of(console, name, preset.method)
 
 
 def _over(given: tuple[tuple[str, list[Any]], ...]) -> dict[str, list[Any]]:
@@ -302,14 +302,16 @@ def _print(
     console: Console,
     titles: Sequence[str],
     rows: Sequence[Sequence[str]],
-    below: str,
+    below: str | None,
     *,
     left: int,
     ends: Sequence[bool] = (),
     wraps: bool = False,
 ) -> None:
     """Print a table, the first `left` columns to the left, with a line after each row that `ends` a section."""
-    table = Table(box=box.SIMPLE_HEAD, caption=below, caption_justify="left", pad_edge=False)
+    # two blanks between columns, so that a comparison fits into 80
+    look = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    table = Table(caption=below, caption_justify="left", **look)  # type: ignore[arg-type]
     for i, title in enumerate(titles):
         table.add_column(title, justify="left" if i < left else "right", no_wrap=not wraps)
     for i, row in enumerate(rows):

@@ -427,6 +427,9 @@ def _check_timm(name: str) -> Any:
     except ImportError as error:
         known = ", ".join(MODELS)
         raise InputError(f"timm:{name} needs timm: pip install timm; without it there are {known}") from error
+    except Exception as error:
+        # as where torchvision is of another version than torch
+        raise InputError(f"timm:{name}: timm is installed, but importing it fails: {error}") from error
     if not timm.is_model(name.partition(".")[0]):
         near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise InputError(f"timm has no model {name!r}" + (f"; near it are {', '.join(near)}" if near else ""))

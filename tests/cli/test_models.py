@@ -242,3 +242,11 @@ def test_without_timm_the_error_says_how_to_get_it(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "timm:resnet26 needs timm: pip install timm; without it there are cnn, mlp, resnet18" in err
     assert err.count("\n") == 1
+
+
+def test_a_timm_that_does_not_import_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(InputError, match="importing it fails: operator torchvision::nms does not exist"):
+        check_model("timm:resnet26")
