@@ -80,6 +80,13 @@ class Config:
             )
 
     @property
+    def label(self) -> str:
+        """The method, its base where that is not the row's, and the value of what is tuned of it."""
+        around = f" around {self.base}" if self.base != base_of(self.method) else ""
+        tuned = METHODS[self.method].tuned
+        return self.method + around + (f" {tuned} {self.options[tuned]:g}" if tuned else "")
+
+    @property
     def rises_for(self) -> float:
         """Epochs over which the rate rises."""
         return self.warmup or 0.0

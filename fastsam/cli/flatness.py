@@ -15,7 +15,6 @@ from fastsam.cli.data import Split, generator, load, short
 from fastsam.cli.errors import InputError
 from fastsam.cli.files import CHECKPOINT, contents_of, environment, read_checkpoint, write_json
 from fastsam.cli.models import build_model
-from fastsam.methods import METHODS
 from fastsam.sharpness import (
     Landscape,
     gradient_cosine,
@@ -120,10 +119,8 @@ class Trained:
     @property
     def label(self) -> str:
         """The method with what is tuned of it, the label noise and the seed."""
-        tuned = METHODS[self.config.method].tuned
-        chosen = f" {tuned} {self.config.options[tuned]:g}" if tuned else ""
         noise = f", {self.config.label_noise:.0%} noise" if self.config.label_noise else ""
-        return f"{self.config.method}{chosen}{noise}, seed {self.config.seed}"
+        return f"{self.config.label}{noise}, seed {self.config.seed}"
 
     @property
     def about(self) -> str:

@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastsam.cli.config import Config, base_of
+from fastsam.cli.config import Config
 from fastsam.cli.data import SCORED_ON
 from fastsam.cli.results import Epoch, Watcher
-from fastsam.methods import METHODS
 
 _B = TypeVar("_B", bound="_Bar")
 
@@ -122,10 +121,7 @@ class Display(_Bar, Watcher):
 
 
 def _label(config: Config) -> str:
-    tuned = METHODS[config.method].tuned
-    chosen = f" {tuned} {config.options[tuned]:g}" if tuned else ""
-    around = f" around {config.base}" if config.base != base_of(config.method) else ""
-    return f"{config.method}{around}{chosen}, noise {config.label_noise:.0%}, seed {config.seed}"
+    return f"{config.label}, noise {config.label_noise:.0%}, seed {config.seed}"
 
 
 def _numbers(config: Config, epoch: Epoch) -> str:

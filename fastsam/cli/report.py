@@ -86,10 +86,8 @@ def _figure(width: float, height: float, rows: int, columns: int = 2) -> tuple[F
 
 
 def _title(config: Config) -> str:
-    tuned = METHODS[config.method].tuned
-    chosen = f", {tuned} {config.options[tuned]:g}" if tuned else ""
     noise = f", {config.label_noise:.0%} label noise" if config.label_noise else ""
-    return f"{config.method}{chosen}: {short(config.data)}, {config.model}{noise}, seed {config.seed}"
+    return f"{config.label}: {short(config.data)}, {config.model}{noise}, seed {config.seed}"
 
 
 def _curve(result: Result) -> Figure:
