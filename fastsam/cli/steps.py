@@ -18,6 +18,7 @@ from fastsam import SampleToRankSampler
 from fastsam.cli.config import Config, base_of
 from fastsam.cli.errors import InputError
 from fastsam.methods import METHODS
+from fastsam.two_pass import capture
 from fastsam.two_pass.stage import Stage, under_way
 
 
@@ -221,12 +222,22 @@ class BatchLosses:
         """Sum over the samples, where it is not the loss itself."""
         if isinstance(criterion, MethodLoss):
             self.cross_entropy = torch.zeros((), dtype=torch.float32, device=device)
+        self._unsettled: tuple[Tensor, Tensor] | None = None
+        """Logits and labels of the first pass, until their cross-entropy is added up."""
 
     def begin_epoch(self) -> None:
         """Count anew."""
         self.hits.zero_()
         if self.cross_entropy is not None:
             self.cross_entropy.zero_()
+
+    def settle(self) -> None:
+        """Add up the cross-entropy of the step that was taken: after its end, since its time is that of the method."""
+        if self.cross_entropy is None or self._unsettled is None:
+            return
+        (logits, y), self._unsettled = self._unsettled, None
+        plain = F.cross_entropy(logits, y, reduction="none", label_smoothing=self.criterion.label_smoothing)
+        self.cross_entropy += plain.mean() * len(y)
 
     def __call__(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """Return float32 losses of shape [n]."""
@@ -238,8 +249,10 @@ class BatchLosses:
         if run is None or run.stage is Stage.ASCENT:
             self.hits += (logits.detach().argmax(dim=1) == y).sum()
             if self.cross_entropy is not None:
-                plain = Criterion.forward(self.criterion, logits.detach(), x, y, ids)
-                self.cross_entropy += plain.mean() * len(y)
+                self._unsettled = logits.detach(), y
+                if capture.current() is not None:
+                    # a replay does what was captured, and nothing after it
+                    self.settle()
         # a teacher computes as its model does
         with self.autocast:
             return self.criterion(logits, x, y, ids)

@@ -140,6 +140,7 @@ class TrainingRun:
             if self.scaler is not None:
                 self.scaler.update()
             clock.events.append((start, clock.now()))
+            self.losses.settle()
             self.schedule.step()
             total += loss * len(samples)
             watcher.step(loss, note_of(self.optimizer))
