@@ -1,7 +1,7 @@
 """The commands `fastsam train`, `fastsam compare`, `fastsam sweep` and `fastsam presets`."""
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -9,9 +9,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from fastsam import __version__, presets
 from fastsam.cli import compare, preset_options, processes, sweep, training
@@ -45,6 +43,7 @@ from fastsam.cli.report import (
     write_sweep,
 )
 from fastsam.cli.results import Watcher
+from fastsam.cli.tables import print_table
 from fastsam.methods import METHODS
 
 SCORED_ON_HELP = "held_out: train without a tenth of the training set and score on it, to choose settings fairly."
@@ -185,7 +184,7 @@ def sweep_command(ctx: click.Context, out: Path, resume: bool, overwrite: bool, 
             done = sweep.run(plan, out, display)
         write_sweep(out, done)
     rows = [sweep_cells(row) for row in done.rows]
-    _print(console, sweep_headers(plan), rows, sweep_caption(done), left=len(plan.over))
+    print_table(console, sweep_headers(plan), rows, below=sweep_caption(done), left=len(plan.over))
     console.print(f"wrote results.json, results.csv and table.md to {out}", soft_wrap=True)
 
 
@@ -201,7 +200,7 @@ def presets_command(name: str | None) -> None:
     preset = presets.load(name)
     rows = [[key, sweep.shown(value.value), value.source] for key, value in preset.values.items()]
     rows += [[key, "-", f"not given{f'; {hint}' if hint else ''}"] for key, hint in preset.gaps.items()]
-    _print(console, ["setting", "value", "where it stands"], rows, None, left=3, wraps=True)
+    print_table(console, ["setting", "value", "where it stands"], rows, left=3, wraps=range(3))
     _tell_of(console, name, preset.method)
 
 
@@ -295,25 +294,4 @@ def _print_table(console: Console, comparison: compare.Comparison) -> None:
     noises = [row.label_noise for row in comparison.rows]
     ends = [noises[i + 1 : i + 2] != [noise] for i, noise in enumerate(noises)]
     rows = [cells(row, comparison.plan) for row in comparison.rows]
-    _print(console, headers(comparison.plan), rows, caption(comparison), left=3, ends=ends)
-
-
-def _print(
-    console: Console,
-    titles: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    below: str | None,
-    *,
-    left: int,
-    ends: Sequence[bool] = (),
-    wraps: bool = False,
-) -> None:
-    """Print a table, the first `left` columns to the left, with a line after each row that `ends` a section."""
-    # two blanks between columns, so that a comparison fits into 80
-    look = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
-    table = Table(caption=below, caption_justify="left", **look)  # type: ignore[arg-type]
-    for i, title in enumerate(titles):
-        table.add_column(title, justify="left" if i < left else "right", no_wrap=not wraps)
-    for i, row in enumerate(rows):
-        table.add_row(*row, end_section=any(ends[i : i + 1]))
-    console.print(table)
+    print_table(console, headers(comparison.plan), rows, below=caption(comparison), left=3, ends=ends)

@@ -247,7 +247,7 @@ def mean_loss(model: nn.Module, batches: Batches, mode: Mode = "eval") -> float:
         return float(objective.loss())
 
 
-HEADERS = ("model", "loss", "gap", "sharpness", "cosine", "lambda_1", "l_1 / l_5", "gradients", "time")
+HEADERS = ("model", "loss", "gap", "sharpness", "cosine", "lambda_1", "ratio", "cost", "time")
 
 
 def cells(label: str, found: Flatness) -> list[str]:
@@ -267,13 +267,13 @@ def cells(label: str, found: Flatness) -> list[str]:
 def caption(found: Flatness) -> str:
     """Return what the table's numbers are."""
     by_power = " (in parentheses: by power iteration, or a lower bound)" if found.power is not None else ""
-    lambdas = f" lambda: eigenvalues of the Hessian, to {found.tol:g} of themselves{by_power}."
-    eigenvalues = lambdas if found.eigenvalues else ""
+    largest = f" lambda_1: largest eigenvalue of the Hessian, to {found.tol:g} of itself{by_power}."
+    eigenvalues = f"{largest} ratio: of it to the fifth." if found.eigenvalues else ""
     return (
         f"Mean cross-entropy of {found.samples} training pictures with the labels trained on, batch norm in "
         f"{found.mode} mode. gap: the loss of the pictures that accuracy is measured on, minus that. sharpness: by how "
         f"much it rises along SAM's perturbation, rho {found.rho:g}, of each batch of {found.batch_size}. cosine: of "
-        f"the gradients of SAM's two passes.{eigenvalues} gradients: what it cost, in gradients of all pictures."
+        f"the gradients of SAM's two passes.{eigenvalues} cost: in gradients of all pictures."
     )
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import click
 import torch
-from rich import box
-from rich.table import Table
 
 from fastsam.cli import flatness, surfaces
 from fastsam.cli.errors import InputError
@@ -15,6 +13,7 @@ from fastsam.cli.files import environment, make_directory
 from fastsam.cli.flatness import Trained
 from fastsam.cli.options import THREADS_HELP, Device, Number, shown
 from fastsam.cli.progress import Measuring, make_console
+from fastsam.cli.tables import print_table
 
 MODE_HELP = "Of batch norm: eval takes the running statistics, train those of each batch."
 
@@ -57,12 +56,8 @@ def sharpness_command(
         make_directory(out.absolute().parent)
     with Measuring(console) as shows:
         found = [flatness.measure(model, stage=shows.stage_of(model.label), **how) for model in trained]
-    table = Table(box=box.SIMPLE_HEAD, caption=flatness.caption(found[0]), caption_justify="left", pad_edge=False)
-    for header in flatness.HEADERS:
-        table.add_column(header, justify="left" if header == flatness.HEADERS[0] else "right", no_wrap=True)
-    for model, row in zip(trained, found, strict=True):
-        table.add_row(*flatness.cells(model.label, row))
-    console.print(table)
+    rows = [flatness.cells(model.label, row) for model, row in zip(trained, found, strict=True)]
+    print_table(console, flatness.HEADERS, rows, below=flatness.caption(found[0]), wraps=range(1))
     if out is not None:
         flatness.write(out, trained, found)
         console.print(f"wrote {out}", soft_wrap=True)

@@ -103,10 +103,10 @@ def test_a_rise_that_has_no_room_is_refused():
 # clipping
 
 
-@pytest.mark.parametrize("method", ["sgd", "sam", "saf"])
-def test_no_step_is_longer_than_the_clip_allows(method):
+@pytest.mark.parametrize(("method", "graph"), [("sgd", False), ("sam", False), ("saf", False), ("sam", True)])
+def test_no_step_is_longer_than_the_clip_allows(method, graph):
     options = options_for(method, {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0})
-    run = TrainingRun(config(method, options=options, clip=0.01, epochs=100))
+    run = TrainingRun(config(method, options=options, clip=0.01, epochs=100, graph=graph))
     weights, step, moved = list(run.model.parameters()), run._step, []
 
     def watched(batch):

@@ -1,18 +1,21 @@
 """A sweep: every combination over the seeds, scored on held-out data, one table, and it goes on where it stopped."""
 
 import csv
+import io
 import json
 
 import pytest
+from rich.console import Console
 from test_training import make
 
 from fastsam.__main__ import main
-from fastsam.cli import compare, sweep
+from fastsam.cli import compare, flatness, sweep
 from fastsam.cli.config import options_of
 from fastsam.cli.errors import InputError
 from fastsam.cli.files import CHECKPOINT
 from fastsam.cli.results import Epoch, Result, Watcher
 from fastsam.cli.sweep import SweepPlan
+from fastsam.cli.tables import print_table
 
 __all__ = ["make"]
 LINE = ["sweep", "--over", "rho=0.05,0.2", "--over", "batch-size=64,128", "--seeds", "2", "--model", "mlp"]
@@ -174,3 +177,19 @@ def test_a_comparison_around_adamw_has_its_ratios_to_adamw(tmp_path):
     read = compare.read_plan(tmp_path)
     assert (read.base, read.schedule, read.clip) == ("adamw", "onecycle", 1.0)
     assert main(["compare", "--resume", "--out", str(tmp_path), "--clip", "2"]) == 2
+
+
+COMPARISON = {
+    "noise": "40%", "method": "looksam", "chosen": "rho 0.05", "last (%)": "75.6 ± 10.1", "best (%)": "91.7",
+    "step": "112.5 ms (2.05x adamw)", "run": "63.4 s",
+}  # fmt: skip
+LABEL = "sam around adamw rho 0.05, 40% noise, seed 0"
+NUMBERS = ["0.4321", "-0.04673", "0.04411", "-0.989", "1234", "12.34", "1069", "123.4 s"]
+WIDEST = [(list(COMPARISON), list(COMPARISON.values()), ()), (flatness.HEADERS, [LABEL, *NUMBERS], (0,))]
+
+
+@pytest.mark.parametrize(("titles", "row", "wraps"), WIDEST)
+def test_tables_lose_nothing_in_80_columns(titles, row, wraps):
+    text = io.StringIO()
+    print_table(Console(file=text, width=80), titles, [row], wraps=wraps)
+    assert all(word in text.getvalue() for cell in (*titles, *row) for word in cell.split())
