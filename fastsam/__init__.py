@@ -2,9 +2,10 @@
 
 `SAM`, `ESAM`, `MSAM`, `GSAM` and `LookSAM` are `torch.optim.Optimizer`s around a base optimizer, `SAF` and
 `MESA` losses for any optimizer, and `graph_step` takes whole steps as CUDA graphs; see their docstrings and the README.
-A method of your own derives from `TwoPassOptimizer`.
+A method of your own derives from `TwoPassOptimizer`. `presets` has the papers' settings.
 """
 
+from fastsam import presets as presets
 from fastsam.esam import ESAM
 from fastsam.graph.graph_step import GraphStep, graph_step
 from fastsam.gsam import GSAM

@@ -228,7 +228,8 @@ def _sam_label_noise() -> list[Preset]:
         values = _at(_TEXT, data="cifar10", model="resnet32", epochs=200, label_noise=percent / 100, rho=rho)
         gaps = {"lr": "", "weight_decay": "", "batch_size": "256 in its other experiments on CIFAR"}
         values |= _at(_TEXT, momentum=0.9) | _at(_SAM_CODE, schedule="cosine")
-        found.append(Preset(f"sam/cifar10/resnet32/noise{percent}", "sam", "sgd", _SAM, values, gaps))
+        notes = ("fastsam draws a noisy label from all classes, the right one included.",)
+        found.append(Preset(f"sam/cifar10/resnet32/noise{percent}", "sam", "sgd", _SAM, values, gaps, notes))
     return found
 
 
@@ -289,7 +290,8 @@ def _esam_tables() -> list[Preset]:
             "table 5", data="imagenet", model=model, epochs=90, batch_size=512, lr=0.2, weight_decay=1e-4, rho=0.05,
             beta=0.6, gamma=0.7, schedule="cosine", shard_size=128, resolution=224,
         ) | _at(_ESAM_CODE, momentum=0.9)  # fmt: skip
-        found.append(Preset(f"esam/imagenet/{model}", "esam", "sgd", _ESAM, values))
+        notes = ("A perturbation there is that of the 128 samples of a device, not of the batch.",)
+        found.append(Preset(f"esam/imagenet/{model}", "esam", "sgd", _ESAM, values, notes=notes))
     return found
 
 

@@ -1,10 +1,13 @@
 """The papers' settings: each builds its optimizer or loss, what a paper leaves open is asked for by name."""
 
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import fastsam
 from fastsam import presets
 from fastsam.__main__ import main
 from fastsam.cli.config import SCHEDULES, options_of
@@ -111,6 +114,13 @@ def test_what_a_paper_does_not_give_is_refused_by_name():
         preset.method_keywords(rho=0.1)
     with pytest.raises(KeyError, match="has no 'rho'; it has"):
         preset["rho"]
+
+
+def test_presets_are_there_with_the_package():
+    code = "import fastsam; print(fastsam.presets.load('esam/cifar10/resnet18')['rho'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0.05\n", "")
+    assert fastsam.presets is presets
 
 
 def test_a_value_of_ones_own_takes_the_place_of_the_papers():
