@@ -31,7 +31,7 @@ from fastsam.two_pass import capture
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.batch import take_rows
 from fastsam.two_pass.loss_function import check_losses
-from fastsam.two_pass.losses import Losses, Pair
+from fastsam.two_pass.losses import Losses
 from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
 from fastsam.two_pass.wrapper import SEED, STEP
@@ -68,6 +68,31 @@ class Selection(NamedTuple):
         left = torch.ones(len(self.before), dtype=torch.bool, device=self.before.device)
         left[self.rows] = False
         return self.before[left].mean(), self.after[left].mean()
+
+
+class _Mask(NamedTuple):
+    """What a step's mask depends on, of which it is computed when somebody asks."""
+
+    given: list[bool | Tensor] | None
+    limits: list[int]
+    """For each parameter in group order, below which a word keeps the tensor, or an element."""
+    step: int
+    seed: int
+
+    def of_tensors(self) -> list[bool]:
+        if self.given is not None:
+            return [m if isinstance(m, bool) else True for m in self.given]
+        words = philox.first_words(len(self.limits), self.step, self.seed)
+        return [word < limit for word, limit in zip(words, self.limits, strict=True)]
+
+    def of_elements(self, params: Sequence[Tensor]) -> list[Tensor]:
+        found = []
+        for i, (p, limit) in enumerate(zip(params, self.limits, strict=False)):
+            own, start = local(p), first_element(p) or 0
+            words = philox.words(own.numel(), i, self.step, self.seed, start=start, device=own.device)
+            m = (words < limit).view(own.shape) if self.given is None else self.given[i]
+            found.append(m if isinstance(m, Tensor) else torch.full_like(own, m, dtype=torch.bool))
+        return found
 
 
 class ESAM(SAM):
@@ -137,8 +162,7 @@ class ESAM(SAM):
         self.last_selected_fraction = 1.0
         self._given_mask: list[bool | Tensor] | None = None
         self.has_given_mask = False
-        self._last_mask: tuple[list[bool | Tensor] | None, int] = (None, 0)
-        self._selected: tuple[Tensor, Tensor, Tensor] | None = None
+        self._last_mask = _Mask([], [], 0, 0)
         TwoPassOptimizer.__init__(
             self,
             params,
@@ -172,8 +196,10 @@ class ESAM(SAM):
                 )
 
     def check(self, call: str, rows: int | None = None) -> None:
-        """Raise RuntimeError where no rows can be selected."""
+        """Raise RuntimeError where no rows can be selected, ValueError where a given mask fits no longer."""
         super().check(call, rows)
+        if call != "the constructor" and self._given_mask is not None:
+            self._checked_mask(self._given_mask)
         if call not in ("the constructor", "step(loss_fn, *batch)", "step()") and self._gamma < 1:
             raise RuntimeError(
                 f"{call} cannot select rows (gamma={self._gamma}); use opt.step(loss_fn, *batch), or pass gamma=1 to "
@@ -196,11 +222,6 @@ class ESAM(SAM):
             return self.perturbed()
         return [kept and wanted for kept, wanted in zip(self._kept(), self.perturbed(), strict=True)]
 
-    def passes(self, batch: tuple[Any, ...]) -> list[Pair]:
-        """Return the batch as one part, and forget the last one's selection."""
-        self._selected = None
-        return super().passes(batch)
-
     def needs_rows(self) -> bool:
         """Whether rows are selected."""
         return self._gamma < 1
@@ -212,7 +233,7 @@ class ESAM(SAM):
 
     def perturb(self, ascent: Ascent, k: int) -> Tensor:
         """Compute ||m g||_2, and move the weights that the mask m keeps by rho m g / (beta ||m g||_2) (Eq. 4-5)."""
-        self._last_mask = self._given_mask, self.param_groups[0][STEP]
+        self._last_mask = self._next_mask(self.param_groups[0][STEP])
         if self.has_given_mask and capture.recorder() is not None:
             raise RuntimeError(f"the step cannot be captured: {_DRAWS_ITS_MASKS}; set it to None")
         masked, kept = self._masked_as_given(ascent), self._kept()
@@ -232,28 +253,14 @@ class ESAM(SAM):
 
     def _kept(self) -> list[bool]:
         """The tensor mask of this step, in group order: the same on every rank, backend and device."""
-        if self._given_mask is not None:
-            return [m if isinstance(m, bool) else True for m in self._given_mask]
         # There the kernels draw the mask.
-        if self.mask == "element" or capture.recorder() is not None:
+        if self._given_mask is None and (self.mask == "element" or capture.recorder() is not None):
             return [True] * len(self._params())
-        return self._tensor_mask(self.param_groups[0][STEP])
+        return self._next_mask(self.param_groups[0][STEP]).of_tensors()
 
-    def _limits(self) -> list[int]:
-        """The numbers below which a word keeps a tensor or an element, in group order."""
-        return [philox.threshold(self.option(g, "beta")) for g in self.param_groups for _ in g["params"]]
-
-    def _tensor_mask(self, step: int) -> list[bool]:
-        limits = self._limits()
-        words = philox.first_words(len(limits), step, self.param_groups[0][SEED])
-        return [word < limit for word, limit in zip(words, limits, strict=True)]
-
-    def _element_mask(self, step: int) -> list[Tensor]:
-        seed, found = self.param_groups[0][SEED], []
-        for i, (p, limit) in enumerate(zip(map(local, self._params()), self._limits(), strict=True)):
-            start = first_element(self._params()[i]) or 0
-            found.append((philox.words(p.numel(), i, step, seed, start=start, device=p.device) < limit).view(p.shape))
-        return found
+    def _next_mask(self, step: int) -> "_Mask":
+        limits = [philox.threshold(self.option(g, "beta")) for g in self.param_groups for _ in g["params"]]
+        return _Mask(self._given_mask, limits, step, self.param_groups[0][SEED])
 
     def _masked_as_given(self, ascent: Ascent) -> Ascent:
         """Return the ascent with its gradients times the elements of a given mask."""
@@ -263,7 +270,10 @@ class ESAM(SAM):
         rows = zip(masks, ascent.grads, strict=True)
         return replace(
             ascent,
-            grads=[g * m.view(m.shape + (1,) * (g.dim() - m.dim())) if isinstance(m, Tensor) else g for m, g in rows],
+            grads=[
+                g * m.view(m.shape + (1,) * (g.dim() - m.dim())).to(g.device) if isinstance(m, Tensor) else g
+                for m, g in rows
+            ],
         )
 
     def _masked_norm(self, ascent: Ascent) -> Tensor:
@@ -305,7 +315,7 @@ class ESAM(SAM):
             ValueError: when it is set, another number of entries, another shape, or elements under mask="tensor" or of
                 sharded weights.
         """
-        return self._given_mask
+        return None if self._given_mask is None else list(self._given_mask)
 
     @given_mask.setter
     def given_mask(self, mask: Sequence[bool | Tensor] | None) -> None:
@@ -336,12 +346,13 @@ class ESAM(SAM):
 
         None where no rows were selected: gamma = 1, a step without a second pass, or another way of stepping.
         """
-        if self._selected is None:
+        losses = self._run.perturbed_losses
+        if not losses or losses[0].selection is None:
             return None
-        (given, step), (rows, before, after) = self._last_mask, self._selected
-        mask: Any = given or (self._tensor_mask(step) if self.mask == "tensor" else self._element_mask(step))
+        (rows, before), after, mask = losses[0].selection, losses[0].rows, self._last_mask
+        kept = mask.of_tensors() if self.mask == "tensor" else mask.of_elements(self._params())
         # a captured step writes into its own tensors again
-        return Selection(mask, rows.clone(), before.clone(), after.clone())
+        return Selection(kept, rows.clone(), before.clone(), after.clone())
 
     # sharpness-sensitive data selection
 
@@ -366,7 +377,7 @@ class ESAM(SAM):
             rows = self._rows(after, first, k)
             self.replay()
             chosen = check_losses(loss_fn(*take_rows(batch, rows)), len(rows))
-        chosen.of_all, self._selected = after, (rows, first.rows, after.rows)
+        chosen.of_all, after.selection = after, (rows, first.rows)
         return chosen
 
     def _number_of_rows(self, n: int) -> int:
@@ -404,8 +415,8 @@ class ESAM(SAM):
 
     def static_outputs(self) -> list[tuple[Any, str]]:
         """Return what a step sets and every replay leaves as well."""
-        return [*super().static_outputs(), (self, "last_selected_fraction"), (self, "_selected")]
+        return [*super().static_outputs(), (self, "last_selected_fraction")]
 
     def _replayed(self) -> None:
         super()._replayed()
-        self._last_mask = None, self.param_groups[0][STEP] - 1
+        self._last_mask = self._next_mask(self.param_groups[0][STEP] - 1)

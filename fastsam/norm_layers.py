@@ -20,8 +20,11 @@ def is_norm_layer(module: nn.Module) -> bool:
     dimension at most, which tells them from layers with normalized weights.
     """
     own = list(module.parameters(recurse=False))
-    is_named_so = "norm" in type(module).__name__.lower() and all(p.dim() <= 1 for p in own)
-    return bool(own) and (isinstance(module, _OF_TORCH) or is_named_so)
+    # lazy layers, which are torch's, have no dimensions yet
+    is_one = isinstance(module, _OF_TORCH) or (
+        "norm" in type(module).__name__.lower() and all(p.dim() <= 1 for p in own)
+    )
+    return bool(own) and is_one
 
 
 def norm_layer_groups(model: nn.Module, is_norm: Callable[[nn.Module], bool] = is_norm_layer) -> list[dict[str, Any]]:

@@ -120,7 +120,10 @@ def esam(step: PlainStep) -> Vector:
     t, seed = (opt.param_groups[0][f"fastsam_{key}"] for key in ("step", "seed"))
     first, g = step.look(step.batch)
     limits = [philox.threshold(beta) for beta in betas]
-    if opt.mask == "tensor":
+    if opt.given_mask is not None:
+        given = zip(step.params, opt.given_mask, strict=True)
+        masks = [torch.ones_like(p) * (m.to(p.device) if isinstance(m, Tensor) else m) for p, m in given]
+    elif opt.mask == "tensor":
         words = philox.first_words(len(betas), t, seed)
         rows = zip(step.params, words, limits, strict=True)
         masks = [torch.full_like(p, float(word < limit)) for p, word, limit in rows]

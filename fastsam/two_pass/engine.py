@@ -136,9 +136,8 @@ class Engine(MethodHooks, Capturable):
         return joined(losses)
 
     def _reduces_each_pair(self) -> bool:
-        """Whether gradients of one pair are reduced between ranks before those of the next are there."""
-        ranks = self._run.parallel_model
-        return ranks.is_sharded or (ranks.are_several and self._combines())
+        """Whether gradients of one pair are reduced between ranks, or combined, before those of the next are there."""
+        return self._run.parallel_model.is_sharded or self._combines()
 
     def _start_on_batch(self, scaler: Any) -> None:
         """Drop what earlier passes left, and note the scale that the backward passes of this step will have."""
@@ -221,7 +220,7 @@ class Engine(MethodHooks, Capturable):
         finally:
             handle.remove()
         if factors:
-            self._run.grad_scale = factors[0].detach()
+            self._run.note_factor(factors[0].detach())
         if is_partial and given.grad is not None:
             run_backward(loss, leaves, given.grad)
         elif untouched.covers(self.param_groups, also_missing=True):
@@ -277,7 +276,7 @@ class Engine(MethodHooks, Capturable):
         if found:
             ascent = self._ascent(params, found)
             norm = self.perturb(ascent, 0)
-            run.last_grad_norm = None if norm is None else self.unscaled(norm)
+            run.last_grad_norm = None if norm is None else run.without_factor(norm)
             run.ascent = ascent if self._combines() else None
         self._count_step()
 
@@ -334,6 +333,8 @@ class Engine(MethodHooks, Capturable):
         """Take the step that pairs, or a plain backward, have left in p.grad."""
         run = self._run
         is_counted = bool(run.pairs) or run.in_second_step
+        if not run.pairs:
+            run.perturbed_losses = []
         if not is_counted and not self.has_second_pass():
             run.params = self._params()
             # a gradient that is combined in part is none to try again with

@@ -16,6 +16,7 @@ from fastsam.two_pass.loss_function import check_losses
 from fastsam.two_pass.losses import Losses, Pair
 from fastsam.two_pass.module_state import modules_of
 from fastsam.two_pass.passes import PassOptimizer
+from fastsam.two_pass.state import divisor
 
 
 class MethodHooks(PassOptimizer):
@@ -223,9 +224,13 @@ class MethodHooks(PassOptimizer):
         return self._run.pending
 
     def unscaled(self, tensor: Tensor) -> Tensor:
-        """Return a gradient, or the norm of one, without the loss scale that backward was run with, if it is known."""
+        """Return a gradient without the loss scale that the step's backwards were run with, if it is known.
+
+        With a caller's own backward it is what the first of them multiplied the loss by: the parts of one step keep
+        their shares relative to each other.
+        """
         scale = self._run.grad_scale
-        return tensor if scale is None else tensor / torch.as_tensor(scale, dtype=tensor.dtype, device=tensor.device)
+        return tensor if scale is None else tensor / divisor(scale, tensor)
 
     def states_of(self, params: list[Tensor], name: str) -> list[Tensor]:
         """Return this rank's entries of the method's own tensor of this name for each parameter; zeros before any."""

@@ -24,7 +24,7 @@ class LossFunction:
         self._call, self.has_aux = batch.guarded(loss_fn), has_aux
         self._kept: list[Any] = []
         self._begins_pair = False
-        self._kinds: set[bool] = set()
+        self._kinds: set[tuple[bool, bool]] = set()
 
     def begin_pair(self) -> None:
         """Keep what the next call returns beside its losses."""
@@ -34,9 +34,12 @@ class LossFunction:
         """Return the losses of a batch, or a part of it, as the user's function does."""
         returned = self._call(*batch)
         losses = self._without_aux(returned) if self.has_aux else returned
-        self._kinds.add(isinstance(losses, Weighted))
+        self._kinds.add((isinstance(losses, Weighted), getattr(losses, "total", None) is None))
         if len(self._kinds) > 1:
-            raise TypeError("the loss function returned fastsam.Weighted in some calls alone; return it in all or none")
+            raise TypeError(
+                "the loss function returned fastsam.Weighted, or its total, in some calls of the step alone; return it "
+                "in all or in none"
+            )
         return losses
 
     def _without_aux(self, returned: Any) -> Any:

@@ -15,13 +15,15 @@ W is known when the last part's first pass has run. The gradients before it are 
 """
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsam.arguments import shown
+from fastsam.two_pass import capture
 from fastsam.two_pass.batch import batch_size
 from fastsam.two_pass.gradients import clear, copies, put, scale_, sums, take
 
@@ -46,11 +48,14 @@ class Weighted:
         total: what the weighted sum is divided by: a positive number or 0-dim tensor. Default: the sum of the weights
             of all rows of the call. With accumulation it is the sum over all micro-batches, and no mean over them is
             taken; under DistributedDataParallel, which takes the mean over ranks, the sum over ranks divided by their
-            number. Only the loop knows both.
+            number. Only the loop knows both. It is that of the whole step, not of one call: computed within the loss
+            function it would be a shard's. `graph_step` follows a 0-dim tensor among the batch's arguments; a number
+            there is captured anew when it changes, and one that a closure holds is baked into the graph.
 
     Raises:
-        TypeError: losses or weights is no tensor, or total no number.
-        ValueError: shapes differ, weights require a gradient, or total is not positive.
+        TypeError: losses or weights is no tensor, or total neither a number nor a 0-dim tensor.
+        ValueError: shapes differ, weights or total require a gradient, or total is not positive, as far as
+            the host may look.
     """
 
     __slots__ = ("losses", "total", "weights")
@@ -71,12 +76,20 @@ class Weighted:
 
 
 def _check_total(total: Any) -> None:
-    if total is None or (isinstance(total, Tensor) and total.dim() == 0):
+    if total is None:
         return
-    if isinstance(total, bool) or not isinstance(total, (int, float)):
+    is_tensor = isinstance(total, Tensor) and total.dim() == 0 and total.dtype is not torch.bool
+    if isinstance(total, bool) or not (is_tensor or isinstance(total, numbers.Real)):
         raise TypeError(f"total of Weighted must be a number or a 0-dim tensor, got {shown(total)}")
-    if not total > 0 or not math.isfinite(total):
+    if is_tensor and total.requires_grad:
+        raise ValueError("total of Weighted requires a gradient; pass total.detach()")
+    if (not is_tensor or _is_readable(total)) and not 0 < total < math.inf:
         raise ValueError(f"total of Weighted must be positive, got {shown(total)}")
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a tensor's values may be read on the host: on the CPU, but for steps that are captured."""
+    return tensor.device.type == "cpu" and capture.recorder() is None
 
 
 class Losses:
@@ -91,6 +104,8 @@ class Losses:
     """
 
     of_all: "Losses | None" = None
+    selection: tuple[Tensor, Tensor] | None = None
+    """Of those of all rows: which rows were chosen of them, and their losses in the first pass."""
 
     def __init__(self, rows: Tensor, weights: Tensor | None = None, total: float | Tensor | None = None) -> None:
         self.rows, self.weights, self.total = rows, weights, total
@@ -102,11 +117,12 @@ class Losses:
         Raises:
             ValueError: a weight on the CPU is negative; elsewhere nobody looks, since that would wait for the device.
         """
-        if weighted.weights.device.type == "cpu" and bool((weighted.weights < 0).any()):
+        if _is_readable(weighted.weights) and bool((weighted.weights < 0).any()):
             raise ValueError(f"weights of fastsam.Weighted must be >= 0, got {weighted.weights.min().item()}")
         losses = weighted.losses.float() if weighted.losses.dtype.itemsize < 4 else weighted.losses
-        weights = weighted.weights.to(losses.dtype)
-        rows, sums = weights * losses, weights
+        weights = weighted.weights.to(losses.dtype, copy=True)
+        # what weighs nothing may be inf or NaN
+        rows, sums = weights * losses.masked_fill(weights == 0, 0), weights
         if losses.dim() > 1:
             rows, sums = rows.flatten(1).sum(1), weights.flatten(1).sum(1)
         return cls(rows, sums, weighted.total)
@@ -116,7 +132,9 @@ class Losses:
 
     def detach(self) -> "Losses":
         """Return them without a gradient."""
-        return Losses(self.rows.detach(), self.weights, self.total)
+        found = Losses(self.rows.detach(), self.weights, self.total)
+        found.selection = self.selection
+        return found
 
     def take(self, rows: Tensor) -> "Losses":
         """Return those of these rows, int64 indices of shape [k]."""
@@ -198,31 +216,41 @@ class StepObjective:
         pair = self._pairs[i]
         if first.weights is None:
             return second.mean() if pair.weight == 1 else second.mean() * pair.weight
-        weight = first.weights.sum()
-        self._weights.append(weight)
         if len(self._pairs) == 1:
-            return second.mean() if first.total is None else second.mean() * first.part_of_total()
-        # Relative to n, until W is known.
+            # of a part of the rows, the mean by their weights stands for all
+            return second.mean() * first.part_of_total() if second.of_all is not None else second.objective()
+        self._weights.append(first.weights.sum())
+        if pair.counts_alike:
+            loss, total = second.mean() * pair.weight, first.total
+            return loss if total is None else loss * self._late_factor(i, lambda weight: weight / total)
+        if first.total is not None:
+            return second.objective()
+        # Relative to what the first part's rows weigh, as if all did, until W is known.
         n = sum(batch_size(p.batch) for p in self._pairs)
-        share = pair.weight if pair.counts_alike else weight / (n if first.total is None else first.total)
-        if pair.counts_alike == (first.total is None):
-            return second.mean() * share
-        return second.mean() * (share * self._late_factor(i, n, first.total))
+        presumed = n * _at_least_something(self._weights[0]) / batch_size(self._pairs[0].batch)
+        loss = second.rows.sum() / presumed
+        return loss * self._late_factor(i, lambda weight: presumed / _at_least_something(weight))
 
-    def _late_factor(self, i: int, n: int, total: float | Tensor | None) -> Tensor | float:
-        """Return what the last part's loss and the gradients of all parts before it still have to be multiplied by."""
+    def _late_factor(self, i: int, factor_of: Callable[[Tensor], Tensor]) -> Tensor | float:
+        """Return what the last part's loss still has to be multiplied by, and multiply the gradients before it by it.
+
+        Args:
+            i: which part.
+            factor_of: returns it, given W.
+        """
         if not self._may_rescale:
             raise ValueError(
-                "fastsam.Weighted in several parts of a batch needs total= here, where the gradients of each part are "
-                "reduced between ranks as soon as they are there: pass the sum of the weights of the whole step"
+                "several parts of a batch with fastsam.Weighted cannot wait here for the sum of the weights, since the "
+                "gradients of each part are reduced between ranks, or combined, as soon as they are there: with "
+                "weighting='sample' pass total=, the sum of the weights of the whole step; with weighting='uniform' "
+                "leave total= out"
             )
         if i == 0:
             self._before = copies(self._params)
             clear(self._params)
         if i < len(self._pairs) - 1:
             return 1.0
-        weight = torch.stack(self._weights).sum()
-        factor = n / _at_least_something(weight) if total is None else weight / total
+        factor = factor_of(torch.stack(self._weights).sum())
         scale_(self._params, factor)
         put(self._params, sums(self._before, take(self._params)))
         return factor

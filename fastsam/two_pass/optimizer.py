@@ -260,8 +260,12 @@ class TwoPassOptimizer(Engine):
         run.require("backward()", Stage.IDLE)
         read = self._check_backward(loss_fn, batch, backward, has_aux)
         function = LossFunction(loss_fn, read, has_aux)
-        with self._attempt(partial(setattr, run, "grad_scale", None), self._fail_pass):
+        with self._attempt(self._begin_backward, self._fail_pass):
             return function.with_aux(self._run_pairs(function, read, lambda loss: loss, backward, finishes=True))
+
+    def _begin_backward(self) -> None:
+        if not self._run.pairs:
+            self._run.grad_scale = None
 
     def _check_backward(self, loss_fn: Any, batch: tuple, backward: Any, has_aux: Any) -> Batch:
         """Raise if both passes cannot be run; return the batch as it was read."""
@@ -354,23 +358,26 @@ class TwoPassOptimizer(Engine):
 
     def _check_base_step(self) -> None:
         """Raise, or warn once, where a step of the base optimizer alone may not be meant, as `on_base_step` says."""
-        run, grads = self._run, take(self._params())
-        rates = [group.get("lr") for group in self.param_groups]
-        # torch.distributed.checkpoint makes an optimizer's state by a step with lr 0
-        changes_nothing = all(lr is not None and float(lr) == 0 for lr in rates) or all(g is None for g in grads)
-        if self.on_base_step == "ignore" or changes_nothing:
+        run = self._run
+        # Zeros that wait for a backward are not used, and it may leave those that are watched as they are.
+        is_used = run.consumed.covers(self.param_groups) and not run.consumed.zeroed
+        refuses = self.on_base_step == "raise" and (is_used or not run.has_perturbed)
+        if self.on_base_step == "ignore" or (run.warned_about_base_step and not refuses) or self._changes_nothing():
             return
-        base, is_used = type(self.base_optimizer).__name__, run.consumed.covers(self.param_groups)
         what = f"{type(self).__name__}.step() finds no loss function, no closure and no finished passes, so that it is "
-        what += f"a plain {base} step: nothing is perturbed"
+        what += f"a plain {type(self.base_optimizer).__name__} step: nothing is perturbed"
         if is_used:
             what += ", and the gradients are those that the last step has used already"
-        # a loop that mixes steps of both kinds knows what it does, unless one follows the other on the same gradients
-        if self.on_base_step == "raise" and (is_used or not run.has_perturbed):
+        if refuses:
             raise RuntimeError(f"{what}. {_WAYS_TO_STEP}")
-        if not run.warned_about_base_step:
-            run.warned_about_base_step = True
-            warnings.warn(what, stacklevel=5)
+        # a loop that mixes steps of both kinds knows what it does, unless one follows the other on the same gradients
+        run.warned_about_base_step = True
+        warnings.warn(what, stacklevel=5)
+
+    def _changes_nothing(self) -> bool:
+        """Whether a step of the base changes no weight: torch.distributed.checkpoint makes state by steps with lr 0."""
+        rates = [group.get("lr") for group in self.param_groups]
+        return all(lr is not None and float(lr) == 0 for lr in rates) or all(g is None for g in take(self._params()))
 
     # what graph_step asks
 

@@ -199,11 +199,11 @@ class PassOptimizer(WrappedOptimizer):
         return Pass(Attempt(self._run, _nothing, enter, _nothing, fail))
 
     def _begin_ascent(self, grad_scale: Tensor | float | None) -> None:
-        self._run.grad_scale, self._run.perturbed_losses = grad_scale, []
+        self._run.grad_scale, self._run.factor, self._run.perturbed_losses = grad_scale, None, []
         self._enter_ascent()
 
     def _begin_single(self, grad_scale: Tensor | float | None) -> None:
-        self._run.grad_scale, self._run.perturbed_losses = grad_scale, []
+        self._run.grad_scale, self._run.factor, self._run.perturbed_losses = grad_scale, None, []
         self._run.enter_single(self.param_groups, self._syncs(True), self.same_rng)
 
     def _leave_single(self) -> None:

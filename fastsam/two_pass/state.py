@@ -81,6 +81,9 @@ class StepState:
         self.ascent_grads: list[Tensor | None] = []
         self.ascent: Ascent | None = None
         self.grad_scale: Tensor | float | None = None
+        """What the gradients of the step that is under way are multiplied by, if it is known."""
+        self.factor: Tensor | None = None
+        """What the caller of `backward` multiplied the loss of the last pass by."""
         self.backup = Backup([])
         self.perturbed_version = 0
         # Known when the first step begins.
@@ -167,7 +170,7 @@ class StepState:
         """Begin another step: no pair has been taken, and none has failed."""
         self.pairs, self.failed, self.before_single, self.pending, self.share = 0, False, None, {}, 1.0
         self.count_before = self.first_draws = None
-        self.grad_scale = None
+        self.grad_scale = self.factor = None
         self.module_state.end()
 
     def mend(self) -> None:
@@ -199,6 +202,21 @@ class StepState:
                 "and not others; load_state_dict() of the model and the optimizer goes back to a checkpoint, "
                 "zero_grad() goes on with the weights as they are"
             )
+
+    def note_factor(self, factor: Tensor) -> None:
+        """Note what a caller's backward has multiplied the loss by, a loss scale or the share of a micro-batch or both.
+
+        Shares differ within a step, and what the step's pairs leave is to keep them. So the first factor that is not 0
+        stands for the scale of all.
+        """
+        known = self.grad_scale
+        self.grad_scale = torch.where(known == 0, factor, known) if isinstance(known, Tensor) else factor
+        self.factor = factor
+
+    def without_factor(self, norm: Tensor) -> Tensor:
+        """Return the norm of a pass's gradient without what its loss was multiplied by; 0 where that was 0."""
+        scale = self.grad_scale if self.factor is None else self.factor
+        return norm if scale is None else norm / divisor(scale, norm)
 
     # the first pass
 
@@ -434,3 +452,9 @@ class StepState:
         self.before_single, self.pending, self.is_first_forward, self.perturbed_losses = None, {}, False, []
         self.at_end = []
         self.stage = Stage.IDLE
+
+
+def divisor(scale: Tensor | float, tensor: Tensor) -> Tensor:
+    """Return a scale in the dtype and on the device of a tensor that is divided by it; 1 where it is 0."""
+    found = torch.as_tensor(scale, dtype=tensor.dtype, device=tensor.device)
+    return torch.where(found == 0, torch.ones_like(found), found)

@@ -257,3 +257,56 @@ def test_what_the_caller_multiplies_the_loss_by_is_measured(choose, name):
         kept = [[o.states_of([p], "g_v")[0] for p in m.parameters()] for o, m in ((opt, some), (expected, other))]
         for a, b in zip(*kept, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+def shares_by(name, way):
+    """Train with micro-batches of unequal shares, one of them empty of weight."""
+    model, opt = made(name)
+    for x, y in batches(4):
+        for rows, share in ((slice(0, 3), 3 / 12), (slice(3, 12), 9 / 12), (slice(0, 4), 0.0)):
+            if way == "backward":
+                opt.backward(
+                    losses_of(model), x[rows], y[rows], backward=lambda loss, s=share: (loss * s * 256).backward()
+                )
+            elif share:
+                opt.backward(losses_of(model), x[rows], y[rows], backward=lambda loss, s=share: (loss * s).backward())
+        assert opt.last_grad_norm is None or opt.last_grad_norm.isfinite().all()
+        if way == "backward":
+            torch._foreach_div_([p.grad for p in model.parameters()], 256)
+        opt.step()
+        opt.zero_grad()
+    return model, opt
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"esam", "esam of all rows", "msam"}))
+def test_shares_of_micro_batches_stay_and_one_of_nothing_counts_nothing(choose, name):
+    """A loss scale goes out of what a method keeps, the shares of a step's parts stay in."""
+    choose("torch")
+    # batch norm's statistics, which the empty micro-batch moves, do not count in training
+    (some, opt), (other, _) = shares_by(name, "backward"), shares_by(name, "alone")
+    assert opt.skipped_steps == 0
+    for p, q in zip(some.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_an_empty_micro_batch_skips_no_step_of_esam(choose):
+    choose("torch")
+    assert shares_by("esam", "backward")[1].skipped_steps == 0
+
+
+def test_looksam_keeps_what_contexts_keep(choose):
+    choose("torch")
+    kept = []
+    for way in ("backward", "contexts"):
+        model, opt = made("looksam")
+        x, y = batches(1)[0]
+        for rows, share in ((slice(0, 3), 3 / 12), (slice(3, 12), 9 / 12)):
+            if way == "backward":
+                opt.backward(losses_of(model), x[rows], y[rows], backward=lambda loss, s=share: (loss * s).backward())
+                continue
+            for one_pass in (opt.ascent, opt.descent):
+                with one_pass():
+                    (losses_of(model)(x[rows], y[rows]).mean() * share).backward()
+        opt.step()
+        kept.append(torch.cat([opt.states_of([p], "g_v")[0].flatten() for p in model.parameters()]))
+    torch.testing.assert_close(F.cosine_similarity(*kept, dim=0), torch.ones((), dtype=torch.float64))

@@ -1,6 +1,7 @@
 """`last_perturbed_loss`: the second pass's objective over the rows of the loss that a step returns."""
 
 import torch
+import torch.nn.functional as F
 from laws import PLAIN, law
 from methods import WAYS
 from problems import batches, losses_of, mlp
@@ -55,3 +56,14 @@ def test_side_by_side_it_is_that_of_one_shard_after_the_other(choose):
         found.append(opt.last_perturbed_loss)
         assert found[-1] > loss
     torch.testing.assert_close(*found)
+
+
+@law(skips=PLAIN | OTHER_WAYS)
+def test_a_base_step_leaves_none(cell):
+    training = Training(cell, on_base_step="ignore")
+    training.step()
+    training.opt.zero_grad()
+    F.cross_entropy(training.model(training.batch[0]), training.batch[1]).backward()
+    if training.opt.needs_second_pass:
+        training.opt.step()
+        assert training.opt.last_perturbed_loss is None

@@ -63,6 +63,7 @@ LAYERS = [
     nn.GroupNorm(1, 3),
     nn.RMSNorm(3),
     RmsNorm(3),
+    nn.LazyBatchNorm1d(),
 ]
 OTHERS = [nn.Linear(3, 3), NormalizedLinear(3), nn.BatchNorm2d(3, affine=False), nn.LocalResponseNorm(2), nn.Dropout()]
 

@@ -186,6 +186,7 @@ def test_a_batch_that_weighs_nothing_moves_nothing(backend):
     for cls, options in ((SAM, {}), (MSAM, {"num_shards": 3}), (ESAM, {"gamma": 0.5})):
         opt = cls(problem.model.parameters(), torch.optim.SGD, 0.2, lr=0.1, **options)
         assert opt.step(problem.losses(), *problem.batch) == 0
+        assert opt.skipped_steps == 0
         assert all(map(torch.equal, problem.model.parameters(), before))
 
 
@@ -203,6 +204,91 @@ def test_16_bit_gradients_are_scaled_without_a_factor_of_16_bits(choose):
     # rounding of each entry, to nearest, has no mean; a factor of 16 bits would be off by up to 0.4 % in all entries
     ratio = (grads[0] @ grads[1]) / grads[1].square().sum()
     assert abs(ratio.item() - 1) < 1e-3
+
+
+@pytest.mark.parametrize("cls", [SAM, MSAM])
+def test_weights_that_differ_between_the_passes_have_one_total(backend, cls):
+    """As focal weights do: the second pass's objective is the sum by its own weights, over T."""
+    problem, calls = Problem(), []
+    options = {"num_shards": 3} if cls is MSAM else {}
+    params = list(problem.model.parameters())
+    opt = cls(params, torch.optim.SGD, 0.2, lr=0.1, model=problem.model, **options)
+
+    def losses(x, y, w):
+        calls.append(1)
+        return Weighted((problem.model(x) - y).square(), w * (1 if len(calls) % 2 else 3), 7.0)
+
+    d = [torch.zeros_like(p) for p in params]
+    for part in torch.arange(ROWS).tensor_split(options.get("num_shards", 1)):
+        eps = radial(problem.gradient(lambda part=part: problem.c(part))[1], 0.2)
+        g = problem.gradient(lambda part=part: 3 * problem.c(part) / 7, eps)[1]
+        d = [d_n + g_n for d_n, g_n in zip(d, g, strict=True)]
+    opt.backward(losses, *problem.batch)
+    for p, d_n in zip(params, d, strict=True):
+        torch.testing.assert_close(p.grad, d_n, rtol=1e-10, atol=1e-12)
+
+
+def test_what_weighs_nothing_may_be_inf(backend):
+    models = []
+    for spoilt in (False, True):
+        problem = Problem()
+        opt = SAM(problem.model.parameters(), torch.optim.SGD, 0.2, lr=0.1, model=problem.model)
+
+        def losses(x, y, w, problem=problem, spoilt=spoilt):
+            found = (problem.model(x) - y).square()
+            return Weighted(found.masked_fill(w == 0, math.inf) if spoilt else found, w)
+
+        opt.step(losses, *problem.batch)
+        models.append(problem.model)
+        assert opt.skipped_steps == 0
+    assert largest_difference(*models) == 0
+
+
+def test_shards_of_long_rows_overflow_no_float16_scale(choose):
+    """Losses of the shards before the last stay near the mean, however much the rows weigh."""
+    choose("torch")
+    seen = []
+    problem = Problem()
+    problem.w = problem.w * 1000
+    opt = MSAM(problem.model.parameters(), torch.optim.SGD, 0.2, num_shards=4, lr=0.1, model=problem.model)
+    opt.backward(problem.losses(), *problem.batch, backward=lambda loss: seen.append(loss.item()) or loss.backward())
+    assert max(seen) < 10
+
+
+def test_parts_that_are_combined_need_the_total(backend):
+    class Combined(MSAM):
+        def combine(self, ascent, d):
+            pass
+
+    problem = Problem()
+    params = list(problem.model.parameters())
+    opt = Combined(params, torch.optim.SGD, 0.2, num_shards=3, lr=0.1, model=problem.model)
+    with pytest.raises(ValueError, match="with weighting='sample' pass total="):
+        opt.step(problem.losses(), *problem.batch)
+    opt.zero_grad()
+    opt.backward(problem.losses(5.0), *problem.batch)
+    other = Problem()
+    one = MSAM(other.model.parameters(), torch.optim.SGD, 0.2, num_shards=3, lr=0.1, model=other.model)
+    one.backward(other.losses(5.0), *other.batch)
+    for p, q in zip(params, other.model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_perturbed_loss_is_weighted_too_and_does_not_follow_the_weights(backend):
+    problem = Problem()
+    opt = SAM(problem.model.parameters(), torch.optim.SGD, 0.2, lr=0.1, model=problem.model)
+    w = torch.linspace(0, 2, ROWS).double()
+
+    def losses(x, y, _):
+        return Weighted((problem.model(x) - y).square().sum(1), w, 7.0)
+
+    _, g = problem.gradient(lambda: (w * (problem.model(problem.x) - problem.y).square().sum(1)).sum())
+    value, _ = problem.gradient(
+        lambda: (w * (problem.model(problem.x) - problem.y).square().sum(1)).sum() / 7, radial(g, 0.2)
+    )
+    opt.step(losses, *problem.batch)
+    w.mul_(100)
+    torch.testing.assert_close(opt.last_perturbed_loss, value)
 
 
 @pytest.mark.parametrize("mask", [torch.bool, torch.int64, torch.float32])
@@ -232,6 +318,9 @@ L, W = torch.ones(3, 2, requires_grad=True), torch.ones(3, 2)
         ((L, W, math.inf), ValueError, "must be positive, got inf"),
         ((L, W, True), TypeError, "must be a number or a 0-dim tensor, got True"),
         ((L, W, torch.ones(1)), TypeError, "must be a number or a 0-dim tensor"),
+        ((L, W, torch.tensor(True)), TypeError, "must be a number or a 0-dim tensor"),
+        ((L, W, torch.tensor(-2.0)), ValueError, "must be positive, got"),
+        ((L, W, torch.tensor(2.0, requires_grad=True)), ValueError, "requires a gradient; pass total.detach"),
     ],
 )
 def test_bad_arguments_are_named(given, error, needle):
@@ -240,9 +329,9 @@ def test_bad_arguments_are_named(given, error, needle):
 
 
 @law(skips=PLAIN | OTHER_WAYS)
-@pytest.mark.parametrize("kind", ["rows", "some calls", "no gradient", "negative"])
+@pytest.mark.parametrize("kind", ["rows", "some calls", "some totals", "no gradient", "negative"])
 def test_what_cannot_be_weighed_is_refused_and_changes_nothing(cell, kind):
-    if kind == "some calls" and not Training(cell).opt.needs_second_pass:
+    if kind.startswith("some") and not Training(cell).opt.needs_second_pass:
         pytest.skip("one call alone")
     training, calls = Training(cell), []
     before = training.weights()
@@ -252,16 +341,27 @@ def test_what_cannot_be_weighed_is_refused_and_changes_nothing(cell, kind):
         found = training.losses(*batch)
         if kind == "some calls":
             return Weighted(found, torch.ones_like(found)) if len(calls) % 2 else found
+        if kind == "some totals":
+            return Weighted(found, torch.ones_like(found), 3.0 if len(calls) % 2 else None)
         if kind == "negative":
             return Weighted(found, torch.arange(len(found)) - 1)
         found = found[:-1] if kind == "rows" else found.detach()
         return Weighted(found, torch.ones_like(found))
 
-    errors = {"rows": TypeError, "some calls": TypeError, "no gradient": RuntimeError, "negative": ValueError}
-    # shards side by side refuse all of them
-    with pytest.raises((errors[kind], ValueError), match=r"Weighted|no gradient"):
+    refused = {
+        "rows": (TypeError, "Weighted of 13 rows for a batch of 14|Weighted of [0-9]+ rows"),
+        "some calls": (TypeError, "in some calls of the step alone"),
+        "some totals": (TypeError, "in some calls of the step alone"),
+        "no gradient": (RuntimeError, "no gradient"),
+        "negative": (ValueError, "must be >= 0, got -1"),
+    }
+    side_by_side = cell.options.get("execution") == "batched"
+    error, needle = (ValueError, "execution='batched' cannot weigh") if side_by_side else refused[kind]
+    with pytest.raises(error, match=needle):
         WAYS[cell.way](training.opt, losses, *training.batch)
     assert all(map(torch.equal, training.weights(), before))
+    training.opt.zero_grad()
+    training.train(1)
 
 
 def test_shards_side_by_side_name_the_way_out(choose):

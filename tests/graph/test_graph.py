@@ -14,7 +14,7 @@ from kernel_cases import DEVICE, kernels
 from problems import assert_same, snapshot
 from torch import nn
 
-from fastsam import ESAM, MESA, MSAM, SAF, SAM, LookSAM, graph_step, whole
+from fastsam import ESAM, MESA, MSAM, SAF, SAM, LookSAM, Weighted, graph_step, whole
 from fastsam.graph import guards
 from fastsam.graph import recorder as recorders
 from fastsam.graph.plain_step import PlainOptimizerStep
@@ -879,3 +879,32 @@ def test_captures_refuse_given_masks_and_keep_the_selection_of_a_replay(recorder
         assert a.mask == b.mask
         assert torch.equal(a.rows, b.rows)
         assert torch.equal(a.after, b.after)
+
+
+@pytest.mark.parametrize("method", [SAM, ESAM, LookSAM, of(MSAM, num_shards=3)], ids=["sam", "esam", "looksam", "msam"])
+@pytest.mark.parametrize("total", [None, "tensor", "number"])
+def test_weighted_losses_are_captured_with_their_total(recorder, method, total):
+    """A total among the batch's arguments is followed: a 0-dim tensor by replays, a number by other captures."""
+    build = of(method) if isinstance(method, type) else method
+    found = []
+    expected, problem = both(build)
+    for one in (expected, problem):
+        torch.manual_seed(6)
+
+        def losses(x, y, t, one=one):
+            rows = F.cross_entropy(one.model(x), y, reduction="none")
+            return Weighted(rows, 1.0 + (y == 0), t)
+
+        step = graph_step(one.opt, losses, *data()[0][:2], total_of(total, 1), warmup=1) if one is problem else None
+        for i, (x, y, _) in enumerate(data()):
+            t = total_of(total, 4 + i)
+            found.append(step(x, y, t) if step else one.opt.step(losses, x, y, t))
+    half = len(found) // 2
+    assert torch.equal(torch.stack(found[:half]), torch.stack(found[half:]))
+    assert_same(problem.model, snapshot(expected.model))
+    if total != "number":
+        assert step.replays > 0
+
+
+def total_of(kind, value):
+    return None if kind is None else torch.tensor(float(value), device=DEVICE) if kind == "tensor" else float(value)

@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from methods import WAYS
 from problems import assert_same, batches, cnn, largest_difference, losses_of, mlp, snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsam import ESAM, SAF, SAM
 from fastsam.kernels import ops, philox
+from fastsam.testing import check_step
 
 SGD = torch.optim.SGD
 X, Y = batches(1, rows=128)[0]
@@ -630,6 +632,43 @@ def test_other_steps_leave_no_selection(backend, gamma):
     opt.param_groups[0]["gamma"] = 1.0
     opt.step(losses_of(model), *batches(1)[0])
     assert opt.last_selection is None
+
+
+def test_the_last_mask_stays_what_it_was(backend):
+    opt, _, found = selected("tensor")
+    opt.param_groups[0]["beta"] = 0.05
+    assert opt.last_selection.mask == found[-1].mask
+
+
+@pytest.mark.parametrize("way", ["closure", "contexts", "first_step"])
+def test_ways_that_select_nothing_leave_no_selection(backend, way):
+    opt, model, _ = selected("tensor")
+    opt.param_groups[0]["gamma"] = 1.0
+    WAYS[{"first_step": "two_steps"}.get(way, way)](opt, losses_of(model), *batches(1)[0])
+    assert opt.last_selection is None
+
+
+def test_a_given_mask_that_fits_no_longer_is_refused(backend):
+    opt, model, _ = selected("tensor")
+    opt.given_mask = [True, False, True, True]
+    opt.add_param_group({"params": [nn.Parameter(torch.zeros(2).double())]})
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="an entry for each of the 5 parameters, got 4"):
+        opt.step(losses_of(model), *batches(1)[0])
+    assert_same(model, before)
+
+
+def test_check_step_knows_given_masks(choose):
+    choose("torch")
+    model = mlp()
+    opt = ESAM(model.parameters(), SGD, rho=0.5, lr=0.1, seed=4, model=model)
+    opt.step(losses_of(model), *batches(1)[0])
+    before = opt.last_selection, opt.last_perturbed_loss
+    for mask in ([True, False, False, True], None):
+        opt.given_mask = mask
+        check_step(opt, losses_of(model), *batches(1)[0])
+    assert torch.equal(opt.last_selection.after, before[0].after)
+    assert torch.equal(opt.last_perturbed_loss, before[1])
 
 
 @pytest.mark.parametrize(
