@@ -27,6 +27,7 @@ from fastsam.distributed.dtensor import first_element, is_dtensor, local
 from fastsam.kernels import ops, philox
 from fastsam.kernels.philox import Draw
 from fastsam.sam import SAM
+from fastsam.schedule import Schedule
 from fastsam.two_pass import capture
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.batch import take_rows
@@ -149,6 +150,7 @@ class ESAM(SAM):
         generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        when: Schedule | None = None,
         on_base_step: OnBaseStep = "raise",
         keep: Sequence[Any] = (),
         seed: int = 0,
@@ -174,6 +176,7 @@ class ESAM(SAM):
             generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            when=when,
             on_base_step=on_base_step,
             keep=keep,
             seed=seed,
@@ -380,6 +383,10 @@ class ESAM(SAM):
         chosen.of_all, after.selection = after, (rows, first.rows)
         return chosen
 
+    def _leave_single(self) -> None:
+        self.last_selected_fraction = 1.0
+        super()._leave_single()
+
     def _number_of_rows(self, n: int) -> int:
         smallest = 2 if self.trains_batch_norm else 1
         return min(n, max(smallest, math.floor(self._gamma * n + 1e-6)))
@@ -411,7 +418,7 @@ class ESAM(SAM):
         # of many tensors a step that perturbs nothing never happens, and to look takes a while
         groups = [group for group in self.param_groups if self.option(group, "perturb")]
         chance = math.prod((1 - self.option(g, "beta")) ** sum(p.requires_grad for p in g["params"]) for g in groups)
-        return self.mask == "element" or chance < 2**-60 or self.has_second_pass()
+        return not self.is_active or self.mask == "element" or chance < 2**-60 or self.has_second_pass()
 
     def static_outputs(self) -> list[tuple[Any, str]]:
         """Return what a step sets and every replay leaves as well."""

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from fastsam.arguments import check_radius
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM
+from fastsam.schedule import Schedule
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
@@ -68,6 +69,7 @@ class GSAM(SAM):
         generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        when: Schedule | None = None,
         on_base_step: OnBaseStep = "raise",
         keep: Sequence[Any] = (),
         seed: int = 0,
@@ -91,6 +93,7 @@ class GSAM(SAM):
             generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            when=when,
             on_base_step=on_base_step,
             keep=keep,
             seed=seed,
@@ -115,14 +118,19 @@ class GSAM(SAM):
         if rule["lr_max"] is not None and (rule["lr_min"] or 0.0) > rule["lr_max"]:
             raise ValueError(f"lr_min must be at most lr_max, got {rule['lr_min']} and {rule['lr_max']}")
 
+    def has_radius(self) -> bool:
+        """Whether rho, or the rho_min that it falls to, is not 0 in a group that is perturbed."""
+        wanted = [group for group in self.param_groups if self.option(group, "perturb")]
+        return super().has_radius() or any(self.option(group, "rho_min") for group in wanted)
+
     def radius(self, group: dict[str, Any]) -> float:
-        """Return rho_t of a group, at its learning rate."""
+        """Return rho_t of a group, at its learning rate, times what `when=` scales it by."""
         rho, rho_min, lr_max = (self.option(group, name) for name in ("rho", "rho_min", "lr_max"))
         lr_min = self.option(group, "lr_min") or 0.0
         if rho_min is None or lr_max == lr_min:
-            return rho
+            return self.radius_scale * rho
         rho_t = rho_min + (rho - rho_min) * (float(group["lr"]) - lr_min) / (lr_max - lr_min)
-        return max(min(rho, rho_min), min(rho, rho_t))
+        return self.radius_scale * max(min(rho, rho_min), min(rho, rho_t))
 
     def combine(self, ascent: Ascent, d: list[Tensor]) -> None:
         """Subtract alpha g_perp from g_adv: d = -alpha g + (1 + alpha g . g_adv / ||g_adv||^2) g_adv."""

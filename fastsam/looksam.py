@@ -4,7 +4,8 @@
     else:           g = grad L_B(w);   d = g + alpha (||g|| / (||g_v|| + 1e-8)) g_v
 
 g_v is the part of SAM's gradient that is orthogonal to the plain one, which changes more slowly than both. k - 1 of k
-steps have a single pass. t counts steps, taken or skipped; the first step is SAM's.
+steps have a single pass. t counts steps, taken or skipped, without those in which `when=` or rho is 0: g_v stands still
+there, and the period with it. The first step that perturbs is SAM's.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,10 +18,11 @@ from torch.optim import Optimizer
 from fastsam.arguments import check_choice, check_integer, check_radius
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM
+from fastsam.schedule import Schedule
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.module_state import Modules
 from fastsam.two_pass.optimizer import OnBaseStep, TwoPassOptimizer
-from fastsam.two_pass.wrapper import TAKEN
+from fastsam.two_pass.wrapper import ACTIVE
 
 E0 = 1e-8
 """Added to ||g_v|| in the denominator."""
@@ -66,6 +68,7 @@ class LookSAM(SAM):
         generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        when: Schedule | None = None,
         on_base_step: OnBaseStep = "raise",
         keep: Sequence[Any] = (),
         seed: int = 0,
@@ -84,6 +87,7 @@ class LookSAM(SAM):
             generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            when=when,
             on_base_step=on_base_step,
             keep=keep,
             seed=seed,
@@ -99,7 +103,7 @@ class LookSAM(SAM):
     def has_second_pass(self) -> bool:
         """Return whether this is a SAM step: every k-th, of which the first group's k counts."""
         group = self.param_groups[0]
-        return group[TAKEN] % self.option(group, "k") == 0
+        return group[ACTIVE] % self.option(group, "k") == 0
 
     def combine(self, ascent: Ascent, d: list[Tensor]) -> None:
         """In a SAM step find g_v, which waits for the step's end; in the others add it to the gradient."""
@@ -141,8 +145,8 @@ class LookSAM(SAM):
         return [ascent.take([i]).dot([some[i]], [others[i]]) for i in range(n)]
 
     def is_warm(self) -> bool:
-        """Return whether the next step is one of a single pass, which a capture stands for; SAM's run as usual."""
-        return self.option(self.param_groups[0], "k") == 1 or not self.has_second_pass()
+        """Return whether the next step has a single pass, which a capture stands for; SAM's run as usual."""
+        return not self.is_active or self.option(self.param_groups[0], "k") == 1 or not self.has_second_pass()
 
     def after_step(self, skipped: Tensor | None) -> None:
         """Keep the g_v that a SAM step has found, unless the step was skipped or its gradients were not finite.

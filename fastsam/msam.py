@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from fastsam.arguments import check_choice, check_integer, shown
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM, check_p
+from fastsam.schedule import Schedule
 from fastsam.two_pass.batch import Batch, batch_size, split_rows
 from fastsam.two_pass.loss_function import LossFunction
 from fastsam.two_pass.losses import Losses, Pair
@@ -89,6 +90,7 @@ class MSAM(SAM):
         generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        when: Schedule | None = None,
         on_base_step: OnBaseStep = "raise",
         keep: Sequence[Any] = (),
         seed: int = 0,
@@ -113,6 +115,7 @@ class MSAM(SAM):
             generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            when=when,
             on_base_step=on_base_step,
             keep=keep,
             seed=seed,
@@ -208,10 +211,10 @@ class MSAM(SAM):
         return torch.stack([known[0].new_zeros(()) if n is None else n for n in norms]) if known else None
 
     def _passes_on_batch(self, loss_fn: LossFunction, batch: Batch, scaler: Any) -> Tensor:
-        if self.execution == "sequential":
-            return super()._passes_on_batch(loss_fn, batch, scaler)
-        if loss_fn.has_aux:
+        if self.execution == "batched" and loss_fn.has_aux:
             raise ValueError(f"has_aux=True goes with shards one after the other, but execution='batched'; {WAY_OUT}")
+        if self.execution == "sequential" or not self.is_active:
+            return super()._passes_on_batch(loss_fn, batch, scaler)
         trained = [p for p in self._params() if p.requires_grad]
         m = len(self._sizes(batch.n))
         shards = BatchedShards(as_one(self.model), trained, loss_fn, batch, m)  # type: ignore[arg-type]

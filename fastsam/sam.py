@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from fastsam.arguments import check_radius, shown
 from fastsam.distributed.ddp import PerturbSync
 from fastsam.kernels.reference import E0
+from fastsam.schedule import Schedule
 from fastsam.two_pass.ascent import Ascent
 from fastsam.two_pass.dual_norm import direction
 from fastsam.two_pass.module_state import Modules
@@ -82,6 +83,11 @@ class SAM(TwoPassOptimizer):
             round as the whole weights would on one process; shards of columns draw numbers of their own.
         check_finite: skip steps whose final gradient holds inf or NaN, and count them in `skipped_steps`. Costs one
             read of the gradient unless a GradScaler has looked already.
+        when: which steps perturb: `fastsam.schedule.Every`, `Last` or `First`, or an object of your own with
+            `scale(step)` in [0, 1], which multiplies rho; None perturbs in all. Steps are counted from 0, taken or
+            skipped, and the count is saved with the groups. A step of scale 0, or of rho = 0 in every perturbed group,
+            is the base optimizer's, bit for bit, with one forward and backward: `needs_second_pass` is False then, and
+            `step()` alone takes it. The scale is looked at when a step begins.
         on_base_step: what `step()` does where no pass of fastsam's came before, so that the base optimizer alone would
             step, as in the loops of frameworks that know nothing of two passes: "raise" RuntimeError with what to call
             instead, "warn" once, or "ignore". Steps with lr 0, without gradients and without a second pass
@@ -126,6 +132,7 @@ class SAM(TwoPassOptimizer):
         generators: Sequence[Any] = (),
         stochastic_rounding: bool | Literal["auto"] = "auto",
         check_finite: bool = True,
+        when: Schedule | None = None,
         on_base_step: OnBaseStep = "raise",
         keep: Sequence[Any] = (),
         seed: int = 0,
@@ -143,6 +150,7 @@ class SAM(TwoPassOptimizer):
             generators=generators,
             stochastic_rounding=stochastic_rounding,
             check_finite=check_finite,
+            when=when,
             on_base_step=on_base_step,
             keep=keep,
             seed=seed,
@@ -156,6 +164,10 @@ class SAM(TwoPassOptimizer):
         adaptive = options.get("adaptive", False)
         if not isinstance(adaptive, bool) and not (isinstance(adaptive, str) and adaptive == "official"):
             raise ValueError(f"adaptive must be False, True or 'official', got {shown(adaptive)}")
+
+    def has_radius(self) -> bool:
+        """Whether rho of a group that is perturbed is not 0."""
+        return any(self.option(group, "rho") > 0 for group in self.param_groups if self.option(group, "perturb"))
 
     def check(self, call: str, rows: int | None = None) -> None:
         """Raise ValueError where adaptive="official" has no names to go by."""
@@ -176,8 +188,8 @@ class SAM(TwoPassOptimizer):
         return norm
 
     def radius(self, group: dict[str, Any]) -> float:
-        """Return rho of a group's perturbation."""
-        return self.option(group, "rho")
+        """Return rho of a group's perturbation, times what `when=` scales it by."""
+        return self.radius_scale * self.option(group, "rho")
 
     @property
     def e0(self) -> float:

@@ -12,7 +12,7 @@ from fastsam.two_pass import capture
 from fastsam.two_pass.batch import replace_tensors, tensors_of
 from fastsam.two_pass.capture import Capture, Recorder
 from fastsam.two_pass.gradients import clear, flat, put, take
-from fastsam.two_pass.wrapper import STEP, TAKEN
+from fastsam.two_pass.wrapper import COUNTERS, STEP
 
 
 class CaptureError(RuntimeError):
@@ -51,7 +51,7 @@ class CapturedStep:
         self._check_scaler()
         self._guards, self._guarded, self._numbers = guards, guards.now(), guards.numbers()
         self._inputs = [t.clone() for t in tensors_of(batch, every=True)]
-        self._counters = {key: stepper.param_groups[0][key] for key in (STEP, TAKEN) if key in stepper.param_groups[0]}
+        self._counters = {key: stepper.param_groups[0][key] for key in COUNTERS if key in stepper.param_groups[0]}
         self._capture, self._advance = Capture(), advance
         self.replays = 0
         outputs = self._read_outputs()

@@ -11,7 +11,7 @@ from fastsam.two_pass.gradients import flat
 from fastsam.two_pass.module_state import modules_of
 from fastsam.two_pass.restore_step import steps_in_a_kernel
 from fastsam.two_pass.snapshot import has_value, slots_of
-from fastsam.two_pass.wrapper import STEP, TAKEN
+from fastsam.two_pass.wrapper import COUNTERS
 
 _REFRESHED = ("lr", "momentum", "dampening", "weight_decay", "betas", "eps")
 """Settings of SGD, Adam and AdamW that a replay reads from tables on the device."""
@@ -37,7 +37,7 @@ class Guards:
 
     def now(self) -> dict[str, Any]:
         """Return what a capture made now would be good for, by words for it."""
-        followed, groups = {"params", STEP, TAKEN, *self._refreshed}, self._stepper.param_groups
+        followed, groups = {"params", *COUNTERS, *self._refreshed}, self._stepper.param_groups
         params = flat(groups)
         device = params[0].device.type
         states = [t for p in params for t in self._base.state.get(p, {}).values() if isinstance(t, Tensor)]
@@ -58,12 +58,14 @@ class Guards:
             "the optimizer's step hooks": hooks,
             "the mode of the model": tuple(map(_training, self._modules)),
             "the memory of the model's buffers": tuple([b.data_ptr() for b in buffers if has_value(b)]),
+            "whether the step perturbs": self._stepper.is_active,
             "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         }
 
     def numbers(self) -> list[Any]:
         """Return what the tables of a capture follow. A tensor on the device is followed by the kernel itself."""
-        return [_on_host(group.get(key)) for group in self._stepper.param_groups for key in self._refreshed]
+        settings = [_on_host(group.get(key)) for group in self._stepper.param_groups for key in self._refreshed]
+        return [self._stepper.radius_scale, *settings]
 
 
 def change(now: dict[str, Any], then: dict[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastsam.distributed.dtensor import is_dtensor
-from fastsam.testing.references import REFERENCES, PlainStep
+from fastsam.testing.references import REFERENCES, PlainStep, plain
 from fastsam.two_pass.batch import batch_size, read_batch, take_rows
 from fastsam.two_pass.gradients import put, take
 from fastsam.two_pass.loss_function import check_losses
@@ -54,7 +54,7 @@ def check_step(
     What it holds: the loss function gives the same losses twice from the same weights, module state and random
     numbers; the step's final gradient is the method's d, and its weights are those of the base optimizer's step with d;
     weights are not perturbed when it is over; buffers and random generators end where one forward leaves them; and
-    all ranks of a process group hold the same d. Losses that keep a memory of their own (SAF, MESA) are seen more often
+    all ranks of a process group hold the same d. In a step in which `when=` or rho is 0, d is the plain gradient. Losses that keep a memory of their own (SAF, MESA) are seen more often
     than in a step; check the loop with a plain loss.
 
     Args:
@@ -78,7 +78,7 @@ def check_step(
         RuntimeError: a step is under way.
     """
     _check_arguments(opt, reference)
-    rule = reference or REFERENCES[type(opt)]
+    rule = (reference or REFERENCES[type(opt)]) if opt.is_active else plain
     read, everything = read_batch(batch), _Everything(opt, losses)
     tolerance = rtol or max(_TOLERANCES.get(p.dtype, 1e-3) for p in everything.params)
     take_it = take_step or (lambda: opt.step(losses, *batch))
@@ -104,6 +104,7 @@ def _check_arguments(opt: Any, reference: Any) -> None:
     if any(is_dtensor(p) for group in opt.param_groups for p in group["params"]):
         raise ValueError("check_step compares whole weights, but these are sharded; check the loop on one process")
     opt._run.require("check_step()", Stage.IDLE)
+    opt.check_groups()
 
 
 class _Everything:

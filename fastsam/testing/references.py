@@ -16,7 +16,9 @@ from fastsam.kernels import philox
 from fastsam.looksam import LookSAM
 from fastsam.msam import MSAM
 from fastsam.sam import SAM
+from fastsam.schedule import scale_of
 from fastsam.two_pass.losses import Losses
+from fastsam.two_pass.wrapper import TAKEN
 
 Look = Callable[..., tuple[Losses, list[Tensor]]]
 """`look(batch, eps=None, rows=None, chosen=None)` returns the losses at w + eps, of these rows, and the gradient of the
@@ -51,6 +53,11 @@ class PlainStep:
         """Return a hyperparameter for each parameter."""
         return [self.opt.option(group, name) for group in self.groups]
 
+    def radii(self) -> list[float]:
+        """Return rho for each parameter, times what `when=` scales it by in this step."""
+        scale = scale_of(self.opt.when, self.groups[0][TAKEN])
+        return [scale * rho for rho in self.option("rho")]
+
     def first(self, name: str) -> Any:
         """Return a hyperparameter of the first group."""
         return self.opt.option(self.opt.param_groups[0], name)
@@ -83,7 +90,7 @@ class PlainStep:
 
     def dual(self, g: Vector) -> Vector:
         """Return SAM's eps for its p (Eq. 2), in the form rho T sign(g) |T g|^(q-1) / (||T g||_q^q)^(1/p)."""
-        p, radii = self.opt.p, self.option("rho")
+        p, radii = self.opt.p, self.radii()
         if p == 2:
             return self.radial(g, radii)
         t = self.t_of_asam()[0]
@@ -106,6 +113,11 @@ class PlainStep:
         signs = [-1.0 if group.get("maximize") else 1.0 for group in self.groups]
         rows = zip(signs, radii, t, units, self.params, strict=True)
         return [(sign * rho * t_n * unit).to(p_n.dtype) for sign, rho, t_n, unit, p_n in rows]
+
+
+def plain(step: PlainStep) -> Vector:
+    """The base optimizer's gradient, in a step in which nothing is to be perturbed."""
+    return step.look(step.batch)[1]
 
 
 def sam(step: PlainStep) -> Vector:
@@ -142,7 +154,7 @@ def esam(step: PlainStep) -> Vector:
         scaled = [v / root for v, root in zip(masked, roots, strict=True)]
         return dot(scaled, scaled).sqrt()
 
-    radii = [rho / beta for rho, beta in zip(step.option("rho"), betas, strict=True)]
+    radii = [rho / beta for rho, beta in zip(step.radii(), betas, strict=True)]
     eps, n = step.radial(g, radii, masks, norm), len(first)
     smallest = 2 if opt.trains_batch_norm else 1
     k = min(n, max(smallest, math.floor(step.first("gamma") * n + 1e-6)))

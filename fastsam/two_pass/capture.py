@@ -125,6 +125,16 @@ class Capturable:
     refreshed: tuple[str, ...] = ()
     """Keys of the groups' settings that replays follow by tables on the device, beside those of a fused base."""
 
+    @property
+    def is_active(self) -> bool:
+        """Whether the next step perturbs; a captured one stands for steps of its kind alone."""
+        return False
+
+    @property
+    def radius_scale(self) -> float:
+        """What the radius is multiplied by in the next step; replays follow it."""
+        return 1.0
+
     def why_not_capturable(self, scaler: Any) -> str | None:
         """Return why no step can be captured, if so; `scaler` is the GradScaler or None."""
         return None

@@ -28,10 +28,10 @@ from fastsam.two_pass.gradients import ConsumedMark, clear, put, take
 from fastsam.two_pass.hooks import MethodHooks
 from fastsam.two_pass.interrupts import held_back
 from fastsam.two_pass.loss_function import LossFunction, check_losses
-from fastsam.two_pass.losses import Losses, StepObjective, joined
+from fastsam.two_pass.losses import Losses, Pair, StepObjective, joined
 from fastsam.two_pass.partial_backward import run_backward
 from fastsam.two_pass.restore_step import Update, prepare
-from fastsam.two_pass.wrapper import SEED, STEP, TAKEN
+from fastsam.two_pass.wrapper import ACTIVE, SEED, STEP, TAKEN
 
 
 class Engine(MethodHooks, Capturable):
@@ -63,8 +63,8 @@ class Engine(MethodHooks, Capturable):
         """
         run = self._run
         if type(self).is_warm is Capturable.is_warm:  # which otherwise tells steps apart by itself
-            watch(self.has_second_pass)
-        if not self.has_second_pass():
+            watch(self._has_two_passes)
+        if not self._has_two_passes():
             return self._single(first_pass, sync)
         first = self._ascend(first_pass, is_partial) if self.has_first_pass() else None
         if not self.has_first_pass():
@@ -117,7 +117,8 @@ class Engine(MethodHooks, Capturable):
             own: the caller's backward, in place of ours.
             finishes: restore the weights after each pair and count it, since no update follows.
         """
-        run, pairs = self._run, self.passes(batch)
+        run = self._run
+        pairs = self.passes(batch) if run.is_active else [Pair(batch)]
         objective = StepObjective(pairs, self._params(), not self._reduces_each_pair())
         losses: list[Losses] = []
         norms: list[Tensor | None] = []
@@ -125,7 +126,7 @@ class Engine(MethodHooks, Capturable):
         for i, pair in enumerate(pairs):
             # The weights are still those that the pair before has perturbed.
             run.restore()
-            run.share, perturbs = pair.share, self.has_second_pass()
+            run.share, perturbs = pair.share, self._has_two_passes()
             # The last backward reduces the sum of all pairs between DDP's ranks.
             losses.append(self._pair_on_batch(loss_fn, pair.batch, objective, i, scale, i == len(pairs) - 1, own))
             norms.append(run.last_grad_norm)
@@ -170,7 +171,7 @@ class Engine(MethodHooks, Capturable):
         n = batch_size(batch) if batch else None
         may_be_scalar = not self.needs_rows()
         loss_fn.begin_pair()
-        only_first = not self.has_second_pass()
+        only_first = not self._has_two_passes()
         needed = None if only_first else self._needed_in_ascent()
         kept: list[Losses] = []
         untouched = ConsumedMark()
@@ -259,7 +260,7 @@ class Engine(MethodHooks, Capturable):
         return [p for p, is_needed in zip(self._params(), needs, strict=True) if is_needed]
 
     def _combines(self) -> bool:
-        return type(self).combine is not MethodHooks.combine
+        return self._run.is_active and type(self).combine is not MethodHooks.combine
 
     def _syncs(self, sync: bool) -> bool:
         if not self._combines():
@@ -335,12 +336,12 @@ class Engine(MethodHooks, Capturable):
         is_counted = bool(run.pairs) or run.in_second_step
         if not run.pairs:
             run.perturbed_losses = []
-        if not is_counted and not self.has_second_pass():
-            run.params = self._params()
+        if not is_counted and not self._has_two_passes():
+            run.params, run.last_grad_norm = self._params(), None
             # a gradient that is combined in part is none to try again with
             run.failed = self._combines()
             self._combine()
-            is_counted = True
+            is_counted = not self._only_makes_state()
         # under a GradScaler whose scale the ascent was not told
         holds_scale = run.pairs > 0 and found_inf is not None and run.grad_scale is None
         self._update(grad_scale, found_inf, is_counted)
@@ -348,20 +349,30 @@ class Engine(MethodHooks, Capturable):
             # where unscale_() has taken it out of p.grad, nobody knows it any more
             run.last_grad_norm = None if grad_scale is None else run.last_grad_norm / grad_scale
 
+    def _only_makes_state(self) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint makes a base's state, at a rate of 0."""
+        rates = [group.get("lr") for group in self.param_groups]
+        if self.state or any(lr is None or (isinstance(lr, Tensor) and lr.is_cuda) for lr in rates):
+            return False
+        return all(float(lr) == 0 for lr in rates)
+
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None, is_counted: bool = True) -> None:
         """Restore the weights and take the base optimizer's step, unless the final gradient is not finite."""
         run = self._run
         if is_counted:
             run.parallel_model.compare(self.param_groups)
         run.module_state.merge_pairs()
-        update = prepare(self.base_optimizer, run.backup, grad_scale, found_inf, self.check_finite, self.skip())
+        skip = self.skip() if run.is_active else None
+        base, is_alone = self.base_optimizer, not run.is_active
+        update = prepare(base, run.backup, grad_scale, found_inf, self.check_finite, skip, is_alone)
         calls, found_inf = list(update.calls), update.found_inf
         if found_inf is not None:
             calls.append(partial(run.skipped.add_, (found_inf != 0).to(run.skipped.device)))
-        count = self.param_groups[0][TAKEN] + is_counted
+        before, is_active = self.param_groups[0], is_counted and run.is_active
+        counts = {TAKEN: before[TAKEN] + is_counted, ACTIVE: before[ACTIVE] + is_active}
         rest: list[Callable[[], Any]] = [
             partial(self._finish_update, update),
-            partial(self._count_taken, count),
+            partial(self._count_taken, counts),
             run.finish,
         ]
         rest += [partial(run.follow, prepare_own) for prepare_own in run.followers.values()]
@@ -372,11 +383,12 @@ class Engine(MethodHooks, Capturable):
         run = self._run
         run.found_inf, run.base_stepped = update.found_inf, update.is_run
         run.parallel_model.reshard()
-        self.after_step(update.found_inf)
+        if run.is_active:
+            self.after_step(update.found_inf)
 
-    def _count_taken(self, count: int) -> None:
+    def _count_taken(self, counts: dict[str, int]) -> None:
         for group in self.param_groups:
-            group[TAKEN] = count
+            group.update(counts)
         self._run.consumed.set(self.param_groups)
 
     def _forget_scaler(self) -> None:

@@ -22,7 +22,8 @@ from fastsam.two_pass.state import divisor
 class MethodHooks(PassOptimizer):
     """What a method overrides, with what holds where it does not, and what its hooks may call.
 
-    Hooks run with gradients switched off, but for `select`.
+    Hooks run with gradients switched off, but for `select`. In a step in which `when=` or rho is 0, which is the base
+    optimizer's, none is called but `check_options`, `check` without rows, `needs_rows`, `has_radius` and `has_draws`.
     """
 
     state_holds_scale = False
@@ -82,6 +83,10 @@ class MethodHooks(PassOptimizer):
         Default: where 16-bit weights round stochastically.
         """
         return self.stochastic_rounding and any(p.dtype.itemsize == 2 for p in self._params())
+
+    def has_radius(self) -> bool:
+        """Whether the groups' options let anything be perturbed; if not, the step is the base optimizer's."""
+        return True
 
     def has_second_pass(self) -> bool:
         """Whether the step has a second pass. Must not change between a step's first pass and its end."""
@@ -207,6 +212,16 @@ class MethodHooks(PassOptimizer):
         # In torch 2.8 an autocast around the step keeps casts of the weights that were made without a gradient.
         torch.clear_autocast_cache()
         return losses.detach()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the step that is under way, or else the next one, perturbs: neither `when=` nor rho is 0."""
+        return self._run.is_active
+
+    @property
+    def radius_scale(self) -> float:
+        """What `when=` multiplies the radius by in the step that is under way, or else in the next one."""
+        return self._run.scale
 
     @property
     def is_perturbed(self) -> bool:

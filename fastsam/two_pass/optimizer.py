@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fastsam.arguments import check_choice, check_clip, check_flag, check_scaler, check_seed, shown
 from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
+from fastsam.schedule import Schedule, scale_of
 from fastsam.two_pass.batch import NO_BATCH, Batch, read_batch
 from fastsam.two_pass.capture import recorder
 from fastsam.two_pass.engine import Engine
@@ -24,7 +25,7 @@ from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel
 from fastsam.two_pass.rng import check_generators
 from fastsam.two_pass.scaler_target import refuse_no_gradient
 from fastsam.two_pass.stage import Stage
-from fastsam.two_pass.wrapper import FROM_BASE
+from fastsam.two_pass.wrapper import FROM_BASE, TAKEN
 
 _NAMES_OF_WAY_1 = "step(closure)", "step(loss_fn, *batch)"
 _WOULD_DRIFT = (
@@ -58,6 +59,7 @@ class TwoPassOptimizer(Engine):
         generators: of random numbers, beside the global ones.
         stochastic_rounding: round the perturbation of 16-bit weights stochastically: "auto", True or False.
         check_finite: skip steps whose final gradient is not finite.
+        when: the steps that perturb; see `SAM`. A method multiplies its radius by `radius_scale`.
         on_base_step: what a `step()` does that would be the base's alone: "raise", "warn" or "ignore"; see `SAM`.
         keep: module state beside that of `model`, to be kept to one forward as well.
         seed: of the method's random numbers.
@@ -82,6 +84,7 @@ class TwoPassOptimizer(Engine):
         generators: Sequence[Any] = (),
         stochastic_rounding: Any = "auto",
         check_finite: bool = True,
+        when: Schedule | None = None,
         on_base_step: OnBaseStep = "raise",
         keep: Sequence[Any] = (),
         seed: int = 0,
@@ -99,6 +102,8 @@ class TwoPassOptimizer(Engine):
             raise ValueError(f"stochastic_rounding must be 'auto', True or False, got {shown(stochastic_rounding)}")
         check_choice("on_base_step", on_base_step, ("raise", "warn", "ignore"))
         check_seed("seed", seed)
+        scale_of(when, 0)
+        self.when = when
         super().__init__(params, base_optimizer, {**options, "perturb": True}, seed, base_kwargs)
         self.model = model
         self.keep, self.generators = keep, generators
@@ -280,7 +285,7 @@ class TwoPassOptimizer(Engine):
         self._refuse_no_sync("backward()")
         if batch:
             read = read_batch(batch)
-            self.check("step(loss_fn, *batch)", read.n)
+            self.check("step(loss_fn, *batch)", read.n if self.is_active else None)
             return read
         if self.needs_rows():
             raise TypeError(f"{type(self).__name__}.backward(loss_fn) has no rows to cut; pass the batch")
@@ -319,7 +324,7 @@ class TwoPassOptimizer(Engine):
             self.state_holds_scale
             and "found_inf" in self.__dict__
             and run.grad_scale is None
-            and self.has_second_pass()
+            and self._has_two_passes()
         ):
             raise RuntimeError(
                 f"{type(self).__name__} keeps a gradient, which must not hold the loss scale: pass it as "
@@ -327,13 +332,14 @@ class TwoPassOptimizer(Engine):
                 "opt.step(loss_fn, *batch, scaler=scaler)"
             )
         read = read_batch(batch) if batch else None
+        self._warn_about_schedule(self.param_groups[0][TAKEN] + 1)
         if read is not None:
-            self.check("step(loss_fn, *batch)", read.n)
-        elif run.pairs:
+            self.check("step(loss_fn, *batch)", read.n if run.is_active else None)
+        elif run.pairs and run.is_active:
             self.check("step()")
         elif closure is not None:
             refuse_fresh(run.consumed, self.param_groups)
-        elif not run.in_second_step and self.has_second_pass():
+        elif not run.in_second_step and self._has_two_passes():
             self._check_base_step()
         return read
 
@@ -403,4 +409,5 @@ class TwoPassOptimizer(Engine):
         self._forget_scaler()
 
     def _replayed(self) -> None:
+        self._warn_about_schedule(self.param_groups[0][TAKEN])
         self._run.consumed.set(self.param_groups)

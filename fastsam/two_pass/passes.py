@@ -5,6 +5,7 @@ with opt.descent(): ...backward()            backward(); opt.second_step(zero_gr
 opt.step()
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from torch._compile import _disable_dynamo as uncompiled
 from fastsam.arguments import check_flag, check_grad_scale
 from fastsam.distributed.ddp import ParallelModel, PerturbSync
 from fastsam.distributed.unsupported import refuse_unsupported
+from fastsam.schedule import Schedule, scale_of
 from fastsam.two_pass.gradients import copies, flat, follow_steps, put, take
 from fastsam.two_pass.interrupts import Attempt, Pass
 from fastsam.two_pass.losses import joined
@@ -23,7 +25,7 @@ from fastsam.two_pass.module_state import Modules, ModuleState, as_one, modules_
 from fastsam.two_pass.scaler_target import ScalerTarget
 from fastsam.two_pass.stage import Stage
 from fastsam.two_pass.state import StepState
-from fastsam.two_pass.wrapper import SEED, STEP, WrappedOptimizer, weakly
+from fastsam.two_pass.wrapper import ACTIVE, SEED, STEP, TAKEN, WrappedOptimizer, weakly
 
 _UNDER_WAY = (Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
 
@@ -37,6 +39,7 @@ class PassOptimizer(WrappedOptimizer):
     same_rng: bool
     stochastic_rounding: bool
     perturb_sync: PerturbSync | None
+    when: Schedule | None
     perturb_sync_under_ddp: Literal["global", "replica"] = "global"
     """What perturb_sync=None means where DistributedDataParallel reduces gradients."""
 
@@ -67,7 +70,8 @@ class PassOptimizer(WrappedOptimizer):
 
     def _start(self) -> None:
         refuse_unsupported(self._params())
-        self._run = StepState(self.param_groups, self._module_state(), self._combines(), self.generators)
+        self._run = StepState(self.param_groups, self._module_state(), weakly(self._combines), self.generators)
+        self._look_at_schedule()
         self._scaler_target = ScalerTarget(self)
         follow_steps(self.base_optimizer, self._run)
 
@@ -78,7 +82,50 @@ class PassOptimizer(WrappedOptimizer):
         self._run.parallel_model = None  # type: ignore[assignment]
 
     def _module_state(self) -> ModuleState:
-        return ModuleState(modules_of(self.model), self.keep, weakly(self.averages_statistics))
+        return ModuleState(modules_of(self.model), self.keep, weakly(self._averages_statistics))
+
+    def check_groups(self) -> None:
+        """Raise TypeError or ValueError for a bad option that somebody has set in a group, or a bad scale of `when`."""
+        super().check_groups()
+        self._look_at_schedule()
+
+    def _look_at_schedule(self) -> None:
+        """See whether and how far the next step perturbs; what a step has begun with holds to its end."""
+        run = self._run
+        if run.stage is Stage.IDLE and not run.pairs:
+            run.scale = scale_of(self.when, self.param_groups[0][TAKEN])
+            run.is_active = run.scale > 0 and self.has_radius()
+
+    def _warn_about_schedule(self, begun: int, stacklevel: int = 5) -> None:
+        """Say once that the run is longer than `when` was told, or is over and nothing has been perturbed.
+
+        Args:
+            begun: steps of the run, one that is under way included.
+            stacklevel: of the warning: how far up the user is.
+        """
+        run, group, total = self._run, self.param_groups[0], getattr(self.when, "total_steps", None)
+        if run.warned_about_schedule or not isinstance(total, int) or group[TAKEN] < total:
+            return
+        if group[ACTIVE] == 0:
+            reason = (
+                f"{group[TAKEN]} steps are taken, and none of them was perturbed: rho was 0, or the steps were the "
+                "base optimizer's own"
+            )
+        elif begun > total:
+            reason = (
+                f"this is step {begun} of a run that is to have total_steps={total}: what it says of the end holds on. "
+                "Pass the length of the whole run, so that the part meant is the one that is perturbed"
+            )
+        else:
+            return
+        run.warned_about_schedule = True
+        warnings.warn(f"when={self.when!r}: {reason}", stacklevel=stacklevel)
+
+    def _averages_statistics(self) -> bool:
+        return self._run.is_active and self.averages_statistics()
+
+    def _has_two_passes(self) -> bool:
+        return self._run.is_active and self.has_second_pass()
 
     def _find_ranks(self) -> ParallelModel:
         """Return the ranks that train the model, found when the first step begins, on all ranks together."""
@@ -124,8 +171,12 @@ class PassOptimizer(WrappedOptimizer):
     # what the engine does in a pass
 
     @abstractmethod
+    def has_radius(self) -> bool:
+        """Whether the groups' options let anything be perturbed."""
+
+    @abstractmethod
     def has_second_pass(self) -> bool:
-        """Whether the next step has a second pass."""
+        """Whether the next step has a second pass, if it perturbs."""
 
     @abstractmethod
     def has_draws(self) -> bool:
@@ -159,7 +210,7 @@ class PassOptimizer(WrappedOptimizer):
     def needs_second_pass(self) -> bool:
         """Whether the next step has a second pass; loops with contexts or two calls may leave it out where not."""
         self.check_groups()
-        return self.has_second_pass()
+        return self._has_two_passes()
 
     # contexts
 
@@ -183,7 +234,7 @@ class PassOptimizer(WrappedOptimizer):
         self.check("ascent()")
         self._refuse_no_sync("ascent()")
         check = partial(self._run.require, "ascent()", Stage.IDLE)
-        if self.has_second_pass():
+        if self._has_two_passes():
             return self._pass(check, partial(self._begin_ascent, grad_scale), self._run.leave_ascent)
         return self._pass(check, partial(self._begin_single, grad_scale), self._leave_single)
 
@@ -208,8 +259,9 @@ class PassOptimizer(WrappedOptimizer):
 
     def _leave_single(self) -> None:
         self._run.last_grad_norm = None
-        self._combine()
-        self._count_step()
+        if self._run.is_active:
+            self._combine()
+            self._count_step()
         self._run.leave_single()
 
     def _count_step(self) -> None:
@@ -244,12 +296,15 @@ class PassOptimizer(WrappedOptimizer):
         check_flag("sync", sync)
         self.check_groups()
         self._refuse_no_sync("descent()")
-        if self._run.stage is Stage.IDLE and self._run.before_single is not None:
-            check = partial(self._run.require, "descent()", Stage.IDLE)
-            return self._pass(check, self._enter_needless_descent, self._leave_descent)
-        check = partial(self._run.require, "descent()", Stage.ASCENDED)
-        enter = partial(self._run.enter_descent, self._perturb_params, self._syncs(sync))
-        return self._pass(check, enter, self._leave_descent)
+        return self._pass(self._check_descent, partial(self._enter_descent, sync), self._leave_descent)
+
+    @property
+    def _is_needless(self) -> bool:
+        """Whether a descent that begins now follows the only pass of a step."""
+        return self._run.stage is Stage.IDLE and self._run.before_single is not None
+
+    def _check_descent(self) -> None:
+        self._run.require("descent()", Stage.IDLE if self._is_needless else Stage.ASCENDED)
 
     def _refuse_no_sync(self, call: str) -> None:
         ranks = self._find_ranks()
@@ -264,9 +319,12 @@ class PassOptimizer(WrappedOptimizer):
     def _syncs(self, sync: bool) -> bool:
         """Whether a second pass reduces between DDP's ranks, where the user or the step asks for `sync`."""
 
-    def _enter_needless_descent(self) -> None:
-        self._run.undo_single()
-        self._run.enter_descent(_perturb_nothing, self._syncs(True))
+    def _enter_descent(self, sync: bool) -> None:
+        if self._is_needless:
+            self._run.undo_single()
+            self._run.enter_descent(_perturb_nothing, self._syncs(True))
+        else:
+            self._run.enter_descent(self._perturb_params, self._syncs(sync))
 
     def _leave_descent(self) -> None:
         self._combine()
@@ -321,7 +379,7 @@ class PassOptimizer(WrappedOptimizer):
             # zero_grad() may write zeros into them, or the mean over ranks
             is_written = self._combines() or run.ascent_is_local
             run.ascent_grads = copies(run.params) if is_written else grads
-            perturb = self._perturb_params if self.has_second_pass() else self._perturb_none
+            perturb = self._perturb_params if self._has_two_passes() else self._perturb_none
             run.enter_descent(perturb, keeps_gradients=True)
             run.stage = Stage.FIRST
             if zero_grad:
@@ -387,6 +445,7 @@ class PassOptimizer(WrappedOptimizer):
             RuntimeError: the weights are perturbed, so a checkpoint made now would hold the wrong ones.
         """
         self._run.refuse("state_dict()", Stage.DESCENT, Stage.FIRST)
+        self._warn_about_schedule(self.param_groups[0][TAKEN], stacklevel=3)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -402,6 +461,7 @@ class PassOptimizer(WrappedOptimizer):
         super().load_state_dict(state_dict)
         self._run.deferred_state.clear()
         self._run.base_failed, self._run.count_before = False, None
+        self._look_at_schedule()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; hyperparameters that it does not name take the constructor's values.
@@ -415,7 +475,8 @@ class PassOptimizer(WrappedOptimizer):
 
     def _perturb_none(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         self._run.last_grad_norm = None
-        self._count_step()
+        if self._run.is_active:
+            self._count_step()
 
 
 def _nothing() -> None:

@@ -40,8 +40,8 @@ class StepState:
     Args:
         groups: the optimizer's parameter groups.
         module_state: of the modules that are kept to one forward.
-        owns_descent: whether a second pass leaves its gradient alone in p.grad until `add_aside`, as a method that
-            combines it with the first pass's needs it.
+        owns_descent: returns whether a second pass leaves its gradient alone in p.grad until `add_aside`, as a method
+            that combines it with the first pass's needs it.
         generators: of random numbers, beside the global ones.
     """
 
@@ -49,7 +49,7 @@ class StepState:
         self,
         groups: Sequence[dict[str, Any]],
         module_state: ModuleState,
-        owns_descent: bool,
+        owns_descent: Callable[[], bool],
         generators: Sequence[Any] = (),
     ) -> None:
         self._stage = Stage.IDLE
@@ -70,9 +70,11 @@ class StepState:
         """The groups, and how many perturbations came before the step."""
         self.pairs = 0
         self.in_second_step = False
-        self.warned_about_base_step = False
+        self.warned_about_base_step = self.warned_about_schedule = False
         self.has_perturbed = False
         """Whether weights have been perturbed since the optimizer was built."""
+        self.scale, self.is_active = 1.0, True
+        """What rho is multiplied by, and whether anything is perturbed, in the step that is under way or comes next."""
         self.owns_descent = owns_descent
         self.params: list[Tensor] = []
         self.aside: list[Tensor | None] | None = None
@@ -248,7 +250,7 @@ class StepState:
         self.first_draws = self._random_state() if same_rng else None
         # of gradients that are None, as they are but in accumulation, this copies nothing
         self.before_single = copies(self.params)
-        if self.owns_descent:
+        if self.owns_descent():
             self._set_aside(unreduced=not sync)
         self.stage, self.ascent_is_local = Stage.ASCENT, False
         if not sync:
@@ -299,7 +301,7 @@ class StepState:
         """Keep the ascent gradient and put p.grad back."""
         self.unreduced.close()
         # the second pass of a method that combines may not write over the first one's gradient
-        overwritten = self.owns_descent and self.parallel_model.overwrites_gradients(unreduced=self.ascent_is_local)
+        overwritten = self.owns_descent() and self.parallel_model.overwrites_gradients(unreduced=self.ascent_is_local)
         # Somebody's no_sync() inside of the pass.
         self.ascent_is_local = self.ascent_is_local or self.parallel_model.left_unreduced
         self.ascent_grads = copies(self.params) if overwritten else take(self.params)
@@ -337,7 +339,7 @@ class StepState:
         torch.clear_autocast_cache()
         self.ascent_grads = []
         self.parallel_model.reshard()
-        if self.owns_descent and not keeps_gradients:
+        if self.owns_descent() and not keeps_gradients:
             self._set_aside(unreduced=not sync)
         if not sync:
             self.unreduced.enter_context(self.parallel_model.no_sync())

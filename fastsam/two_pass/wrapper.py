@@ -27,8 +27,10 @@ from fastsam.two_pass.foreign_base import (
     take_entries,
 )
 
-STEP, TAKEN, SEED = "fastsam_step", "fastsam_taken", "fastsam_seed"
-"""Keys of the counters in every group: perturbations, which address random draws; steps taken or skipped; the seed."""
+STEP, TAKEN, ACTIVE, SEED = "fastsam_step", "fastsam_taken", "fastsam_active", "fastsam_seed"
+"""Keys of the counters in every group: perturbations, which address random draws; steps taken or skipped; those of
+them in which `when=` and rho were not 0; the seed."""
+COUNTERS = (STEP, TAKEN, ACTIVE)
 FROM_BASE: Any = object()
 """Stands for `params` where the base optimizer exists already."""
 _OF_BASE = ("param_groups", "state", "defaults")
@@ -82,7 +84,8 @@ class WrappedOptimizer(Optimizer):
         # a name the base already uses (Adadelta's rho, RMSprop's alpha) gives way to sam_<name>
         taken = settings_of(base)
         self._option_keys = {name: f"sam_{name}" if name in taken else name for name in options}
-        defaults = {self._option_keys[name]: value for name, value in options.items()} | {STEP: 0, TAKEN: 0, SEED: seed}
+        defaults = {self._option_keys[name]: value for name, value in options.items()}
+        defaults |= {**dict.fromkeys(COUNTERS, 0), SEED: seed}
         for group in base.param_groups:
             self._check_group({**defaults, **group})
         self.base_optimizer = base
@@ -186,7 +189,7 @@ class WrappedOptimizer(Optimizer):
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         # The counters are the same in all groups.
-        counters = {key: self.param_groups[0][key] for key in (STEP, TAKEN, SEED)}
+        counters = {key: self.param_groups[0][key] for key in (*COUNTERS, SEED)}
         group = {**self._option_defaults, **counters, **param_group, "params": params}
         self._check_group({**group, "params": tensors})
         self.base_optimizer.add_param_group(group)
@@ -232,9 +235,12 @@ class WrappedOptimizer(Optimizer):
             groups = [dict(group) for group in state_dict["param_groups"]]
             # The base optimizer refuses unequal numbers of groups itself.
             for own, loaded in zip(options, groups, strict=False):
+                if TAKEN in loaded:
+                    # a checkpoint from before there were schedules, when all steps perturbed
+                    loaded.setdefault(ACTIVE, loaded[TAKEN])
                 self._fill(loaded, own)
                 self.check_options({name: loaded[key] for name, key in self._option_keys.items() if key in loaded})
-                for key in (STEP, TAKEN):
+                for key in COUNTERS:
                     check_integer(key, loaded[key], 0, LARGEST_INTEGER)
                 check_seed(SEED, loaded[SEED])
             state_dict = {**state_dict, "param_groups": groups}
