@@ -13,7 +13,7 @@ a run that goes on from a checkpoint goes on in its phase. Shares of a run of T 
 import math
 from typing import Any, Protocol
 
-from fastsam.arguments import check_integer, check_number, shown
+from fastsam.arguments import LARGEST_INTEGER, check_integer, check_number, shown
 
 
 class Schedule(Protocol):
@@ -39,7 +39,7 @@ class Every:
     """
 
     def __init__(self, n: int) -> None:
-        check_integer("n", n, 1)
+        check_integer("n", n, 1, LARGEST_INTEGER)
         self.n = n
 
     def __repr__(self) -> str:
@@ -76,7 +76,7 @@ class Last:
     ) -> None:
         check_number("fraction", fraction, lambda share: 0 < share <= 1, "in (0, 1]")
         units, size = _length("Last", total_steps, total_epochs, steps_per_epoch)
-        check_integer("ramp", ramp, 0)
+        check_integer("ramp", ramp, 0, LARGEST_INTEGER)
         self.fraction, self.ramp = fraction, ramp
         self.start, self.total_steps = _rounded((1 - fraction) * units) * size, units * size
         if self.start == self.total_steps:
@@ -139,10 +139,10 @@ def _length(name: str, total_steps: Any, total_epochs: Any, steps_per_epoch: Any
             f"steps_per_epoch={shown(steps_per_epoch)}"
         )
     if by_epochs:
-        check_integer("total_epochs", total_epochs, 1)
-        check_integer("steps_per_epoch", steps_per_epoch, 1)
+        check_integer("total_epochs", total_epochs, 1, LARGEST_INTEGER)
+        check_integer("steps_per_epoch", steps_per_epoch, 1, LARGEST_INTEGER)
         return total_epochs, steps_per_epoch
-    check_integer("total_steps", total_steps, 1)
+    check_integer("total_steps", total_steps, 1, LARGEST_INTEGER)
     return total_steps, 1
 
 
@@ -152,7 +152,7 @@ def _rounded(number: float) -> int:
 
 def _never(name: str, fraction: float, units: int, size: int) -> str:
     unit = "steps" if size == 1 else f"epochs of {size} steps"
-    return f"{name}({fraction}) of {units} {unit} rounds to none, so that no step would be perturbed; pass more"
+    return f"fraction={fraction} of {units} {unit} rounds to none, so that {name} would perturb no step; pass more"
 
 
 def check_when(when: Any) -> None:

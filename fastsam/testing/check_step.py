@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastsam.distributed.dtensor import is_dtensor
-from fastsam.testing.references import REFERENCES, PlainStep, plain
+from fastsam.testing.references import REFERENCES, PlainStep, base_alone
 from fastsam.two_pass.batch import batch_size, read_batch, take_rows
 from fastsam.two_pass.gradients import put, take
 from fastsam.two_pass.loss_function import check_losses
@@ -52,10 +52,10 @@ def check_step(
     """Take one step and hold it against a reference of a few lines; everything is put back afterwards, on any outcome.
 
     What it holds: the loss function gives the same losses twice from the same weights, module state and random
-    numbers; the step's final gradient is the method's d, and its weights are those of the base optimizer's step with d;
-    weights are not perturbed when it is over; buffers and random generators end where one forward leaves them; and
-    all ranks of a process group hold the same d. In a step in which `when=` or rho is 0, d is the plain gradient. Losses that keep a memory of their own (SAF, MESA) are seen more often
-    than in a step; check the loop with a plain loss.
+    numbers; the step's final gradient is the method's d, or where `when=` or rho is 0 the plain gradient, and its
+    weights are those of the base optimizer's step with d; weights are not perturbed when it is over; buffers and random
+    generators end where one forward leaves them; and all ranks of a process group hold the same d. Losses that keep a
+    memory of their own (SAF, MESA) are seen more often than in a step; check the loop with a plain loss.
 
     Args:
         opt: an optimizer of fastsam, between two steps. Of plain weights: DTensors are refused.
@@ -78,7 +78,7 @@ def check_step(
         RuntimeError: a step is under way.
     """
     _check_arguments(opt, reference)
-    rule = (reference or REFERENCES[type(opt)]) if opt.is_active else plain
+    rule = (reference or REFERENCES[type(opt)]) if opt.is_active else base_alone
     read, everything = read_batch(batch), _Everything(opt, losses)
     tolerance = rtol or max(_TOLERANCES.get(p.dtype, 1e-3) for p in everything.params)
     take_it = take_step or (lambda: opt.step(losses, *batch))

@@ -115,7 +115,7 @@ class PlainStep:
         return [(sign * rho * t_n * unit).to(p_n.dtype) for sign, rho, t_n, unit, p_n in rows]
 
 
-def plain(step: PlainStep) -> Vector:
+def base_alone(step: PlainStep) -> Vector:
     """The base optimizer's gradient, in a step in which nothing is to be perturbed."""
     return step.look(step.batch)[1]
 

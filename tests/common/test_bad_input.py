@@ -11,6 +11,7 @@ from torch import nn
 
 import fastsam
 from fastsam import SAM
+from fastsam.schedule import Every, First, Last
 
 SGD = torch.optim.SGD
 
@@ -65,10 +66,23 @@ def test_construction(error, needle, build):
 HUGE = 10**400
 FLAG, NUMBER = ("off", 1, 0.0, None, [True]), ("0.1", None, True, [0.1], float("nan"), float("inf"), -1, HUGE, 1e308)
 INTEGER = ("2", 2.0, True, [2])
+
+
+class Scale:
+    """A schedule whose scale is always the same."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def scale(self, step):
+        return self.value
+
+
 COMMON = {
     "same_rng": FLAG,
     "check_finite": FLAG,
     "on_base_step": ("error", None, True, ["raise"]),
+    "when": ("last", 0.3, True, [Every(2)], Every, *map(Scale, (*NUMBER, 1.1))),
     "stochastic_rounding": ("on", 1, None, ["auto"]),
     "perturb_sync": ("all", 0, -1, 2.0, True, ["global"]),
     "seed": (*INTEGER, None, HUGE, -HUGE),
@@ -88,6 +102,12 @@ TRAJECTORY = {
     "reduction": ("max", None, ["mean"]),
 }
 P = {"p": ("2", None, True, [2], float("nan"), 0.5, -1, HUGE)}
+PART = {
+    "fraction": (*NUMBER, 0, 1.5, 1e-3),
+    "total_steps": (*INTEGER, None, 0, -1, HUGE),
+    "total_epochs": (*INTEGER, 3, 0, HUGE),
+    "steps_per_epoch": (*INTEGER, 3, 0, HUGE),
+}
 BAD = {
     fastsam.SAM: COMMON | P,
     fastsam.ESAM: {
@@ -135,6 +155,9 @@ BAD = {
         "teacher": ("model", nn.Linear),
         "output": (True, 1.5, ["logits"]),
     },
+    Every: {"n": (*INTEGER, None, 0, -1, HUGE)},
+    First: PART,
+    Last: PART | {"ramp": (*INTEGER, None, -1, HUGE)},
     fastsam.SampleToRankSampler: {
         "num_samples": (*INTEGER, None, 0, HUGE),
         "num_replicas": (*INTEGER, 0),
@@ -149,6 +172,9 @@ OPTIMIZERS = [cls for cls in BAD if issubclass(cls, torch.optim.Optimizer)]
 NEEDED = {
     fastsam.MSAM: {"num_shards": 2},
     fastsam.SAF: {"num_samples": 4, "num_classes": 3},
+    Every: {"n": 2},
+    First: {"fraction": 0.5, "total_steps": 8},
+    Last: {"fraction": 0.5, "total_steps": 8},
     fastsam.SampleToRankSampler: {"num_samples": 4, "num_replicas": 2, "rank": 0},
 }
 
@@ -232,7 +258,7 @@ def test_what_is_set_in_a_group_later_is_checked(cls):
             opt.param_groups[0][name] = good
             bad = {**state, "param_groups": [{**state["param_groups"][0], name: value}]}
             assert_names(name, value, lambda: opt.load_state_dict(bad))  # noqa: B023
-    for name in ("fastsam_step", "fastsam_taken", "fastsam_seed"):
+    for name in ("fastsam_step", "fastsam_taken", "fastsam_active", "fastsam_seed"):
         for value in (*INTEGER, None, HUGE, -HUGE):
             bad = {**state, "param_groups": [{**state["param_groups"][0], name: value}]}
             assert_names(name, value, lambda: opt.load_state_dict(bad))  # noqa: B023

@@ -152,7 +152,7 @@ FIXED = {
     fastsam.LookSAM: {"scope": word("global", "tensor")},
 }
 """By class, arguments of the constructor alone."""
-COUNTERS = {f"fastsam_{name}": integer(0, 2**63 - 1, st.integers(0, 4)) for name in ("step", "taken")}
+COUNTERS = {f"fastsam_{name}": integer(0, 2**63 - 1, st.integers(0, 4)) for name in ("step", "taken", "active")}
 COUNTERS["fastsam_seed"] = ENGINE["seed"]
 """Keys of groups that checkpoints carry."""
 CLASSES = list(dict.fromkeys(row.cls for row in METHODS.values() if row.kind == "optimizer"))
