@@ -351,7 +351,7 @@ class Engine(MethodHooks, Capturable):
 
     def _only_makes_state(self) -> bool:
         """Whether this is the step by which torch.distributed.checkpoint makes a base's state, at a rate of 0."""
-        rates = [group.get("lr") for group in self.param_groups]
+        rates: list[Any] = [group.get("lr") for group in self.param_groups]
         if self.state or any(lr is None or (isinstance(lr, Tensor) and lr.is_cuda) for lr in rates):
             return False
         return all(float(lr) == 0 for lr in rates)

@@ -49,8 +49,8 @@ def prepare(
         found_inf: 0-dim tensor, not 0 where a GradScaler has found inf or NaN; None where nobody has looked.
         check_finite: look, where nobody has.
         skip: 0-dim bool tensor, true where the step is to be skipped anyway.
-        is_alone: the step is the base's and nothing else. Its own code then takes it, bit for bit, but where there are
-            kernels, which read nothing on the host.
+        is_alone: the step is the base's and nothing else. Without kernels, on the CPU, its own code then takes it, bit
+            for bit; kernels take it otherwise, since they read nothing on the host.
     """
     grads = _final_gradients(base)
     if found_inf is None and check_finite and grads:
@@ -60,7 +60,8 @@ def prepare(
         also = skip.to(grads[0].device, torch.float32)
         found_inf = also if found_inf is None else torch.maximum(found_inf, also.to(found_inf.device))
     base._opt_called = True  # type: ignore[attr-defined]
-    if is_fusable(base) and not (is_alone and not ops.uses_triton(grads)):
+    reads_are_free = not any(g.is_cuda for g in grads) and not ops.uses_triton(grads)
+    if is_fusable(base) and not (is_alone and reads_are_free):
         return Update(_fused_calls(base, backup, grad_scale, found_inf), found_inf, True, False)
     calls = [*ops.copy_calls(*backup.pending()), backup.discard_call()]
     skips_on_device = getattr(base, "_step_supports_amp_scaling", False) and not any(map(placement, grads))

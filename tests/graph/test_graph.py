@@ -14,11 +14,12 @@ from kernel_cases import DEVICE, kernels
 from problems import assert_same, snapshot
 from torch import nn
 
-from fastsam import ESAM, MESA, MSAM, SAF, SAM, LookSAM, Weighted, graph_step, whole
+from fastsam import ESAM, GSAM, MESA, MSAM, SAF, SAM, LookSAM, Weighted, graph_step, whole
 from fastsam.graph import guards
 from fastsam.graph import recorder as recorders
 from fastsam.graph.plain_step import PlainOptimizerStep
 from fastsam.graph.recorder import _Draws
+from fastsam.schedule import Every, First, Last
 
 if kernels is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -908,3 +909,76 @@ def test_weighted_losses_are_captured_with_their_total(recorder, method, total):
 
 def total_of(kind, value):
     return None if kind is None else torch.tensor(float(value), device=DEVICE) if kind == "tensor" else float(value)
+
+
+# schedules
+
+
+class Ramp:
+    """Nothing for five steps, a radius that grows for five, and nothing for the others."""
+
+    def scale(self, step):
+        return (step - 4) / 5 if 5 <= step < 10 else 0.0
+
+
+SCHEDULED = {
+    "sam": (SAM, {}),
+    "esam": (ESAM, {}),
+    "msam": (MSAM, {"num_shards": 3}),
+    "gsam, radius by rate": (GSAM, {"rho": 0.2, "rho_min": 0.05, "lr_max": 0.2}),
+    "looksam": (LookSAM, {"k": 2}),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_a_capture_stands_for_one_phase_and_follows_the_ramp(recorder, name):
+    cls, options = SCHEDULED[name]
+    expected, problem = both(of(cls, when=Ramp(), **options))
+    torch.manual_seed(6)
+    losses = expected.train(expected.eager(), 14)
+    step = problem.graphed(warmup=1)
+    torch.manual_seed(6)
+    found = problem.train(step, 14)
+    assert_trained_alike(expected, problem, losses, found)
+    if recorder is not None and name != "looksam":
+        assert recorder.recordings == 3
+    # one step of each phase runs as usual; of LookSAM's active ones those of two passes too
+    assert step.replays == (8 if name == "looksam" else 11)
+
+
+def test_a_radius_of_zero_is_another_phase(recorder):
+    expected, problem = both(of(SAM))
+    step, eager = problem.graphed(warmup=1), expected.eager()
+    torch.manual_seed(6)
+    losses = [step_of(expected, eager, i) for i in range(9)]
+    torch.manual_seed(6)
+    found = [step_of(problem, step, i) for i in range(9)]
+    assert_trained_alike(expected, problem, losses, found)
+    assert step.replays == 6
+
+
+def step_of(problem, take, i):
+    for group in problem.opt.param_groups:
+        group["rho"] = 0.0 if 3 <= i < 6 else 0.1 + i / 100
+    return problem.train(take, 1, first=i + 1)[0] if i % 7 != 6 else problem.train(take, 1, first=i + 2)[0]
+
+
+def test_steps_that_perturb_every_fifth_time_run_as_usual_between_replays(recorder):
+    expected, problem = both(of(SAM, when=Every(5)))
+    torch.manual_seed(6)
+    losses = expected.train(expected.eager(), 15)
+    step = problem.graphed(warmup=1)
+    torch.manual_seed(6)
+    assert_trained_alike(expected, problem, losses, problem.train(step, 15))
+    assert step.replays == 3 * 3
+
+
+@pytest.mark.parametrize("when", [Last(0.5, 6), First(0.5, 6)])
+def test_replays_beyond_the_run_are_told_once(recorder, when):
+    _, problem = both(of(SAM, when=when))
+    step = problem.graphed(warmup=1)
+    problem.train(step, 6)
+    with pytest.warns(UserWarning, match="this is step 7 of a run that is to have total_steps=6"):
+        problem.train(step, 1)
+    problem.train(step, 2)
+    assert step.captured
