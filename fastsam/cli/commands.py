@@ -27,6 +27,7 @@ from fastsam.cli.options import (
     Number,
     Over,
     Several,
+    When,
     shared_options,
     shown,
 )
@@ -49,7 +50,10 @@ from fastsam.methods import METHODS
 SCORED_ON_HELP = "held_out: train without a tenth of the training set and score on it, to choose settings fairly."
 
 OVER_HELP = "An option and its values, as in rho=0.05,0.1; twice for every combination of two."
-
+WHEN_HELP = (
+    "Steps that perturb: last:0.3 or first:0.5, a share of the run, or every:5; the others are the plain optimizer's, "
+    "with one pass. Default: all."
+)
 LOG_SHARPNESS_HELP = "Measure after every epoch how far the training loss rises along SAM's perturbation, rho 0.05."
 SHARPNESS_HELP = "Measure the sharpness and the largest eigenvalue of every run, on up to 2048 training pictures."
 
@@ -83,6 +87,7 @@ fastsam.add_command(landscape_command)
 @shown("--seed", type=_seed, metavar="N", default=0)
 @shown("--split-seed", type=_seed, metavar="N", help="Of the test split. Default: --seed.")
 @shown("--scored-on", type=click.Choice(list(SCORED_ON)), default="test", help=SCORED_ON_HELP)
+@click.option("--when", type=When(), metavar="WORD:X", help=WHEN_HELP)
 @click.option("--log-sharpness", is_flag=True, help=LOG_SHARPNESS_HELP)
 @_out("runs/train")
 @click.pass_context

@@ -10,6 +10,7 @@ import torch
 from fastsam.cli.errors import InputError
 from fastsam.cli.files import contents_of
 from fastsam.methods import METHODS
+from fastsam.schedule import Every, First, Last, Schedule
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("cosine", "onecycle")
@@ -25,11 +26,12 @@ class Config:
     `options` are all of the method, those of its base among them; `data` is what `fastsam.cli.data.resolve` returns;
     `batch_size` is that of all `ranks` together; `base` is the optimizer that the method goes around, by default its
     row's; `warmup` is in epochs, by default 0, and `WARMUP_OF_ONECYCLE` of them with that schedule; `init` is the file
-    that the first weights come from. `preset` says where settings came from, and decides nothing.
+    that the first weights come from; `when` is what `when_of` reads, None for all steps. `preset` says where settings
+    came from, and decides nothing.
 
     Raises:
-        InputError: the method cannot be compiled or has no such base, the ranks' parts of a batch would not be equal,
-            the rate would never fall, or there are no statistics to freeze.
+        InputError: the method cannot be compiled, has no such base or perturbs nothing in any step, the ranks' parts of
+            a batch would not be equal, the rate would never fall, or there are no statistics to freeze.
     """
 
     method: str
@@ -58,6 +60,7 @@ class Config:
     init: str | None = None
     freeze_bn: bool = False
     preset: str | None = None
+    when: str | None = None
 
     def __post_init__(self) -> None:
         # what is left to the method and the schedule is written down as what it is
@@ -73,6 +76,9 @@ class Config:
             raise InputError(f"batch size {self.batch_size} cannot be cut into equal parts for {self.ranks} processes")
         if self.graph and self.ranks > 1:
             raise InputError("--graph captures steps of one process; leave it out, or start without torchrun")
+        if self.when is not None and METHODS[self.method].kind != "optimizer":
+            known = ", ".join(name for name, method in METHODS.items() if method.kind == "optimizer")
+            raise InputError(f"--when says which steps perturb, and {self.method} perturbs in none; {known} do")
         if self.compile and self.options.get("mask") == "tensor" and self.options["beta"] < 1:
             raise InputError(
                 f"{self.method} with --mask tensor cannot be compiled: it leaves other gradients out in each step, and "
@@ -84,12 +90,40 @@ class Config:
         """The method, its base where that is not the row's, and the value of what is tuned of it."""
         around = f" around {self.base}" if self.base != base_of(self.method) else ""
         tuned = METHODS[self.method].tuned
-        return self.method + around + (f" {tuned} {self.options[tuned]:g}" if tuned else "")
+        chosen = f" {tuned} {self.options[tuned]:g}" if tuned else ""
+        return self.method + around + chosen + (f" {self.when}" if self.when else "")
 
     @property
     def rises_for(self) -> float:
         """Epochs over which the rate rises."""
         return self.warmup or 0.0
+
+
+def when_of(when: str | None, total_steps: int) -> Schedule | None:
+    """Return the schedule that a text stands for: every:N, last:X or first:X, X a share of the run.
+
+    Args:
+        when: the text; None for all steps.
+        total_steps: of the run.
+
+    Raises:
+        InputError: it is no such text, or the number is out of range.
+    """
+    if when is None:
+        return None
+    kind, _, number = when.partition(":")
+    try:
+        value = int(number) if kind == "every" else float(number)
+    except ValueError:
+        kind, value = "", 0
+    if kind not in ("every", "last", "first"):
+        raise InputError(f"--when {when} is none of every:N, last:X and first:X, such as last:0.3")
+    try:
+        if kind == "every":
+            return Every(int(value))
+        return (Last if kind == "last" else First)(value, total_steps)
+    except ValueError as error:
+        raise InputError(f"--when {when}: {error}") from error
 
 
 def base_of(name: str, base: str | None = None) -> str:
@@ -150,7 +184,7 @@ def flat(config: Config) -> dict[str, Any]:
 SINCE: Mapping[str, Any] = {
     field.name: field.default
     for field in fields(Config)
-    if field.name in ("log_sharpness", "base", "schedule", "warmup", "clip", "init", "freeze_bn", "preset")
+    if field.name in ("log_sharpness", "base", "schedule", "warmup", "clip", "init", "freeze_bn", "preset", "when")
 }
 """Fields that checkpoints from before they came do not have, with what those runs did."""
 

@@ -10,7 +10,7 @@ import torch
 
 from fastsam import presets
 from fastsam.cli import initial
-from fastsam.cli.config import AMP, BASES, SCHEDULES, flag, options_of
+from fastsam.cli.config import AMP, BASES, SCHEDULES, flag, options_of, when_of
 from fastsam.cli.data import DATA_SETS, resolve, spelling
 from fastsam.cli.errors import InputError
 from fastsam.cli.models import MODELS, check_model
@@ -117,6 +117,20 @@ class Over(click.ParamType):
         if name not in known:
             self.fail(f"{spelled!r} cannot be swept; what can is {', '.join(map(flag, known))}", param, ctx)
         return name, Several(known[name].type).convert(values, known[name], ctx)
+
+
+class When(click.ParamType):
+    """Which steps perturb, in words; how many steps the run has is not known yet."""
+
+    name = "schedule"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text, or fail before anything is read."""
+        try:
+            when_of(value, total_steps=10**12)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+        return value
 
 
 class Device(click.Choice):

@@ -18,6 +18,7 @@ from fastsam import SampleToRankSampler
 from fastsam.cli.config import Config, base_of
 from fastsam.cli.errors import InputError
 from fastsam.methods import METHODS
+from fastsam.schedule import Schedule
 from fastsam.two_pass import capture
 from fastsam.two_pass.stage import Stage, under_way
 
@@ -104,7 +105,13 @@ class MethodLoss(Criterion):
         self.loss.set_epoch(epoch)
 
 
-def build(name: str, model: nn.Module, options: Mapping[str, Any], base: str | None = None) -> Optimizer:
+def build(
+    name: str,
+    model: nn.Module,
+    options: Mapping[str, Any],
+    base: str | None = None,
+    when: Schedule | None = None,
+) -> Optimizer:
     """Return the optimizer of a method.
 
     Args:
@@ -112,6 +119,7 @@ def build(name: str, model: nn.Module, options: Mapping[str, Any], base: str | N
         model: the module that is trained, or its wrapper.
         options: all of the method, those of its base among them.
         base: what `base_of` takes.
+        when: which steps perturb, of a method of kind "optimizer"; None for all.
 
     Raises:
         InputError: the method refuses an option's value.
@@ -119,7 +127,7 @@ def build(name: str, model: nn.Module, options: Mapping[str, Any], base: str | N
     method = METHODS[name]
     around = METHODS[base_of(name, base)]
     of_base = {option: options[option] for option in around.options}
-    own = _own(name, options) if method.kind == "optimizer" else {}
+    own = {**_own(name, options), "when": when} if method.kind == "optimizer" else {}
     try:
         return method.build(model.parameters(), around.cls, model=model, base_options=of_base, **own)
     except (ValueError, TypeError) as error:

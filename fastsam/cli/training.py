@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastsam import SampleToRankSampler
 from fastsam.cli import processes
-from fastsam.cli.config import AMP, Config, flat, read_config, refuse_differences
+from fastsam.cli.config import AMP, Config, flat, read_config, refuse_differences, when_of
 from fastsam.cli.data import draw_moves, generator, load
 from fastsam.cli.errors import InputError
 from fastsam.cli.files import CHECKPOINT, contents_of, read_checkpoint, write_checkpoint
@@ -87,7 +87,9 @@ class TrainingRun:
             torch.manual_seed(config.seed + processes.rank())
         # a program for several shapes would depend on which came first, and a resume meets them in another order
         self.compiled: Any = torch.compile(trained, dynamic=False) if config.compile else trained
-        self.optimizer: Any = build(config.method, trained, config.options, config.base)
+        self.steps_per_epoch = len(self._batch_sizes())
+        when = when_of(config.when, config.epochs * self.steps_per_epoch)
+        self.optimizer: Any = build(config.method, trained, config.options, config.base, when)
         smoothing = config.label_smoothing
         task = Task(trained, self.optimizer, len(self.data.x), self.data.classes, smoothing, self.sampler)
         self.criterion = build_criterion(config.method, task, config.options)
@@ -99,7 +101,6 @@ class TrainingRun:
             config.seed, f"crops and flips of {processes.rank()}" if self.sampler else "crops and flips"
         )
         self.history: list[Epoch] = []
-        self.steps_per_epoch = len(self._batch_sizes())
         self.schedule = self._schedule()
 
     def _schedule(self) -> LRScheduler:

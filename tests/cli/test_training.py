@@ -9,7 +9,7 @@ import torch
 from kernel_cases import kernels
 
 from fastsam.cli import compare, training
-from fastsam.cli.config import Config, options_for
+from fastsam.cli.config import Config, options_for, when_of
 from fastsam.cli.data import DATA_SETS, DataSet, Pictures, digits, draw_moves, generator, load, with_label_noise
 from fastsam.cli.errors import InputError
 from fastsam.cli.files import CHECKPOINT, read_checkpoint, write_checkpoint
@@ -110,6 +110,44 @@ def test_interrupted_and_resumed_equals_uninterrupted(method, model, amp, change
     assert_equal(state(broken), state(through))
     if amp == "fp16":
         assert state(broken)["scaler"]["_growth_tracker"] == 3 * steps  # so the scaler's state was not begun anew
+
+
+@pytest.mark.parametrize(
+    ("method", "amp", "when"),
+    [
+        ("sam", "off", "last:0.5"),
+        ("looksam", "off", "first:0.5"),
+        ("esam", "off", "every:3"),
+        ("sam", "fp16", "every:2"),
+    ],
+)
+def test_a_run_with_a_schedule_resumes_in_its_phase(method, amp, when, make):
+    through, broken = make("through"), make("broken")
+    wanted = config(method, amp=amp, epochs=3, when=when)
+    steps = TrainingRun(wanted).steps_per_epoch
+    expected = train(wanted, through)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, broken, watcher=Stop(after=steps + steps // 2))
+    assert numbers(train(wanted, broken, resume=True)) == numbers(expected)
+    assert_equal(state(broken), state(through))
+    group, schedule = state(broken)["optimizer"]["param_groups"][0], when_of(when, 3 * steps)
+    active = [step for step in range(3 * steps) if schedule.scale(step)]
+    assert group["fastsam_taken"] == 3 * steps
+    assert group["fastsam_active"] == len(active)
+    assert 0 < len(active) < 3 * steps
+    with pytest.raises(InputError, match=rf"when every:4 \(it has {when}\)"):
+        train(replace(wanted, when="every:4"), broken, resume=True)
+
+
+def test_before_its_start_a_schedule_trains_as_the_base(make):
+    plain = numbers(train(config("sgd"), make("sgd")))
+    late = numbers(train(config("sam", when="last:0.5"), make("late")))
+    early = numbers(train(config("sam", when="first:0.5"), make("early")))
+    always = numbers(train(config("sam"), make("always")))
+    assert late[0] == plain[0]
+    assert late[1] != plain[1]
+    assert early[0] == always[0]
+    assert early[1] != always[1]
 
 
 def test_interrupted_in_the_first_epoch_resumes_from_the_start(make):
