@@ -16,6 +16,15 @@ from fastsam.kernels import philox
 
 IDLE, ASCENT, ASCENDED, DESCENT, FIRST = "idle", "ascent", "ascended", "descent", "first"
 DATA = batches(3, rows=6)
+
+
+class InTurn:
+    """Perturbs not at all, in full and by half, in turn."""
+
+    def scale(self, step):
+        return (0.0, 1.0, 0.5)[step % 3]
+
+
 METHODS_AND_OPTIONS = {
     "sam": ("sam", {"rho": 0.1}),
     "asam": ("asam", {"rho": 0.5}),
@@ -24,6 +33,11 @@ METHODS_AND_OPTIONS = {
     "msam": ("msam", {"rho": 0.1, "num_shards": 2, "bn_update": "sequential"}),
     "gsam": ("gsam", {"rho": 0.1, "alpha": 0.4}),
     "looksam": ("looksam", {"rho": 0.1, "k": 2, "alpha": 0.7}),
+}
+METHODS_AND_OPTIONS |= {
+    f"{method}, scheduled": (row, {**options, "when": InTurn()})
+    for method, (row, options) in METHODS_AND_OPTIONS.items()
+    if method not in ("asam", "esam")
 }
 
 
@@ -58,7 +72,8 @@ class Mirror:
         self.base_cls, self.base_options = BASES[base]
         self.params = list(self.model.body.parameters())
         self.base = self.base_cls(self.params, **self.base_options)
-        self.stage, self.failed, self.pairs, self.taken = IDLE, False, 0, 0
+        self.stage, self.failed, self.pairs, self.taken, self.active = IDLE, False, 0, 0, 0
+        self.when, self.last_scale = self.options.pop("when", None), 1.0
         self.consumed, self.zeroed, self.grads_known, self.is_perturbed = True, False, True, False
         self.has_perturbed = False
         self.single_before = self.step_start = None
@@ -71,8 +86,15 @@ class Mirror:
         return self.row == "esam" and self.options["gamma"] < 1
 
     @property
+    def scale(self):
+        """Of rho, in a step that is under way or else in the next one; 0 where that is the base's."""
+        if self.when is not None and self.stage == IDLE and not self.pairs:
+            self.last_scale = self.when.scale(self.taken)
+        return self.last_scale
+
+    @property
     def owns_descent(self):
-        return self.row in ("gsam", "looksam")
+        return self.row in ("gsam", "looksam") and self.scale > 0
 
     def has_fresh(self):
         return not self.consumed and any(p.grad is not None and p.grad.any() for p in self.params)
@@ -112,22 +134,25 @@ class Mirror:
         return [word < limit for word in words]
 
     def has_second(self, t):
+        if not self.scale:
+            return False
         if self.row == "looksam":
-            return self.taken % self.options["k"] == 0
+            return self.active % self.options["k"] == 0
         return self.row != "esam" or any(m for m, p in zip(self.masks(t), self.params, strict=True) if p.requires_grad)
 
     def eps(self, g, t):
         g = [torch.zeros_like(p) if g_n is None else g_n for p, g_n in zip(self.params, g, strict=True)]
         if not any(g_n.any() for g_n in g):
             return g
+        rho = self.scale * self.options["rho"]
         if self.row == "asam":
             w = [p.detach().abs() for p in self.params]
             tg = [w_n * g_n for w_n, g_n in zip(w, g, strict=True)]
-            return [w_n * e for w_n, e in zip(w, radial(tg, self.options["rho"]), strict=True)]
+            return [w_n * e for w_n, e in zip(w, radial(tg, rho), strict=True)]
         if self.row == "esam":
             g = [g_n if m else torch.zeros_like(g_n) for g_n, m in zip(g, self.masks(t), strict=True)]
-            return radial(g, self.options["rho"] / self.options["beta"])
-        return radial(g, self.options["rho"])
+            return radial(g, rho / self.options["beta"])
+        return radial(g, rho)
 
     def combine(self, g, d):
         """d of a second pass, with g of the first; of a step without a second one, g is None."""
@@ -270,8 +295,9 @@ class Mirror:
 
     def update(self, is_counted):
         self.base.step()
-        if self.row == "looksam" and self.pending is not None and self.taken % self.options["k"] == 0:
+        if self.row == "looksam" and self.pending is not None and self.active % self.options["k"] == 0:
             self.kept = self.pending
+        self.active += is_counted and self.scale > 0
         self.taken += is_counted
         self.consumed, self.zeroed = True, False
         self.forget()
@@ -297,9 +323,8 @@ class Mirror:
     def step_on_batch(self, batch, t):
         self.start_afresh()
         n = len(batch[0])
-        parts = (
-            [part.chunk(self.options["num_shards"]) for part in batch] if self.row == "msam" else [[p] for p in batch]
-        )
+        cuts = self.row == "msam" and self.scale > 0
+        parts = [part.chunk(self.options["num_shards"]) for part in batch] if cuts else [[part] for part in batch]
         for shard in zip(*parts, strict=True):
             self.pair(shard, t, len(shard[0]) / n)
         self.update(True)

@@ -105,6 +105,7 @@ class Orders(RuleBasedStateMachine):
                 assert torch.allclose(found, g_v, rtol=1e-8, atol=1e-12), "g_v"
         for group in self.opt.param_groups:
             assert group["fastsam_taken"] == mirror.taken, "steps taken"
+            assert group["fastsam_active"] == mirror.active, "steps that perturbed"
             assert group["fastsam_step"] == self.counter
         assert [g["lr"] for g in self.opt.param_groups] == [g["lr"] for g in mirror.base.param_groups]
         assert self.opt._run.stage.name == mirror.stage.upper()
@@ -350,7 +351,7 @@ class Orders(RuleBasedStateMachine):
     def state_dict(self):
         def save():
             self.states = [copy.deepcopy(self.opt.state_dict()), copy.deepcopy(self.mirror.base.state_dict())]
-            self.states += [self.mirror.taken, self.mirror.kept]
+            self.states += [self.mirror.taken, self.mirror.active, self.mirror.kept]
 
         self.call("state_dict", save)
 
@@ -361,7 +362,7 @@ class Orders(RuleBasedStateMachine):
             return
         if self.call("load_state_dict", lambda: self.opt.load_state_dict(copy.deepcopy(self.states[0]))):
             mirror.base.load_state_dict(copy.deepcopy(self.states[1]))
-            mirror.taken, mirror.kept = self.states[2:]
+            mirror.taken, mirror.active, mirror.kept = self.states[2:]
             mirror.options["rho"] = self.states[0]["param_groups"][0]["rho"]
 
     @rule()
