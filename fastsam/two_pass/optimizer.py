@@ -335,8 +335,9 @@ class TwoPassOptimizer(Engine):
         self._warn_about_schedule(self.param_groups[0][TAKEN] + 1)
         if read is not None:
             self.check("step(loss_fn, *batch)", read.n if run.is_active else None)
-        elif run.pairs and run.is_active:
-            self.check("step()")
+        elif run.pairs:
+            if run.is_active:
+                self.check("step()")
         elif closure is not None:
             refuse_fresh(run.consumed, self.param_groups)
         elif not run.in_second_step and self._has_two_passes():
