@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 BELOW_METHODS = {"two_pass", "distributed", "kernels", "arguments"}
 ARROWS = {
     "__main__": {"fastsam", "cli", "installation"},
-    "cli": {"fastsam", "methods", "presets", "graph", "two_pass", "sharpness"},
+    "cli": {"fastsam", "methods", "presets", "graph", "two_pass", "sharpness", "schedule"},
     "arguments": set(),
     "fastsam": {
         "an optimizer",
@@ -27,13 +27,14 @@ ARROWS = {
         "installation",
     },
     "methods": {"an optimizer", "a loss"},
-    "testing": {"an optimizer", "two_pass", "distributed", "kernels"},
+    "testing": {"an optimizer", "two_pass", "distributed", "kernels", "schedule"},
     "graph": {"two_pass", "kernels", "arguments"},
     "sharpness": {"two_pass", "distributed", "kernels", "arguments"},
-    "an optimizer": BELOW_METHODS,
+    "an optimizer": {"schedule", *BELOW_METHODS},
     "a loss": {"trajectory", *BELOW_METHODS},
     "trajectory": {"kernels", "arguments"},
-    "two_pass": {"distributed", "kernels", "arguments"},
+    "two_pass": {"distributed", "kernels", "schedule", "arguments"},
+    "schedule": {"arguments"},
     "distributed": {"kernels", "arguments"},
     "installation": set(),
     "norm_layers": set(),
