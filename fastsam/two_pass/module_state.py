@@ -67,6 +67,11 @@ class ModuleState:
         self._share = share
         self._take(self._found)
 
+    def hold(self) -> None:
+        """Save what a failure goes back to, where the step's pairs have not done so or `restore()` has let it go."""
+        if not self._before_step.is_taken:
+            self._take(self._before_step)
+
     def turn(self) -> None:
         """Save what the first pass has left, and go back to what it found, for a forward of the second pass."""
         if not self._found.is_taken:

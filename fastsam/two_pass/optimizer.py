@@ -354,6 +354,7 @@ class TwoPassOptimizer(Engine):
         """Call a framework's closure once, on top of finished pairs whose gradients it must leave alone."""
         mark = ConsumedMark()
         mark.set(self.param_groups)
+        self._run.module_state.hold()
         with torch.enable_grad():
             loss = closure()
         if not mark.covers(self.param_groups, also_missing=True):

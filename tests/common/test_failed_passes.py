@@ -71,3 +71,21 @@ def test_without_the_finite_check_the_step_is_the_base_optimizers(backend):
     opt.step(lambda x, y: losses_of(model)(x, y) * float("nan"), x, y)
     assert not torch.isfinite(model[0].weight).any()
     assert opt.skipped_steps == 0
+
+
+def test_a_closure_that_fails_on_pairs_which_restore_has_let_go_moves_no_statistics(backend):
+    model, opt, x, y = prepared(torch.optim.SGD, {"lr": 0.1})
+    opt.zero_grad()
+    for context in (opt.ascent, opt.descent):
+        with context():
+            losses_of(model)(x, y).mean().backward()
+    opt.restore()
+    before = snapshot(model)
+
+    def closure():
+        losses_of(model)(x, y)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        opt.step(closure)
+    assert_same(model, before)

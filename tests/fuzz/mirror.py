@@ -394,6 +394,7 @@ class Mirror:
         self.model.shift.requires_grad_(True)
         self.params = [*self.params, self.model.shift]
         self.kept = [*self.kept, torch.zeros_like(self.model.shift)]
+        self.single_before = self.single_before and [*self.single_before, None]
         self.pending = self.pending and [*self.pending, torch.zeros_like(self.model.shift)]
         self.base.add_param_group({"params": [self.model.shift]})
 

@@ -139,6 +139,7 @@ class Orders(RuleBasedStateMachine):
             taken = self.call("step(losses)", lambda: self.opt.step(losses, *DATA[number]))
         except CrashError:
             self.mirror.start_afresh()
+            self.mirror.has_perturbed |= len(calls) > 1
             self.mirror.draws = torch.get_rng_state()
             return
         if taken:
@@ -177,6 +178,7 @@ class Orders(RuleBasedStateMachine):
             taken = self.call("step(closure)", lambda: self.opt.step(closure))
         except CrashError:
             mirror.start_afresh()
+            mirror.has_perturbed |= len(calls) > 1
             mirror.draws = torch.get_rng_state()
             return
         if taken:
@@ -192,6 +194,8 @@ class Orders(RuleBasedStateMachine):
 
     @rule()
     def base_step(self):
+        if not self.mirror.grads_known:
+            return
         if self.call("base step", self.opt.base_optimizer.step):
             self.mirror.base_step()
             self.settle()
