@@ -17,6 +17,7 @@ from test_losses_that_differentiate import penalty_and_reentrant_checkpoint
 from fastsam import SAM, LookSAM
 from fastsam.testing import references
 from fastsam.two_pass import batch, optimizer, passes
+from fastsam.two_pass.gradients import take
 
 MODULES = [importlib.import_module(file.stem) for file in sorted(Path(__file__).parent.glob("test_*.py"))
            if file.stem != "test_planted_faults"]  # fmt: skip
@@ -183,6 +184,50 @@ class TakesTheScaleForKnown(SAM):
         return norm
 
 
+class PerturbsInEveryPhase(SAM):
+    def check_groups(self):
+        super().check_groups()
+        self._run.is_active = True
+
+
+class HasARadiusOfZero(SAM):
+    def has_radius(self):
+        return True
+
+
+class AddsToANeedlessPass(SAM):
+    def _enter_descent(self, sync):
+        if self._is_needless:
+            self._run.before_single = take(self._params())
+        super()._enter_descent(sync)
+
+
+class GrowsWithItsAge(SAM):
+    age = 0
+
+    def step(self, *args, **keywords):
+        self.age += 1
+        return super().step(*args, **keywords)
+
+    def radius(self, group):
+        return super().radius(group) * (1 + self.age / 100)
+
+
+class ForgetsTheScale(SAM):
+    def radius(self, group):
+        return self.option(group, "rho")
+
+
+class CountsNoSkips(SAM):
+    def _count_taken(self, counts):
+        super()._count_taken({} if bool(self._run.found_inf) else counts)
+
+
+def refer_to_the_whole_radius(monkeypatch):
+    """The references know of no scale."""
+    monkeypatch.setattr(references, "scale_of", lambda *_: 1.0)
+
+
 def leave_marks(monkeypatch):
     """The loss function gets the marks of the batch."""
     monkeypatch.setattr(batch, "_unmarked", lambda node: node)
@@ -257,6 +302,15 @@ FAULTS = {
     "test_a_batch_that_the_loss_changes_in_place_is_refused": see_no_change,
     "test_a_step_of_the_base_consumes_the_gradients": lose_gradients,
     "test_a_norm_is_without_a_scale_that_contexts_were_not_told": TakesTheScaleForKnown,
+    "test_an_inactive_step_is_the_bases_bit_for_bit_and_at_its_price": PerturbsInEveryPhase,
+    "test_a_step_of_radius_zero_is_inactive": HasARadiusOfZero,
+    "test_a_needless_second_pass_is_paid_and_changes_nothing": AddsToANeedlessPass,
+    "test_from_its_start_on_a_schedule_is_the_method_bit_for_bit": GrowsWithItsAge,
+    "test_a_scaled_radius_is_that_of_the_equations": ForgetsTheScale,
+    "test_a_schedule_resumes_in_its_phase_bit_for_bit": GrowsWithItsAge,
+    "test_all_micro_batches_of_a_step_are_in_one_phase": PerturbsInEveryPhase,
+    "test_a_skipped_step_counts_in_every_phase": CountsNoSkips,
+    "test_check_step_knows_schedules": refer_to_the_whole_radius,
 }
 """For each law a method that breaks it, or a function that breaks what it stands on."""
 

@@ -11,7 +11,7 @@ from problems import assert_same, batches, largest_difference, losses_of, mlp, s
 from test_resume import assert_same_states, through_a_file
 from training import STEPS, Training, Truth, data
 
-from fastsam import ESAM, GSAM, MSAM, SAM, LookSAM
+from fastsam import ESAM, GSAM, MSAM, SAM, LookSAM, Weighted
 from fastsam.graph.plain_step import PlainOptimizerStep
 from fastsam.schedule import Every, First, Last
 from fastsam.testing import check_step
@@ -444,6 +444,21 @@ def test_an_inactive_step_of_msam_takes_batches_that_no_shards_can_be_cut_from(r
     opt.step(losses_of(model), x[:rows], y[:rows])
     with pytest.raises(ValueError, match="num_shards=4 is more than"):
         opt.step(losses_of(model), x[:rows], y[:rows])
+
+
+@pytest.mark.parametrize("cls", [SAM, MSAM, ESAM])
+def test_an_inactive_step_has_the_objective_of_a_plain_one(cls):
+    """That of weights over all rows, whatever shards and rows an active step would take."""
+    model, other, (x, y) = mlp(), mlp(), batches(1)[0]
+    weights = torch.linspace(0.0, 2.0, len(x), dtype=torch.float64)
+    own = {"num_shards": 3, "weighting": "uniform"} if cls is MSAM else {}
+    opt, base = cls(model.parameters(), SGD, when=Scale(0.0), lr=0.1, **own), SGD(other.parameters(), lr=0.1)
+    loss = opt.step(lambda x, y: Weighted(losses_of(model)(x, y), weights), x, y)
+    expected = (losses_of(other)(x, y) * weights).sum() / weights.sum()
+    expected.backward()
+    base.step()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=0)
+    assert largest_difference(model, other) < 1e-15
 
 
 def test_looksams_vector_and_period_stand_still_in_inactive_steps():
