@@ -433,8 +433,8 @@ def test_an_inactive_step_of_esam_uses_all_rows():
     shares = []
     for _ in range(3):
         opt.step(losses_of(model), x, y)
-        shares.append(opt.last_selected_fraction)
-    assert shares == [0.5, 1.0, 0.5]
+        shares.append((opt.last_selected_fraction, opt.last_selection is None, opt.last_perturbed_loss is None))
+    assert shares == [(0.5, False, False), (1.0, True, True), (0.5, False, False)]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
