@@ -337,7 +337,7 @@ class Engine(MethodHooks, Capturable):
         if not run.pairs:
             run.perturbed_losses = []
         if not is_counted and not self._has_two_passes():
-            run.params, run.last_grad_norm, run.perturbed_losses = self._params(), None, []
+            run.params, run.last_grad_norm = self._params(), None
             # a gradient that is combined in part is none to try again with
             run.failed = self._combines()
             self._combine()
