@@ -128,10 +128,7 @@ class _Everything:
         self._grads = take(self.params), [None if p.grad is None else p.grad.clone() for p in self.params]
         self._groups = [dict(group) for group in opt.param_groups]
         self._state = {p: (dict(entries), copy.deepcopy(dict(entries))) for p, entries in opt.state.items()}
-        self._run = {
-            name: getattr(opt._run, name)
-            for name in ("found_inf", "last_grad_norm", "perturbed_losses", "has_perturbed")
-        }
+        self._run = {name: getattr(opt._run, name) for name in ("found_inf", "last_grad_norm", "perturbed_losses")}
         self._were_consumed = opt._run.consumed.covers(opt.param_groups), opt._run.consumed.zeroed
         self._skipped = opt._run.skipped.clone()
 

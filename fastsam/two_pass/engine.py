@@ -273,7 +273,7 @@ class Engine(MethodHooks, Capturable):
         """Perturb the weights in place along the ascent gradient."""
         run = self._run
         found = self._ascent_gradients(params, grads)
-        run.last_grad_norm, run.has_perturbed = None, True
+        run.last_grad_norm = None
         if found:
             ascent = self._ascent(params, found)
             norm = self.perturb(ascent, 0)

@@ -25,7 +25,7 @@ from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel
 from fastsam.two_pass.rng import check_generators
 from fastsam.two_pass.scaler_target import refuse_no_gradient
 from fastsam.two_pass.stage import Stage
-from fastsam.two_pass.wrapper import FROM_BASE, TAKEN
+from fastsam.two_pass.wrapper import ACTIVE, FROM_BASE, TAKEN
 
 _NAMES_OF_WAY_1 = "step(closure)", "step(loss_fn, *batch)"
 _WOULD_DRIFT = (
@@ -369,7 +369,7 @@ class TwoPassOptimizer(Engine):
         run = self._run
         # Zeros that wait for a backward are not used, and it may leave those that are watched as they are.
         is_used = run.consumed.covers(self.param_groups) and not run.consumed.zeroed
-        refuses = self.on_base_step == "raise" and (is_used or not run.has_perturbed)
+        refuses = self.on_base_step == "raise" and (is_used or self.param_groups[0][ACTIVE] == 0)
         if self.on_base_step == "ignore" or (run.warned_about_base_step and not refuses) or self._changes_nothing():
             return
         what = f"{type(self).__name__}.step() finds no loss function, no closure and no finished passes, so that it is "

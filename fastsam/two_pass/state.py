@@ -71,8 +71,6 @@ class StepState:
         self.pairs = 0
         self.in_second_step = False
         self.warned_about_base_step = self.warned_about_schedule = False
-        self.has_perturbed = False
-        """Whether weights have been perturbed since the optimizer was built."""
         self.scale, self.is_active = 1.0, True
         """What rho is multiplied by, and whether anything is perturbed, in the step that is under way or comes next."""
         self.owns_descent = owns_descent

@@ -16,7 +16,7 @@ from test_losses_that_differentiate import penalty_and_reentrant_checkpoint
 
 from fastsam import SAM, LookSAM
 from fastsam.testing import references
-from fastsam.two_pass import batch, optimizer, passes
+from fastsam.two_pass import batch, losses, optimizer, passes
 from fastsam.two_pass.gradients import take
 
 MODULES = [importlib.import_module(file.stem) for file in sorted(Path(__file__).parent.glob("test_*.py"))
@@ -223,6 +223,31 @@ class CountsNoSkips(SAM):
         super()._count_taken({} if bool(self._run.found_inf) else counts)
 
 
+class TakesTheBasesSteps(SAM):
+    def _check_base_step(self):
+        pass
+
+
+class ComputesAllGradients(SAM):
+    def _needed_in_ascent(self):
+        return None
+
+
+class ReportsAnotherLoss(SAM):
+    def after_step(self, skipped):
+        self._run.perturbed_losses = [losses.Losses(torch.zeros(()))]
+
+
+def count_weights_twice(monkeypatch):
+    """Weighted sums are divided by twice the sum of the weights."""
+    monkeypatch.setattr(losses, "_at_least_something", lambda total: 2 * total)
+
+
+def read_no_weights(monkeypatch):
+    """Nobody looks at the weights' values."""
+    monkeypatch.setattr(losses, "_is_readable", lambda tensor: False)
+
+
 def refer_to_the_whole_radius(monkeypatch):
     """The references know of no scale."""
     monkeypatch.setattr(references, "scale_of", lambda *_: 1.0)
@@ -311,10 +336,19 @@ FAULTS = {
     "test_all_micro_batches_of_a_step_are_in_one_phase": PerturbsInEveryPhase,
     "test_a_skipped_step_counts_in_every_phase": CountsNoSkips,
     "test_check_step_knows_schedules": refer_to_the_whole_radius,
+    "test_a_step_that_would_be_the_bases_is_refused_and_changes_nothing": TakesTheBasesSteps,
+    "test_gradients_that_a_step_has_used_are_not_stepped_with_again": TakesTheBasesSteps,
+    "test_gradients_that_no_perturbation_needs_are_computed_once": ComputesAllGradients,
+    "test_it_is_the_loss_of_all_rows_at_the_perturbed_weights": ReportsAnotherLoss,
+    "test_other_ways_leave_none": ReportsAnotherLoss,
+    "test_a_base_step_leaves_none": ReportsAnotherLoss,
+    "test_equal_weights_are_the_mean": count_weights_twice,
+    "test_terms_count_what_they_weigh": count_weights_twice,
+    "test_what_cannot_be_weighed_is_refused_and_changes_nothing": read_no_weights,
 }
 """For each law a method that breaks it, or a function that breaks what it stands on."""
 
-GIVEN = {"copier": copy.deepcopy, "use": penalty_and_reentrant_checkpoint}
+GIVEN = {"copier": copy.deepcopy, "use": penalty_and_reentrant_checkpoint, "total": None, "kind": "negative"}
 
 
 @pytest.mark.parametrize("name", FAULTS)

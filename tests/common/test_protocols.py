@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ConstantLR
 from training import Training
 
 from fastsam import SAM
+from fastsam.testing import check_step
 from fastsam.two_pass.restore_step import is_fusable, steps_in_a_kernel
 from fastsam.two_pass.stage import under_way
 
@@ -474,3 +475,36 @@ def test_a_step_of_the_base_consumes_the_gradients(cell):
     left.losses(*left.batch).mean().backward()
     with pytest.raises(RuntimeError, match=r"found gradients that no step has used.*zero_grad\(\) first"):
         left.step()
+
+
+@pytest.mark.parametrize("copied", ["checkpoint", "deepcopy"])
+def test_a_mixed_loop_goes_on_after_a_checkpoint_and_in_a_copy(pair, copied):
+    model, opt = pair
+    by_loss_function(opt, losses_of(model), X, Y)
+    opt.zero_grad()
+    if copied == "checkpoint":
+        again = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+        again.load_state_dict(opt.state_dict())
+    else:
+        model, again = copy.deepcopy((model, opt))
+    backward(model)
+    with pytest.warns(UserWarning, match="a plain SGD step: nothing is perturbed"):
+        again.step()
+
+
+def test_gradients_that_wait_for_a_backward_are_not_taken_for_used(pair):
+    """Zeros that were set, and a backward that leaves the tensor alone that is watched."""
+    model, opt = pair
+    by_loss_function(opt, losses_of(model), X, Y)
+    opt.zero_grad(set_to_none=False)
+    model[-1](torch.ones(1, model[-1].in_features).double()).sum().backward()
+    with pytest.warns(UserWarning, match="a plain SGD step: nothing is perturbed$"):
+        opt.step()
+
+
+def test_check_step_takes_no_step_for_it(pair):
+    model, opt = pair
+    check_step(opt, losses_of(model), X, Y)
+    backward(model)
+    with pytest.raises(RuntimeError, match="a plain SGD step: nothing is perturbed"):
+        opt.step()

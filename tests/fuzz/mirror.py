@@ -75,7 +75,6 @@ class Mirror:
         self.stage, self.failed, self.pairs, self.taken, self.active = IDLE, False, 0, 0, 0
         self.when, self.last_scale = self.options.pop("when", None), 1.0
         self.consumed, self.zeroed, self.grads_known, self.is_perturbed = True, False, True, False
-        self.has_perturbed = False
         self.single_before = self.step_start = None
         self.kept, self.pending = [torch.zeros_like(p) for p in self.params], None
 
@@ -122,7 +121,7 @@ class Mirror:
     def may_be_the_bases(self):
         """Whether a step of the base alone is not refused."""
         is_there = any(p.grad is not None for p in self.params)
-        return not is_there or (self.has_perturbed and not self.consumed)
+        return not is_there or (self.active > 0 and (self.zeroed or not self.consumed))
 
     # the method
 
@@ -246,7 +245,7 @@ class Mirror:
             self.single_before, self.g = None, None
             self.pairs -= 1
         else:
-            eps, self.has_perturbed = self.eps(self.g, t), True
+            eps = self.eps(self.g, t)
         self.draws = self.started
         self.set_buffers(self.found)
         self.stage, self.aside = DESCENT, None
@@ -342,7 +341,6 @@ class Mirror:
         self.weights = [p.detach().clone() for p in self.params]
         self.is_perturbed = self.has_second(t)
         if self.is_perturbed:
-            self.has_perturbed = True
             for p, e in zip(self.params, self.eps(self.g, t), strict=True):
                 p.data.add_(e)
         else:
@@ -387,7 +385,7 @@ class Mirror:
     def forget_copy(self):
         """What a copy of the optimizer and its model has of a step that is under way: nothing."""
         self.put([None] * len(self.params))
-        self.consumed, self.zeroed, self.grads_known, self.has_perturbed = True, False, True, False
+        self.consumed, self.zeroed, self.grads_known = True, False, True
         self.forget()
 
     def add_group(self):

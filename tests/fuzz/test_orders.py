@@ -139,7 +139,6 @@ class Orders(RuleBasedStateMachine):
             taken = self.call("step(losses)", lambda: self.opt.step(losses, *DATA[number]))
         except CrashError:
             self.mirror.start_afresh()
-            self.mirror.has_perturbed |= len(calls) > 1
             self.mirror.draws = torch.get_rng_state()
             return
         if taken:
@@ -178,7 +177,6 @@ class Orders(RuleBasedStateMachine):
             taken = self.call("step(closure)", lambda: self.opt.step(closure))
         except CrashError:
             mirror.start_afresh()
-            mirror.has_perturbed |= len(calls) > 1
             mirror.draws = torch.get_rng_state()
             return
         if taken:
