@@ -16,7 +16,6 @@ from fastsam.two_pass.loss_function import check_losses
 from fastsam.two_pass.losses import Losses, Pair
 from fastsam.two_pass.module_state import modules_of
 from fastsam.two_pass.passes import PassOptimizer
-from fastsam.two_pass.state import divisor
 
 
 class MethodHooks(PassOptimizer):
@@ -244,8 +243,7 @@ class MethodHooks(PassOptimizer):
         With a caller's own backward it is what the first of them multiplied the loss by: the parts of one step keep
         their shares relative to each other.
         """
-        scale = self._run.grad_scale
-        return tensor if scale is None else tensor / divisor(scale, tensor)
+        return self._run.without_scale(tensor)
 
     def states_of(self, params: list[Tensor], name: str) -> list[Tensor]:
         """Return this rank's entries of the method's own tensor of this name for each parameter; zeros before any."""

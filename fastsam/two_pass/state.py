@@ -215,8 +215,20 @@ class StepState:
 
     def without_factor(self, norm: Tensor) -> Tensor:
         """Return the norm of a pass's gradient without what its loss was multiplied by; 0 where that was 0."""
-        scale = self.grad_scale if self.factor is None else self.factor
-        return norm if scale is None else norm / divisor(scale, norm)
+        return self._divided(norm, self.grad_scale if self.factor is None else self.factor)
+
+    def without_scale(self, tensor: Tensor) -> Tensor:
+        """Return a gradient without what those of the step are multiplied by."""
+        return self._divided(tensor, self.grad_scale)
+
+    def _divided(self, tensor: Tensor, scale: Tensor | float | None) -> Tensor:
+        if scale is None:
+            return tensor
+        divisor = torch.as_tensor(scale, dtype=tensor.dtype, device=tensor.device)
+        if self.factor is not None:
+            # the share of an empty micro-batch
+            divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+        return tensor / divisor
 
     # the first pass
 
@@ -452,9 +464,3 @@ class StepState:
         self.before_single, self.pending, self.is_first_forward, self.perturbed_losses = None, {}, False, []
         self.at_end = []
         self.stage = Stage.IDLE
-
-
-def divisor(scale: Tensor | float, tensor: Tensor) -> Tensor:
-    """Return a scale in the dtype and on the device of a tensor that is divided by it; 1 where it is 0."""
-    found = torch.as_tensor(scale, dtype=tensor.dtype, device=tensor.device)
-    return torch.where(found == 0, torch.ones_like(found), found)
