@@ -231,7 +231,7 @@ class Engine(MethodHooks, Capturable):
                 f"{type(self).__name__}"
             )
 
-    def _unscale_and_update(self, loss: Any, scaler: Any, clip_grad_norm: float | None) -> Any:
+    def _unscale_and_update(self, scaler: Any, clip_grad_norm: float | None) -> None:
         if scaler is not None and clip_grad_norm is not None:
             scaler.unscale_(self._scaler_target)
         if clip_grad_norm is not None:
@@ -240,7 +240,6 @@ class Engine(MethodHooks, Capturable):
             scaler.step(self._scaler_target)
         else:
             self._update(None, None)
-        return loss
 
     # the parts of a pass
 
@@ -343,7 +342,7 @@ class Engine(MethodHooks, Capturable):
             self._combine()
             is_counted = not self._only_makes_state()
         # under a GradScaler whose scale the ascent was not told
-        holds_scale = run.pairs > 0 and found_inf is not None and run.grad_scale is None
+        holds_scale = run.has_passes and found_inf is not None and run.grad_scale is None
         self._update(grad_scale, found_inf, is_counted)
         if holds_scale and run.last_grad_norm is not None:
             # where unscale_() has taken it out of p.grad, nobody knows it any more

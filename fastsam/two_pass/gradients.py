@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastsam.distributed.dtensor import local
+from fastsam.distributed.dtensor import is_dtensor, local
 
 
 def flat(groups: Sequence[dict]) -> list[Tensor]:
@@ -102,6 +102,43 @@ class ConsumedMark:
                 if reference is None or reference() is not grad or local(grad)._version != version:
                     return False
         return True
+
+
+class GradientWatch:
+    """A context that tells whether gradients have been added to, dropped or replaced in it; clipping changes no more.
+
+    FSDP2 adds to a DTensor's gradient behind its back, so that of those every change counts.
+
+    Args:
+        params: whose gradients are watched.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._params, self._grads = params, take(params)
+        self._versions = [local(g)._version if g is not None and is_dtensor(g) else None for g in self._grads]
+        self._added = False
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._note) for p in self._params if p.requires_grad and p.is_leaf
+        ]
+
+    def _note(self, _: Tensor) -> None:
+        self._added = True
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether they are others than at first."""
+        return self._added or not all(map(self._is_kept, self._params, self._grads, self._versions))
+
+    @staticmethod
+    def _is_kept(param: Tensor, grad: Tensor | None, version: int | None) -> bool:
+        return param.grad is grad and (grad is None or version is None or local(grad)._version == version)
 
 
 def follow_steps(base: Optimizer, run: Any) -> None:

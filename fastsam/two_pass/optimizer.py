@@ -18,7 +18,7 @@ from fastsam.schedule import Schedule, scale_of
 from fastsam.two_pass.batch import NO_BATCH, Batch, read_batch
 from fastsam.two_pass.capture import recorder
 from fastsam.two_pass.engine import Engine
-from fastsam.two_pass.gradients import ConsumedMark, refuse_fresh, take
+from fastsam.two_pass.gradients import GradientWatch, refuse_fresh, take
 from fastsam.two_pass.loss_function import LossFunction
 from fastsam.two_pass.module_state import Modules, check_keep, modules_of
 from fastsam.two_pass.restore_step import is_fusable, not_in_a_kernel
@@ -164,8 +164,9 @@ class TwoPassOptimizer(Engine):
         backward, or where the method needs no rows their mean, 0-dim; fastsam takes their mean, runs backward, unscales
         and clips. Gradients that are there are discarded.
         `step(closure)` is torch's convention: the closure runs zero_grad and backward itself, once in each pass.
-        `step()` finishes `backward(...)` calls and `ascent()`/`descent()` pairs; without any it would be the base
-        optimizer's step, which `on_base_step` refuses.
+        `step()` finishes `backward(...)` calls and `ascent()`/`descent()` pairs, and after `first_step()` it is
+        `second_step()`; otherwise it would be the base optimizer's step, which `on_base_step` refuses. A closure that a
+        framework passes there is called once, and may clip the gradients, but neither add to them nor drop them.
 
         Args:
             closure: the loss function or closure.
@@ -197,33 +198,39 @@ class TwoPassOptimizer(Engine):
             self._forget_scaler()
             raise
         with self._attempt(self._begin_step, partial(self._fail_step, closure is not None)):
+            if self._run.in_second_step:
+                self._end_second_pass()
             if closure is None:
                 self._finish_step(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
-                return None
-            if not batch and self._run.pairs:
-                loss = self._closure_after_pairs(closure)
-            elif not batch:
+                loss = None
+            elif read is not None:
+                loss_fn = LossFunction(closure, read, has_aux)
+                loss = loss_fn.with_aux(self._passes_on_batch(loss_fn, read, scaler))
+                self._refuse_unreduced(batch)
+                self._unscale_and_update(scaler, clip_grad_norm)
+            elif self._run.has_passes:
+                loss = self._closure_after_passes(closure)
+                self._update(None, None)
+            else:
                 self._start_afresh()
                 self._run.perturbed_losses = []
                 loss = self._pair(closure, closure)
                 self._refuse_unreduced(batch)
-            else:
-                loss_fn = LossFunction(closure, read, has_aux)
-                loss = loss_fn.with_aux(self._passes_on_batch(loss_fn, read, scaler))
-                self._refuse_unreduced(batch)
-                if scaler is not None or clip_grad_norm is not None:
-                    return self._unscale_and_update(loss, scaler, clip_grad_norm)
-            self._update(None, None)
+                self._update(None, None)
+            self._run.in_second_step = False
             return loss
 
     def _begin_step(self) -> None:
-        self._run.is_taken = False
+        run = self._run
+        run.is_taken, run.in_second_step = False, run.stage is Stage.FIRST
 
     def _fail_step(self, has_closure: bool) -> None:
         """Undo a step, or complete its update where that has begun."""
         run = self._run
         run.end()
-        if has_closure and not run.is_taken:
+        if run.in_second_step:
+            self._fail_second_step()
+        elif has_closure and not run.is_taken:
             # What a failed pass leaves is no gradient, and the step that it belongs to is over.
             run.failed = True
             self._start_afresh()
@@ -296,19 +303,20 @@ class TwoPassOptimizer(Engine):
         run = self._run
         self.check_groups()
         refuse_no_gradient(self.__dict__.get("found_inf"))
-        if not run.in_second_step:
-            run.refuse("step()", Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
+        run.refuse("step()", Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT)
+        if batch:
+            run.refuse("step(loss_fn, *batch)", Stage.FIRST)
         run.refuse_failed_base("step()")
         if run.failed and not batch:
             run.require("step()", Stage.IDLE)
         if closure is not None and not callable(closure):
             raise TypeError(f"step() takes a loss function or closure first, got {type(closure).__name__}")
         ranks = self._find_ranks()
-        if closure is not None and (batch or not run.pairs):
+        if closure is not None and (batch or not run.has_passes):
             ranks.refuse_kept_gradients(_NAMES_OF_WAY_1[bool(batch)])
             if ranks.is_inside_no_sync:
                 raise RuntimeError(f"{_NAMES_OF_WAY_1[bool(batch)]} inside no_sync(): {_WOULD_DRIFT}")
-        if closure is not None and not batch and not run.pairs:
+        if closure is not None and not batch and not run.has_passes:
             self.check("step(closure)")
         check_flag("has_aux", has_aux)
         if not batch and (scaler is not None or clip_grad_norm is not None or has_aux):
@@ -338,9 +346,9 @@ class TwoPassOptimizer(Engine):
         elif run.pairs:
             if run.is_active:
                 self.check("step()")
-        elif closure is not None:
+        elif closure is not None and not run.has_passes:
             refuse_fresh(run.consumed, self.param_groups)
-        elif not run.in_second_step and self._has_two_passes():
+        elif not run.has_passes and self._has_two_passes():
             self._check_base_step()
         return read
 
@@ -350,17 +358,19 @@ class TwoPassOptimizer(Engine):
         if ranks.left_unreduced and self._syncs(True) and not ranks.agree(take(self._params())):
             raise RuntimeError(f"{_NAMES_OF_WAY_1[bool(batch)]} ran its last backward under no_sync(): {_WOULD_DRIFT}")
 
-    def _closure_after_pairs(self, closure: Callable[[], Any]) -> Any:
-        """Call a framework's closure once, on top of finished pairs whose gradients it must leave alone."""
-        mark = ConsumedMark()
-        mark.set(self.param_groups)
-        self._run.module_state.hold()
-        with torch.enable_grad():
+    def _closure_after_passes(self, closure: Callable[[], Any]) -> Any:
+        """Call a framework's closure once, on top of finished passes, whose gradients it may clip and no more."""
+        run = self._run
+        run.restore()
+        run.module_state.hold()
+        watch = GradientWatch(self._params())
+        with torch.enable_grad(), watch:
             loss = closure()
-        if not mark.covers(self.param_groups, also_missing=True):
+        if watch.has_changed or (run.consumed.zeroed and run.consumed.covers(self.param_groups)):
             raise RuntimeError(
-                "the closure changed p.grad, which holds the gradients of finished ascent()/descent() pairs: the step "
-                "would be another one's. Leave zero_grad() and backward() out of it, or call opt.step() without it"
+                "the closure changed p.grad, which holds the gradients of finished ascent()/descent() pairs, or of "
+                "second_step()'s backward: the step would be another one's. Leave zero_grad() and backward() out of "
+                "it, or call opt.step() without it"
             )
         return loss
 

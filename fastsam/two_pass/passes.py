@@ -33,7 +33,6 @@ _UNDER_WAY = (Stage.ASCENT, Stage.ASCENDED, Stage.DESCENT, Stage.FIRST)
 class PassOptimizer(WrappedOptimizer):
     """A wrapped optimizer with a first and a second pass, whose weights are perturbed in the second alone."""
 
-    model: Modules
     keep: Sequence[Any]
     generators: Sequence[Any]
     same_rng: bool
@@ -42,6 +41,19 @@ class PassOptimizer(WrappedOptimizer):
     when: Schedule | None
     perturb_sync_under_ddp: Literal["global", "replica"] = "global"
     """What perturb_sync=None means where DistributedDataParallel reduces gradients."""
+
+    @property
+    def model(self) -> Modules:
+        """The module that is trained, or its wrapper; or a sequence of modules."""
+        return self._named[0]
+
+    @model.setter
+    def model(self, model: Modules) -> None:
+        # In a list that a framework's proxy shares, which keeps its own attributes to itself.
+        try:
+            self._named[0] = model
+        except AttributeError:
+            self._named: list[Modules] = [model]
 
     def __getstate__(self) -> dict[str, Any]:
         self._run.refuse("copying or pickling the optimizer", Stage.DESCENT, Stage.FIRST)
@@ -387,7 +399,7 @@ class PassOptimizer(WrappedOptimizer):
 
     @uncompiled
     def second_step(self, zero_grad: bool = False) -> None:
-        """Restore the weights and take the base optimizer's step with the gradient in p.grad.
+        """Restore the weights and take the base optimizer's step with the gradient in p.grad. `step()` does the same.
 
         Args:
             zero_grad: clear the gradients afterwards.
@@ -399,13 +411,14 @@ class PassOptimizer(WrappedOptimizer):
         check_flag("zero_grad", zero_grad)
         run.require("second_step()", Stage.FIRST)
         with self._attempt(partial(setattr, run, "is_taken", False), self._fail_second_step):
-            self._combine()
-            run.leave_descent()
-            run.in_second_step = True
+            # that of a framework's proxy, where this is one
             self.step()
-            run.in_second_step = False
             if zero_grad:
                 self.zero_grad()
+
+    def _end_second_pass(self) -> None:
+        self._combine()
+        self._run.leave_descent()
 
     def _fail_second_step(self) -> None:
         run = self._run

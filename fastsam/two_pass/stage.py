@@ -48,7 +48,7 @@ WAYS_OUT = {
     Stage.ASCENT: "leave the ascent() context first",
     Stage.ASCENDED: "run `with opt.descent(): ...` first, or drop the ascent with restore()",
     Stage.DESCENT: "leave the descent() context first",
-    Stage.FIRST: "call second_step() first, or undo first_step() with restore()",
+    Stage.FIRST: "call second_step() or step() first, or undo first_step() with restore()",
 }
 WAYS_IN = {
     Stage.ASCENDED: "run `with opt.ascent(): ...` first",

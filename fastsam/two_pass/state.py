@@ -121,6 +121,11 @@ class StepState:
         self._stage = stage
         execute(self, stage)
 
+    @property
+    def has_passes(self) -> bool:
+        """Whether p.grad holds what passes have left there, so that a step needs none of its own."""
+        return self.pairs > 0 or self.stage is Stage.FIRST
+
     def commit(self, calls: Sequence[Call], rest: Sequence[Callable[[], Any]], is_foreign: bool) -> None:
         """Update everything: before `calls` have run nothing has changed, and after them all the rest is done.
 

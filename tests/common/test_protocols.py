@@ -101,14 +101,18 @@ def test_an_ascent_waits_for_its_descent(pair, name):
     by_contexts(opt, losses_of(model), X, Y)
 
 
-@pytest.mark.parametrize("name", [n for n in INSIDE if n != "second_step"] + ["state_dict"])
+@pytest.mark.parametrize("name", [n for n in INSIDE if n not in ("second_step", "step")] + ["loss_fn", "state_dict"])
 def test_a_first_step_waits_for_its_second(pair, name):
     model, opt = pair
     before = model[0].weight.detach().clone()
     backward(model)
     opt.first_step(zero_grad=True)
     with pytest.raises(RuntimeError, match=r"cannot be called after first_step\(\)"):
-        {**INSIDE, "state_dict": lambda opt: opt.state_dict()}[name](opt)
+        {
+            **INSIDE,
+            "loss_fn": lambda opt: opt.step(losses_of(model), X, Y),
+            "state_dict": lambda opt: opt.state_dict(),
+        }[name](opt)
     opt.restore()
     assert torch.equal(model[0].weight, before)
 
@@ -508,3 +512,86 @@ def test_check_step_takes_no_step_for_it(pair):
     backward(model)
     with pytest.raises(RuntimeError, match="a plain SGD step: nothing is perturbed"):
         opt.step()
+
+
+class Proxy:
+    """An optimizer as Lightning and Fabric hand it out: its class's methods, attributes of its own, another step."""
+
+    def __init__(self, optimizer, clip=None):
+        vars(self).update(_optimizer=optimizer, _clip=clip)
+        self.__class__ = type("Proxy", (Proxy, type(optimizer)), {})
+
+    def step(self, closure=None):
+        def wrapped():
+            returned = None if closure is None else closure()
+            if self._clip is not None:
+                torch.nn.utils.clip_grad_norm_(self._clip, 0.05)
+            return returned
+
+        return self._optimizer.step(wrapped)
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+def needs_passes(cell):
+    return cell.way not in ("backward", "contexts", "two_steps")
+
+
+@law(skips=PLAIN | {"others run their passes in the step": needs_passes})
+def test_a_closure_of_a_framework_may_clip_what_passes_have_left(cell):
+    """Through a proxy, whose step brings a closure of its own, also in second_step()."""
+    by_proxy, by_hand = Training(cell), Training(cell)
+    by_proxy.opt = Proxy(by_proxy.opt, clip=list(by_proxy.model.parameters()))
+    clip = torch.nn.utils.clip_grad_norm_
+    by_hand.opt.base_optimizer.register_step_pre_hook(lambda *_: clip(by_hand.model.parameters(), 0.05) and None)
+    for _ in range(4):
+        by_proxy.step()
+        by_hand.step()
+    for some, other in zip(by_proxy.weights(), by_hand.weights(), strict=True):
+        torch.testing.assert_close(some, other, rtol=1e-12, atol=1e-12)
+
+
+@law(skips=PLAIN | {"others do not call first_step()": lambda cell: cell.way != "two_steps"})
+def test_step_after_first_step_is_second_step(cell):
+    """As timm's scaler and the like end a loop's step, also with a closure that they bring."""
+    expected = Training(cell).train(4)
+    for end in (lambda opt: opt.step(), lambda opt: opt.step(lambda: None)):
+        training = Training(cell)
+        training.opt.second_step = lambda zero_grad, training=training, end=end: (
+            end(training.opt),
+            training.opt.zero_grad(),
+        )
+        training.train(4)
+        assert all(map(torch.equal, training.weights(), expected.weights()))
+
+
+@pytest.mark.parametrize("zeroes", [True, False])
+def test_a_closure_that_zeroes_or_adds_to_second_steps_gradient_is_refused(pair, zeroes):
+    model, opt = pair
+    before = [p.detach().clone() for p in model.parameters()]
+    backward(model)
+    opt.first_step(zero_grad=True)
+    backward(model)
+    with pytest.raises(RuntimeError, match=r"the closure changed p\.grad"):
+        opt.step((lambda: opt.zero_grad(set_to_none=False)) if zeroes else (lambda: backward(model)))
+    assert all(map(torch.equal, model.parameters(), before))
+    opt.zero_grad()
+    by_loss_function(opt, losses_of(model), X, Y)
+
+
+def test_a_proxy_goes_by_the_model_that_is_named_later(choose):
+    """On the proxy or on the optimizer itself, whichever takes the steps."""
+    choose("torch")
+    for bind_proxy in (True, False):
+        model, expected = mlp(batchnorm=True), mlp(batchnorm=True)
+        opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+        other = SAM(expected.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, model=expected)
+        proxy = Proxy(opt)
+        (proxy if bind_proxy else opt).bind(model)
+        assert proxy.model is opt.model is model
+        for x, y in batches(3):
+            proxy.backward(losses_of(model), x, y)
+            proxy.step()
+            other.step(losses_of(expected), x, y)
+        assert largest_difference(model, expected) < 1e-12
