@@ -109,7 +109,8 @@ class Mirror:
             "descent": not self.failed and (self.stage == ASCENDED or (idle and self.single_before is not None)),
             "first_step": ready and not self.selects and self.row != "msam" and not self.consumed and not self.pairs,
             "second_step": self.stage == FIRST and not self.failed,
-            "step()": ready and (self.pairs > 0 or not self.has_second(t) or self.may_be_the_bases()),
+            "step()": (self.stage == FIRST and not self.failed)
+            or (ready and (self.pairs > 0 or not self.has_second(t) or self.may_be_the_bases())),
             "restore": self.stage in (IDLE, ASCENDED, FIRST),
             "state_dict": self.stage not in (DESCENT, FIRST),
             "copy": self.stage not in (DESCENT, FIRST),
@@ -329,6 +330,9 @@ class Mirror:
         self.update(True)
 
     def step(self, t):
+        if self.stage == FIRST:
+            self.second_step(False)
+            return
         is_counted = self.pairs > 0
         if not is_counted and not self.has_second(t):
             self.put(self.combine(None, self.grads()))
