@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsam.integrations import INSTALL, unwrapped
+from fastsam.two_pass.losses import Weighted
 from fastsam.two_pass.optimizer import TwoPassOptimizer
 
 try:
-    import transformers  # noqa: F401
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ImportError as error:
     raise ImportError(f"fastsam.integrations.transformers needs transformers; {INSTALL}") from error
 
@@ -61,8 +62,8 @@ class SAMTrainerMixin:
         model.train()
         if callable(getattr(trainer.optimizer, "train", None)):
             trainer.optimizer.train()
-        inputs = trainer._prepare_inputs(inputs)
-        parts = self._number_of_parts(opt, num_items_in_batch)
+        inputs, steps = trainer._prepare_inputs(inputs), trainer.current_gradient_accumulation_steps
+        is_scaled = [self._is_scaled(num_items_in_batch)]
 
         def loss_of_all() -> Tensor:
             with trainer.compute_loss_context_manager():
@@ -70,32 +71,30 @@ class SAMTrainerMixin:
 
         def losses_of_rows(rows: dict[str, Any]) -> Any:
             with trainer.compute_loss_context_manager():
-                return trainer.compute_losses(model, rows, num_items_in_batch)
+                losses = trainer.compute_losses(model, rows, num_items_in_batch)
+            # a total is that of all micro-batches
+            is_scaled[0] = isinstance(losses, Weighted) and losses.total is not None
+            return losses
+
+        def share(loss: Tensor) -> Tensor:
+            return loss if is_scaled[0] else loss / steps
 
         def backward(loss: Tensor) -> None:
-            trainer.accelerator.backward(loss / parts)
+            trainer.accelerator.backward(share(loss))
 
-        loss_fn: Any = losses_of_rows if opt.needs_rows() else loss_of_all
         scaler = trainer.accelerator.scaler
-        holds_scale = scaler is not None and opt.state_holds_scale
-        loss = opt.backward(
-            loss_fn,
-            *([inputs] if opt.needs_rows() else []),
-            backward=backward,
-            grad_scale=scaler.get_scale() if holds_scale else None,
-        )
-        return loss / parts
-
-    def _number_of_parts(self, opt: TwoPassOptimizer, num_items_in_batch: Tensor | int | None) -> int:
-        """Return what a loss is to be divided by: the micro-batches of the step, unless it is so already."""
-        trainer: Any = self
-        is_scaled = trainer.loss_is_scaled_for_ga
+        scale = scaler.get_scale() if scaler is not None and opt.state_holds_scale else None
         if opt.needs_rows():
-            is_scaled = False
-        elif is_scaled is None:
-            counts = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-            is_scaled = counts or trainer.compute_loss_func is not None
-        return 1 if is_scaled else trainer.current_gradient_accumulation_steps
+            return share(opt.backward(losses_of_rows, inputs, backward=backward, grad_scale=scale))
+        return share(opt.backward(loss_of_all, backward=backward, grad_scale=scale))
+
+    def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Return whether `compute_loss` divides by the items of all micro-batches."""
+        trainer: Any = self
+        if trainer.loss_is_scaled_for_ga is not None:
+            return trainer.loss_is_scaled_for_ga
+        counts = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return counts or trainer.compute_loss_func is not None
 
     def _refuse_engines(self, opt: TwoPassOptimizer) -> None:
         trainer: Any = self
@@ -112,9 +111,11 @@ class SAMTrainerMixin:
     def compute_losses(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Any:
-        """Return one loss for each row, for methods that use a part of the rows. Override it for other models.
+        """Return the losses of the rows, for methods that use a part of them. Override it for other models.
 
-        By default the cross-entropy of `labels` of shape [n] (classes of rows), with the Trainer's label smoothing.
+        By default the cross-entropy of `labels`, with the Trainer's label smoothing: of rows (labels of shape [n], logits
+        [n, C]), or of tokens (labels [n, t], logits [n, t, C], of which causal language models shift one against the
+        other), where -100 does not count.
 
         Args:
             model: the wrapped model.
@@ -122,7 +123,8 @@ class SAMTrainerMixin:
             num_items_in_batch: as in `training_step`.
 
         Returns:
-            Losses, shape [n], whose mean over the micro-batch is the objective.
+            Losses, shape [n], whose mean over the micro-batch and over micro-batches is the objective; or a
+            `fastsam.Weighted`, which is taken as it is where it has a total.
 
         Raises:
             TypeError: labels or outputs of another kind, or a loss function of the Trainer's.
@@ -132,10 +134,26 @@ class SAMTrainerMixin:
         if trainer.compute_loss_func is not None or not isinstance(labels, Tensor):
             self._refuse_rows("a compute_loss_func" if isinstance(labels, Tensor) else "no labels")
         logits = _logits(model(**{name: value for name, value in inputs.items() if name != "labels"}))
-        smoothing = trainer.args.label_smoothing_factor
-        if labels.dtype == torch.long and labels.dim() == 1 and logits.dim() == 2 and logits.shape[1] > 1:
-            return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        self._refuse_rows(f"labels of shape {list(labels.shape)} and logits of shape {list(logits.shape)}")
+        if labels.dtype != torch.long or labels.dim() != logits.dim() - 1 or not 1 <= labels.dim() <= 2:
+            self._refuse_rows(f"labels of shape {list(labels.shape)} and logits of shape {list(logits.shape)}")
+        if labels.dim() == 2 and self._is_causal(model):
+            labels, logits = labels[:, 1:], logits[:, :-1]
+        losses = F.cross_entropy(
+            logits.float().flatten(0, -2),
+            labels.flatten(),
+            ignore_index=_IGNORED,
+            reduction="none",
+            label_smoothing=trainer.args.label_smoothing_factor,
+        )
+        total = num_items_in_batch
+        if total is not None and trainer.args.average_tokens_across_devices:
+            total = total / trainer.accelerator.num_processes
+        return Weighted(losses.view(labels.shape), labels != _IGNORED, total)
+
+    def _is_causal(self, model: nn.Module) -> bool:
+        inner: Any = self.accelerator.unwrap_model(model)  # type: ignore[attr-defined]
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        return type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     def _refuse_rows(self, what: str) -> None:
         method = type(unwrapped(self.optimizer, _HANDED)).__name__  # type: ignore[attr-defined]

@@ -17,13 +17,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from fastsam import ESAM, GSAM, MESA, MSAM, SAF, SAM, LookSAM
 from fastsam.integrations.transformers import SAMTrainerMixin
 
-# of transformers and accelerate on a machine without a GPU
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 METHODS = {
     "sam": (SAM, {"rho": 0.1}),
     "esam": (ESAM, {"rho": 0.1, "seed": 4}),
@@ -66,7 +59,7 @@ def optimizer(name, model, **keywords):
 
 
 def by_hand(name, model, losses):
-    loop = ByHand(name, model, losses, torch.optim.SGD, METHODS[name][1], **SGD)
+    loop = ByHand(name, model, losses, torch.optim.SGD, METHODS[name][1] if name in METHODS else {}, **SGD)
     return loop, LambdaLR(loop.base, decay)
 
 
@@ -141,6 +134,79 @@ def test_the_token_mean_over_accumulated_batches(name, smoothing, tmp_path):
     torch.testing.assert_close(logged(trainer), means, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_shards_of_a_language_model(smoothing, tmp_path):
+    """mSAM's shards, with unequal numbers of tokens, of accumulated batches: each token counts the same."""
+    model, data = gpt2(), continued(6)
+    loop, schedule = by_hand("sam", copy.deepcopy(model), None)
+    loop.losses = token_sums(loop.model, smoothing)
+    args = arguments(tmp_path, gradient_accumulation_steps=2, label_smoothing_factor=smoothing)
+    train(model, data, args, optimizer("msam", model))
+    for i in range(0, 6, 2):
+        shards = [stacked(data, (i + k) * ROWS + j, 2) for k in (0, 1) for j in range(0, ROWS, 2)]
+        total = sum(tokens_of(labels) for _, labels in shards)
+        loop.step(*([g * 2 / total for g in loop.gradient(*shard)] for shard in shards))
+        schedule.step()
+    loop.assert_equals(model)
+
+
+def test_selected_rows_of_a_language_model(tmp_path):
+    """ESAM's delta of a row is the sum over its tokens, and the rows chosen count by their tokens."""
+    model, data = gpt2(), continued(4)
+    other = copy.deepcopy(model)
+    base = torch.optim.SGD(other.parameters(), **SGD)
+    schedule, sums, params = LambdaLR(base, decay), token_sums(other), list(other.parameters())
+    opt = ESAM(model.parameters(), torch.optim.SGD, rho=0.1, beta=1.0, gamma=0.5, **SGD)
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    train(model, data, args, (opt, LambdaLR(opt, decay)))
+    for i in range(0, 4, 2):
+        parts = [stacked(data, (i + k) * ROWS) for k in (0, 1)]
+        total, d = sum(tokens_of(y) for _, y in parts), [torch.zeros_like(p) for p in params]
+        for x, y in parts:
+            first = sums(x, y)
+            g = torch.autograd.grad(first.sum(), params)
+            norm = sum((g_n**2).sum() for g_n in g).sqrt() + 1e-12
+            w = [p.detach().clone() for p in params]
+            with torch.no_grad():
+                for p, g_n in zip(params, g, strict=True):
+                    p.add_(0.1 * g_n / norm)
+            rows = (sums(x, y) - first).detach().argsort(descending=True)[: ROWS // 2]
+            # the part's share of all tokens, in the mean over those of the rows chosen
+            loss = sums(x[rows], y[rows]).sum() / tokens_of(y[rows]) * (tokens_of(y) / total)
+            for d_n, v in zip(d, torch.autograd.grad(loss, params), strict=True):
+                d_n += v
+            with torch.no_grad():
+                for p, w_n in zip(params, w, strict=True):
+                    p.copy_(w_n)
+        for p, d_n in zip(params, d, strict=True):
+            p.grad = d_n
+        base.step()
+        schedule.step()
+    for p, q in zip(params, model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+class MeansOfRows(SAMTrainer):
+    """With losses of its own, whose mean over the micro-batches counts."""
+
+    def compute_losses(self, model, inputs, num_items_in_batch=None):
+        logits = model(input_ids=inputs["input_ids"]).logits
+        return F.cross_entropy(logits, inputs["labels"], reduction="none")
+
+
+@pytest.mark.parametrize("cls", [SAMTrainer, MeansOfRows])
+def test_losses_of_rows_over_accumulated_batches(cls, tmp_path):
+    model, data = bert(), classified(4)
+    loop, schedule = by_hand("esam", copy.deepcopy(model), None)
+    loop.losses = row_losses(loop.model)
+    trainer = train(model, data, arguments(tmp_path, gradient_accumulation_steps=2), optimizer("esam", model), cls)
+    for i in (0, 2):
+        loop.step(*(halved(loop.gradient(*stacked(data, (i + k) * ROWS))) for k in (0, 1)))
+        schedule.step()
+    loop.assert_equals(model)
+    torch.testing.assert_close(logged(trainer), [sum(loop.first[i : i + 2]) / 2 for i in (0, 2)], rtol=1e-4, atol=1e-4)
+
+
 def test_a_loss_function_of_the_trainers(tmp_path):
     model, data = bert(), classified(4)
     loop, schedule = by_hand("sam", copy.deepcopy(model), None)
@@ -181,7 +247,7 @@ class RowsTrainer(SAMTrainer):
     """Whose loss is computed outside the autocast, as the losses of rows are."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return self.compute_losses(model, inputs).mean()
+        return self.compute_losses(model, inputs).losses.mean()
 
 
 @pytest.mark.parametrize("name", ["esam", "looksam"])

@@ -36,7 +36,10 @@ def gpt2(seed=1):
         bos_token_id=0,
         eos_token_id=0,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    # without it the Trainer counts the first token of each row too, which the model's shift drops
+    model.loss_type = "ForCausalLM"
+    return model
 
 
 def classified(batches, seed=0):
