@@ -257,9 +257,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path):
     args = arguments(tmp_path / "part", save_strategy="steps", save_steps=3)
     train(part, data, args, optimizer(name, part))
     resumed = bert(seed=2)
-    trainer = SAMTrainer(
-        resumed, arguments(tmp_path / "part"), train_dataset=data, optimizers=optimizer(name, resumed)
-    )
+    trainer = SAMTrainer(resumed, arguments(tmp_path / "part"), train_dataset=data, optimizers=optimizer(name, resumed))
     trainer.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-3"))
     for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
