@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FRAMEWORKS ?= .venv-frameworks
 ARGS ?=
 OUT ?= runs/compare-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: compare test test-all test-faults test-exactness test-wheel test-versions lint gate count-gate cpu-gate bench bench-gpu readme docs clean
+.PHONY: compare test test-all test-faults test-exactness test-frameworks test-wheel test-versions lint gate count-gate cpu-gate bench bench-gpu readme docs clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +75,15 @@ bench-gpu: $(VENV)/.ready  ## with a GPU: the kernels' tests, their bandwidth an
 test-all: $(VENV)/.ready  ## every law of the methods in the full product of methods, bases and ways
 	$(BIN)/python -m pytest -n auto --all-cells tests/common $(ARGS)
 
+$(FRAMEWORKS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/pip install --quiet -c constraints.txt torch
+	$(FRAMEWORKS)/bin/pip install --quiet -c constraints.txt -e ".[dev,frameworks]"
+	touch $@
+
+test-frameworks: $(FRAMEWORKS)/.ready  ## training frameworks beside loops written by hand, in an environment of their own
+	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/python -m pytest -q -n 2 --dist loadgroup tests/frameworks $(ARGS)
+
 test-wheel: $(VENV)/.ready  ## build the wheel and run the optimizer tests on it, outside the tree
 	rm -rf build/wheel && mkdir -p build/wheel && cp -r pyproject.toml README.md LICENSE fastsam kernels build/wheel/
 	cd build/wheel && $(abspath $(BIN))/pip wheel --quiet --no-deps --no-build-isolation -w . .
@@ -91,4 +101,4 @@ test-versions:  ## the tests on the lowest versions that pyproject.toml claims a
 	$(PYTHON) tests/packaging/versions.py $(ARGS)
 
 clean:
-	rm -rf build dist runs .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist runs .venv $(FRAMEWORKS) .mypy_cache .pytest_cache .ruff_cache *.egg-info

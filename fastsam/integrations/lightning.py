@@ -26,8 +26,8 @@ class SAMCallback(Callback):
     The optimizers are told of the wrapped model, with which DistributedDataParallel and batch norm are handled. With
     automatic optimization `training_step` runs twice in a step, in both passes, and:
 
-    - what the second pass logs is dropped, and metrics (torchmetrics) that are modules of the module do not see it; what
-      a module keeps in other Python objects sees both passes;
+    - what the second pass logs is dropped, and metrics (torchmetrics) that are modules of the module do not see it;
+      what a module keeps in other Python objects sees both passes;
     - `on_before_backward`, `on_after_backward`, `on_before_zero_grad` and `on_before_optimizer_step` run once;
     - clipping, by norm or by value, is of the final gradient alone;
     - with `accumulate_grad_batches` each batch is perturbed by itself.

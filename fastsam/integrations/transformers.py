@@ -23,8 +23,8 @@ class SAMTrainerMixin:
     """Put before `Trainer`: its training step then runs both passes of the fastsam optimizer that it was given.
 
     Everything else is the Trainer's own: accumulation (every micro-batch is perturbed by itself), the token mean over
-    accumulated batches and ranks, label smoothing, `compute_loss_func`, mixed precision, clipping, DDP, checkpoints. The
-    loss that it logs is the first pass's. The optimizer is told of the wrapped model by itself.
+    accumulated batches and ranks, label smoothing, `compute_loss_func`, mixed precision, clipping, DDP, checkpoints.
+    The loss that it logs is the first pass's. The optimizer is told of the wrapped model by itself.
 
     Methods that use a part of the rows (`ESAM` with gamma < 1, `MSAM`) take their losses from `compute_losses`.
 
@@ -113,9 +113,9 @@ class SAMTrainerMixin:
     ) -> Any:
         """Return the losses of the rows, for methods that use a part of them. Override it for other models.
 
-        By default the cross-entropy of `labels`, with the Trainer's label smoothing: of rows (labels of shape [n], logits
-        [n, C]), or of tokens (labels [n, t], logits [n, t, C], of which causal language models shift one against the
-        other), where -100 does not count.
+        By default the cross-entropy of `labels`, with the Trainer's label smoothing: of rows (labels of shape [n],
+        logits [n, C]), or of tokens (labels [n, t], logits [n, t, C], of which causal language models shift one against
+        the other), where -100 does not count.
 
         Args:
             model: the wrapped model.

@@ -215,16 +215,21 @@ class Engine(MethodHooks, Capturable):
         untouched.set(self.param_groups)
         is_partial = leaves is not None and not self._run.parallel_model.reduce_in_backward
         given = loss.detach().requires_grad_() if is_partial else loss
-        handle = given.register_hook(factors.append)
+
+        def arrive(gradient: Tensor) -> None:
+            factors.append(gradient.detach())
+            # within the caller's function, whose losses may refuse any other backward
+            if is_partial:
+                run_backward(loss, leaves, gradient)
+
+        handle = given.register_hook(arrive)
         try:
             own(given)
         finally:
             handle.remove()
         if factors:
-            self._run.note_factor(factors[0].detach())
-        if is_partial and given.grad is not None:
-            run_backward(loss, leaves, given.grad)
-        elif untouched.covers(self.param_groups, also_missing=True):
+            self._run.note_factor(factors[0])
+        if not (is_partial and factors) and untouched.covers(self.param_groups, also_missing=True):
             raise RuntimeError(
                 "backward= left no gradient in p.grad: it must run backward from the tensor that it is given. An "
                 "engine that keeps gradients and takes the step by itself, such as DeepSpeed's, cannot be used with "

@@ -166,6 +166,32 @@ def test_esams_mask_spares_the_callers_backward_what_it_leaves_out(choose):
     assert seen == [True, False]
 
 
+@both_passes
+def test_all_of_backward_runs_within_the_callers_function(choose, name):
+    """As Fabric's models demand, whose outputs refuse any other backward; also where a part is left out."""
+    choose("torch")
+    (model, opt), (other, expected) = made(name), made(name)
+    is_inside = []
+
+    def losses(x, y):
+        rows = losses_of(model)(x, y)
+        rows.register_hook(lambda _: None if is_inside else pytest.fail("backward outside of the caller's function"))
+        return rows
+
+    def backward(loss):
+        is_inside.append(True)
+        loss.backward()
+        is_inside.clear()
+
+    for x, y in batches(4):
+        opt.backward(losses, x, y, backward=backward)
+        expected.backward(losses_of(other), x, y)
+        for o in (opt, expected):
+            o.step()
+            o.zero_grad()
+    assert largest_difference(model, other) == 0
+
+
 def inside(opt, losses, x, y):
     with opt.ascent():
         opt.backward(losses, x, y)

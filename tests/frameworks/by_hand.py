@@ -1,9 +1,29 @@
 """Loops written by hand in plain torch, which what a framework trains is held against."""
 
+import copy
+
 import torch
 from methods import ORACLES, Step
+from problems import batches
 
-from fastsam.methods import METHODS
+from fastsam import ESAM, GSAM, MESA, MSAM, SAF, SAM, LookSAM
+from fastsam.methods import METHODS as TABLE
+
+METHODS = {
+    "sam": (SAM, {"rho": 0.1}),
+    "esam": (ESAM, {"rho": 0.1, "seed": 4}),
+    "msam": (MSAM, {"rho": 0.1, "num_shards": 3}),
+    "gsam": (GSAM, {"rho": 0.1}),
+    "looksam": (LookSAM, {"rho": 0.1, "k": 2}),
+}
+"""What the frameworks' tests train with."""
+
+SGD = {"lr": 0.1, "momentum": 0.9}
+
+
+def decay(step):
+    """Of the learning rate."""
+    return 1 - step / 20
 
 
 class ByHand:
@@ -20,7 +40,7 @@ class ByHand:
 
     def __init__(self, row, model, losses, base, options, **base_options):
         self.oracle, self.model, self.losses = ORACLES[row], model, losses
-        self.options = {**METHODS[row].options, **METHODS[row].fixed, **options, "way": "loss_fn"}
+        self.options = {**TABLE[row].options, **TABLE[row].fixed, **options, "way": "loss_fn"}
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.base = base(self.params, **base_options)
         self.perturbations, self.memory, self.first = 0, {}, []
@@ -71,3 +91,72 @@ class _Trained:
 def halved(gradient, parts=2):
     """A part's share of an accumulated gradient."""
     return [g / parts for g in gradient]
+
+
+class Past:
+    """SAF or MESA as the loss of a training, and by hand; small batches, four epochs of two.
+
+    Args:
+        past: "saf" or "mesa".
+        inside: "sam" or "sgd", the optimizer.
+        model: that is trained.
+        logits: function of a model and inputs.
+        **options: of the loss.
+    """
+
+    def __init__(self, past, inside, model, logits=lambda model, x: model(x), samples=24, **options):
+        self.past, self.logits, self.epoch = past, logits, 1
+        if past == "saf":
+            self.loss = SAF(num_samples=samples, num_classes=3, lam=1.0, lag=1, start_epoch=1, **options)
+        else:
+            self.loss = MESA(model, lam=1.0, decay=0.9, start_epoch=1, **options)
+        own = {"rho": 0.1} if inside == "sam" else {}
+        self.hand = ByHand(inside, copy.deepcopy(model), self._losses, torch.optim.SGD, own, **SGD)
+        self.oracle = ORACLES[past](self.hand.model, {"lam": 1.0, "lag": 1, "start_epoch": 1, "decay": 0.9})
+
+    def _losses(self, x, y, ids):
+        z = self.logits(self.hand.model, x)
+        self._seen.append(z.detach())
+        return self.oracle.losses(z, x, y, ids, self.epoch)
+
+    def train_by_hand(self, data, epochs=4):
+        """Train on batches of inputs, classes and ids, in the order of the ids."""
+        for self.epoch in range(1, epochs + 1):
+            recorded = []
+            for x, y, ids in data:
+                self._seen = []
+                self.hand.step(self.hand.gradient(x, y, ids))
+                if self.past == "mesa":
+                    self.oracle.after_step(self._seen[0], ids, self.epoch)
+                recorded.append(self._seen[0].half().double())
+            if self.past == "saf":
+                self.oracle.records[self.epoch] = torch.cat(recorded)
+        return self.hand
+
+
+PAST_DATA = [(*batch, torch.arange(12) + 12 * i) for i, batch in enumerate(batches(2, dtype=torch.float32))]
+
+
+def train_trajectory(past, inside, model, prepare):
+    """Train with SAF or MESA, and return the loop by hand that has done the same.
+
+    Args:
+        past, inside, model: as for `Past`.
+        prepare: function of the optimizer that returns how a step is taken: a function of losses and a batch.
+    """
+    both = Past(past, inside, model)
+    cls, own = (SAM, {"rho": 0.1, "model": model}) if inside == "sam" else (None, {})
+    params = model.parameters()
+    opt = torch.optim.SGD(params, **SGD) if cls is None else cls(params, torch.optim.SGD, **own, **SGD)
+    if past == "mesa":
+        both.loss.attach(opt)
+    step = prepare(opt)
+
+    def loss(x, y, ids):
+        return both.loss(model(x), y, ids if past == "saf" else x)
+
+    for epoch in range(1, 5):
+        both.loss.set_epoch(epoch)
+        for batch in PAST_DATA:
+            step(loss, *batch)
+    return both.train_by_hand(PAST_DATA)

@@ -106,8 +106,7 @@ def fit(net, data=DATA, callbacks=None, ckpt_path=None, **options):
 
 
 def by_hand(name, net):
-    cls, options = METHODS[name]
-    loop = ByHand(name.split()[0], copy.deepcopy(net.net), None, torch.optim.SGD, options, **SGD)
+    loop = ByHand(name.split()[0], copy.deepcopy(net.net), None, torch.optim.SGD, METHODS[name][1], **SGD)
     loop.losses = losses_of(loop.model)
     return loop, LambdaLR(loop.base, decay)
 
@@ -321,7 +320,7 @@ def test_a_step_that_fails_leaves_weights_and_module_as_they_were(fails_in):
             return super().training_step(batch, batch_idx)
 
     net = Failing("sam", batchnorm=False)
-    loop, schedule = by_hand("sam", net)
+    loop, _ = by_hand("sam", net)
     with pytest.raises(ValueError, match="planted"):
         fit(net)
     loop.step(loop.gradient(*DATA[0]))

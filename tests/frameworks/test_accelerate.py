@@ -1,0 +1,159 @@
+"""accelerate: `opt.optimizer.backward(losses, *batch, backward=accelerator.backward)`, beside loops written by hand."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("accelerate")
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from by_hand import METHODS, SGD, ByHand, decay, halved, train_trajectory
+from problems import batches, losses_of, mlp
+from torch.optim.lr_scheduler import LambdaLR
+
+DATA = batches(6, dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def prepared(name, model, **options):
+    accelerator = Accelerator(cpu=True, **options)
+    cls, own = METHODS[name]
+    opt = cls(model.parameters(), torch.optim.SGD, **own, **SGD)
+    model, opt, schedule = accelerator.prepare(model, opt, LambdaLR(opt, decay))
+    opt.optimizer.bind(model)
+    return accelerator, model, opt, schedule
+
+
+def train(accelerator, model, opt, schedule, data=DATA, clip=None):
+    losses = losses_of(model)
+    for x, y in data:
+        with accelerator.accumulate(model):
+            opt.optimizer.backward(losses, x, y, backward=accelerator.backward)
+            if clip is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+            opt.step()
+            schedule.step()
+            opt.zero_grad()
+
+
+def by_hand(name, model):
+    loop = ByHand(name, copy.deepcopy(model), None, torch.optim.SGD, METHODS[name][1], **SGD)
+    loop.losses = losses_of(loop.model)
+    return loop, LambdaLR(loop.base, decay)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_batch_is_a_step(name, clip):
+    model = mlp(torch.float32, batchnorm=True)
+    loop, schedule = by_hand(name, model)
+    train(*prepared(name, model), clip=clip)
+    for batch in DATA:
+        loop.step(loop.gradient(*batch), clip=clip)
+        schedule.step()
+    loop.assert_equals(model)
+    for some, other in zip(model.buffers(), loop.model.buffers(), strict=True):
+        torch.testing.assert_close(some, other)
+
+
+@pytest.mark.parametrize("name", ["sam", "esam", "gsam"])
+def test_accumulated_batches_are_perturbed_each_by_itself(name):
+    model = mlp(torch.float32, batchnorm=True)
+    loop, schedule = by_hand(name, model)
+    train(*prepared(name, model, gradient_accumulation_steps=2), clip=0.3)
+    for i in range(0, 6, 2):
+        loop.step(*(halved(loop.gradient(*DATA[i + k])) for k in (0, 1)), clip=0.3)
+        schedule.step()
+    loop.assert_equals(model)
+
+
+@pytest.mark.parametrize("name", ["sam", "esam", "msam"])
+def test_bf16(name):
+    model = mlp(torch.float32)
+    loop, schedule = by_hand(name, model)
+
+    def losses(x, y):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            z = loop.model(x)
+        return F.cross_entropy(z.float(), y, reduction="none")
+
+    loop.losses = losses
+    train(*prepared(name, model, mixed_precision="bf16"))
+    for batch in DATA:
+        loop.step(loop.gradient(*batch))
+        schedule.step()
+    loop.assert_equals(model)
+
+
+def test_a_closure():
+    model = mlp(torch.float32, batchnorm=True)
+    loop, schedule = by_hand("sam", model)
+    accelerator, model, opt, prepared_schedule = prepared("sam", model)
+    for x, y in DATA:
+
+        def closure(x=x, y=y):
+            opt.zero_grad()
+            loss = losses_of(model)(x, y).mean()
+            accelerator.backward(loss)
+            return loss
+
+        opt.step(closure)
+        prepared_schedule.step()
+        loop.step(loop.gradient(x, y))
+        schedule.step()
+    loop.assert_equals(model)
+
+
+@pytest.mark.parametrize("name", ["esam", "looksam"])
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path):
+    whole = mlp(torch.float32, batchnorm=True)
+    parts = prepared(name, whole)
+    train(*parts, data=DATA[:3])
+    parts[0].save_state(str(tmp_path / "state"))
+    train(*parts, data=DATA[3:])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    resumed = mlp(torch.float32, batchnorm=True, seed=2)
+    parts = prepared(name, resumed)
+    parts[0].load_state(str(tmp_path / "state"))
+    train(*parts, data=DATA[3:])
+    for p, q in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("inside", ["sgd", "sam"])
+@pytest.mark.parametrize("past", ["saf", "mesa"])
+def test_losses_of_the_trajectory(past, inside):
+    model = mlp(torch.float32, batchnorm=True)
+    accelerator = Accelerator(cpu=True)
+
+    def prepare(opt):
+        prepared = accelerator.prepare(opt)
+
+        def step(losses, *batch):
+            if inside == "sam":
+                prepared.optimizer.backward(losses, *batch, backward=accelerator.backward)
+            else:
+                accelerator.backward(losses(*batch).mean())
+            prepared.step()
+            prepared.zero_grad()
+
+        return step
+
+    train_trajectory(past, inside, model, prepare).assert_equals(model)
+
+
+def test_a_loop_without_passes_is_refused():
+    accelerator, model, opt, _ = prepared("sam", mlp(torch.float32))
+    accelerator.backward(losses_of(model)(*DATA[0]).mean())
+    with pytest.raises(RuntimeError, match=r"plain SGD step: nothing is perturbed\. Call opt\.backward"):
+        opt.step()
