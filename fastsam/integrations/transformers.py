@@ -82,11 +82,9 @@ class SAMTrainerMixin:
         def backward(loss: Tensor) -> None:
             trainer.accelerator.backward(share(loss))
 
-        scaler = trainer.accelerator.scaler
-        scale = scaler.get_scale() if scaler is not None and opt.state_holds_scale else None
         if opt.needs_rows():
-            return share(opt.backward(losses_of_rows, inputs, backward=backward, grad_scale=scale))
-        return share(opt.backward(loss_of_all, backward=backward, grad_scale=scale))
+            return share(opt.backward(losses_of_rows, inputs, backward=backward))
+        return share(opt.backward(loss_of_all, backward=backward))
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Return whether `compute_loss` divides by the items of all micro-batches."""

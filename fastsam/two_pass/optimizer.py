@@ -328,6 +328,13 @@ class TwoPassOptimizer(Engine):
                 "scaler.step(opt, closure) cannot unscale the second pass's gradients; use opt.step(loss_fn, *batch, "
                 "scaler=scaler), or opt.ascent() and opt.descent() and then scaler.step(opt)"
             )
+        is_unscaled = "found_inf" in self.__dict__ and self.__dict__.get("grad_scale") is None
+        if run.stage is Stage.FIRST and is_unscaled and self._combines():
+            raise RuntimeError(
+                f"{type(self).__name__} combines the gradients of first_step() and of the backward after it, but "
+                "scaler.unscale_() has taken the scale out of the second one alone; call restore() and leave unscale_() "
+                "out, or use opt.backward(loss_fn, *batch, backward=...), after which it may come"
+            )
         if (
             self.state_holds_scale
             and "found_inf" in self.__dict__

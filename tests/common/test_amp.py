@@ -9,7 +9,7 @@ from laws import PLAIN, law, takes_plain_steps
 from problems import batches, largest_difference, losses_of, mlp
 from training import Training, moments
 
-from fastsam import SAM
+from fastsam import GSAM, SAM
 from fastsam.graph.plain_step import as_stepper
 from fastsam.methods import METHODS, WAYS
 
@@ -296,3 +296,32 @@ def test_training_under_autocast(dtype):
         history.append(opt.step(losses, x, y, scaler=scaler).item())
         scaler.update()
     assert sum(history[-10:]) < 0.6 * sum(history[:10])
+
+
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("cls", [SAM, GSAM])
+def test_two_steps_under_a_scaler(choose, cls, unscales):
+    """Both gradients hold the scale, which a method that combines them needs; else it may be taken out before."""
+    choose("torch")
+    model, other = mlp(torch.float32), mlp(torch.float32)
+    opt = cls(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    expected = cls(other.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for x, y in batches(3, dtype=torch.float32):
+        scaler.scale(losses_of(model)(x, y).mean()).backward()
+        opt.first_step(zero_grad=True)
+        scaler.scale(losses_of(model)(x, y).mean()).backward()
+        if unscales:
+            scaler.unscale_(opt)
+        if unscales and cls is GSAM:
+            with pytest.raises(RuntimeError, match=r"unscale_\(\) has taken the scale out of the second one alone"):
+                scaler.step(opt)
+            opt.restore()
+            return
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        expected.step(losses_of(other), x, y)
+        assert opt.last_grad_norm is None if unscales else opt.last_grad_norm < 10
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

@@ -29,6 +29,7 @@ ARROWS = {
     "methods": {"an optimizer", "a loss"},
     "testing": {"an optimizer", "two_pass", "distributed", "kernels", "schedule"},
     "graph": {"two_pass", "kernels", "arguments"},
+    "integrations": {"two_pass"},
     "sharpness": {"two_pass", "distributed", "kernels", "arguments"},
     "an optimizer": {"schedule", *BELOW_METHODS},
     "a loss": {"trajectory", *BELOW_METHODS},

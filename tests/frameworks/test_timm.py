@@ -1,0 +1,164 @@
+"""timm: its loop with `SAMScaler`, with its own scaler by first_step() and step(), and its optimizers as bases."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("timm")
+
+import timm
+from by_hand import METHODS, SGD, ByHand, decay, halved
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastsam import SAM
+from fastsam.integrations.timm import SAMScaler
+
+GENERATOR = torch.Generator().manual_seed(0)
+DATA = [
+    (torch.randn(6, 3, 32, 32, generator=GENERATOR), torch.randint(0, 3, (6,), generator=GENERATOR)) for _ in range(4)
+]
+CLIPS = [None, ("norm", 0.3), ("value", 0.02), ("agc", 0.02)]
+
+
+def vit(seed=1):
+    torch.manual_seed(seed)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=2, num_classes=3, pretrained=False
+    )
+
+
+def losses_of(model):
+    return lambda x, y: F.cross_entropy(model(x), y, reduction="none")
+
+
+def optimizer(name, model):
+    cls, own = METHODS[name]
+    return cls(model.parameters(), torch.optim.SGD, model=model, **own, **SGD)
+
+
+def by_hand(name, model):
+    loop = ByHand(name, copy.deepcopy(model), None, torch.optim.SGD, METHODS[name][1], **SGD)
+    loop.losses = losses_of(loop.model)
+    return loop, LambdaLR(loop.base, decay)
+
+
+def clipped_step(loop, clip, *gradients):
+    if clip is None:
+        loop.step(*gradients)
+        return
+    for p, *parts in zip(loop.params, *gradients, strict=True):
+        p.grad = sum(parts)
+    dispatch_clip_grad(loop.params, clip[1], mode=clip[0])
+    loop.step([p.grad.clone() for p in loop.params])
+
+
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_timms_loop(name, clip):
+    model = vit()
+    opt, scaler = optimizer(name, model), SAMScaler(device="cpu")
+    loop, schedule = by_hand(name, model)
+    own_schedule = LambdaLR(opt, decay)
+    for batch in DATA:
+        clips = {} if clip is None else {"clip_mode": clip[0], "clip_grad": clip[1], "parameters": model.parameters()}
+        loss = scaler(losses_of(model), opt, batch=batch, **clips)
+        opt.zero_grad()
+        own_schedule.step()
+        clipped_step(loop, clip, loop.gradient(*batch))
+        schedule.step()
+        assert loss.item() == pytest.approx(loop.first[-1], abs=1e-5)
+    loop.assert_equals(model)
+
+
+@pytest.mark.parametrize("name", ["sam", "esam", "gsam"])
+def test_accumulated_batches(name):
+    model = vit()
+    opt, scaler = optimizer(name, model), SAMScaler(device="cpu", enabled=False)
+    loop, _ = by_hand(name, model)
+    for i in range(0, 4, 2):
+        for k in (0, 1):
+            scaler(losses_of(model), opt, batch=DATA[i + k], need_update=k == 1, accum_steps=2)
+        opt.zero_grad()
+        loop.step(*(halved(loop.gradient(*DATA[i + k])) for k in (0, 1)))
+    loop.assert_equals(model)
+
+
+def test_bf16():
+    model = vit()
+    opt, scaler = optimizer("sam", model), SAMScaler(device="cpu", enabled=False)
+    loop, _ = by_hand("sam", model)
+
+    def under_bf16(model):
+        def losses(x, y):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                return losses_of(model)(x, y)
+
+        return losses
+
+    loop.losses = under_bf16(loop.model)
+    for batch in DATA:
+        scaler(under_bf16(model), opt, batch=batch)
+        opt.zero_grad()
+        loop.step(loop.gradient(*batch))
+    loop.assert_equals(model)
+
+
+def test_timms_own_scaler_ends_a_first_step():
+    """`step()` after `first_step()`, also under a GradScaler, which the perturbation does not see."""
+    model = vit()
+    opt, scaler = optimizer("sam", model), NativeScaler(device="cpu")
+    loop, _ = by_hand("sam", model)
+    scale = scaler._scaler.scale
+    for batch in DATA:
+        scale(losses_of(model)(*batch).mean()).backward()
+        opt.first_step(zero_grad=True)
+        loss = losses_of(model)(*batch).mean()
+        scaler(loss, opt, clip_grad=0.3, parameters=model.parameters())
+        opt.zero_grad()
+        clipped_step(loop, ("norm", 0.3), loop.gradient(*batch))
+    loop.assert_equals(model)
+
+
+def test_timms_parts_around_it():
+    """Layer decay's groups, a scheduler that writes them, and an average of the weights."""
+    model = vit()
+    other = copy.deepcopy(model)
+    built = [create_optimizer_v2(m, "sgd", lr=0.1, weight_decay=0.01, layer_decay=0.7) for m in (model, other)]
+    opt = SAM.wrap(built[0], rho=0.1, model=model)
+    schedules = [CosineLRScheduler(o, t_initial=4) for o in (opt, built[1])]
+    averages = [ModelEmaV3(m, decay=0.5) for m in (model, other)]
+    loop = ByHand("sam", other, losses_of(other), torch.optim.SGD, {"rho": 0.1}, lr=0.1)
+    loop.base = built[1]
+    for i, batch in enumerate(DATA):
+        opt.step(losses_of(model), *batch)
+        opt.zero_grad()
+        loop.step(loop.gradient(*batch))
+        for schedule in schedules:
+            schedule.step(i + 1)
+        averages[0].update(model)
+        averages[1].update(other)
+    loop.assert_equals(model)
+    for p, q in zip(averages[0].module.parameters(), averages[1].module.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_what_is_refused():
+    model, (x, y) = vit(), DATA[0]
+    opt, scaler = optimizer("sam", model), SAMScaler(device="cpu")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(TypeError, match=r"takes the loss function.*got Tensor.*batch=\(input, target\)"):
+        scaler(losses_of(model)(x, y).mean(), opt)
+    with pytest.raises(TypeError, match=r"needs an optimizer of fastsam.*got SGD"):
+        scaler(losses_of(model), torch.optim.SGD(model.parameters(), lr=0.1), batch=(x, y))
+    with pytest.raises(ValueError, match="clip_grad needs parameters"):
+        scaler(losses_of(model), opt, batch=(x, y), clip_grad=1.0)
+    with pytest.raises(ValueError, match="create_graph"):
+        scaler(losses_of(model), opt, batch=(x, y), create_graph=True)
+    with pytest.raises(RuntimeError, match="plain SGD step: nothing is perturbed"):
+        NativeScaler(device="cpu")(losses_of(model)(x, y).mean(), opt)
+    assert all(map(torch.equal, model.parameters(), before))
