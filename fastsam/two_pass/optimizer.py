@@ -332,7 +332,7 @@ class TwoPassOptimizer(Engine):
         if run.stage is Stage.FIRST and is_unscaled and self._combines():
             raise RuntimeError(
                 f"{type(self).__name__} combines the gradients of first_step() and of the backward after it, but "
-                "scaler.unscale_() has taken the scale out of the second one alone; call restore() and leave unscale_() "
+                "scaler.unscale_() has taken the scale out of the second one alone; call restore() and leave it "
                 "out, or use opt.backward(loss_fn, *batch, backward=...), after which it may come"
             )
         if (

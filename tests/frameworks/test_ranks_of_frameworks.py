@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("lightning")
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.xdist_group("ranks")
 
 import on_ranks
 from by_hand import METHODS, SGD, ByHand
