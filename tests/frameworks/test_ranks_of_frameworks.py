@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("lightning")
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.xdist_group("ranks")
 
 import on_ranks
 from by_hand import METHODS, SGD, ByHand
@@ -17,6 +16,9 @@ from on_ranks import DATA, WORLD
 from problems import losses_of, mlp
 from ranks import Ranks
 from texts import ROWS, continued, gpt2, stacked
+
+# one worker runs them all, or each would start processes of its own
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @pytest.fixture(scope="module")
