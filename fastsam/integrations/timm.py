@@ -70,7 +70,7 @@ class SAMScaler(NativeScaler):
         if create_graph:
             raise ValueError("create_graph=True is for bases of second order, which fastsam does not take")
         if clip_grad is not None and parameters is None:
-            raise ValueError("clip_grad needs parameters; pass timm.utils.model_parameters(model)")
+            raise ValueError("clip_grad needs parameters; pass timm.models.model_parameters(model)")
         scale = self._scaler.scale
         loss = opt.backward(loss_fn, *batch, backward=lambda loss: scale(loss / accum_steps).backward())
         if need_update:
