@@ -109,7 +109,7 @@ class _Passes:
         """Leave the first pass: well, or as the exception that is being handled says."""
         if self._first is not None:
             first, self._first = self._first, None
-            first.__exit__(*sys.exc_info())  # type: ignore[arg-type]
+            first.__exit__(*sys.exc_info())
 
     def drop(self) -> None:
         """Undo a first pass that nobody will follow."""

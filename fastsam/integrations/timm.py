@@ -30,7 +30,7 @@ class SAMScaler(NativeScaler):
         if not enabled:
             self._scaler = torch.amp.GradScaler(device=device, enabled=False)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         loss_fn: Callable[..., Any],
         optimizer: Any,

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer: `class SAMTrainer(SAMTrainerMixin, Trainer)` takes both passes in its training step."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,7 @@ class SAMTrainerMixin:
             TypeError: labels or outputs of another kind, or a loss function of the Trainer's.
         """
         trainer: Any = self
-        labels = inputs.get("labels")
+        labels: Any = inputs.get("labels")
         if trainer.compute_loss_func is not None or not isinstance(labels, Tensor):
             self._refuse_rows("a compute_loss_func" if isinstance(labels, Tensor) else "no labels")
         logits = _logits(model(**{name: value for name, value in inputs.items() if name != "labels"}))
@@ -153,7 +153,7 @@ class SAMTrainerMixin:
         inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
         return type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
-    def _refuse_rows(self, what: str) -> None:
+    def _refuse_rows(self, what: str) -> NoReturn:
         method = type(unwrapped(self.optimizer, _HANDED)).__name__  # type: ignore[attr-defined]
         raise TypeError(
             f"{method} needs one loss for each row, which compute_losses cannot make of {what}; override "

@@ -186,6 +186,18 @@ def test_selected_rows_of_a_language_model(tmp_path):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
+def test_heads_that_ignore_the_number_of_items(tmp_path):
+    """The Trainer takes the loss of each accumulated batch, a mean, for its share of all items, and adds them up."""
+    model, data = bert(), classified(4)
+    loop, schedule = by_hand("sam", copy.deepcopy(model), None)
+    loop.losses = row_losses(loop.model)
+    train(model, data, arguments(tmp_path, gradient_accumulation_steps=2), optimizer("sam", model))
+    for i in (0, 2):
+        loop.step(*(loop.gradient(*stacked(data, (i + k) * ROWS)) for k in (0, 1)))
+        schedule.step()
+    loop.assert_equals(model)
+
+
 class MeansOfRows(SAMTrainer):
     """With losses of its own, whose mean over the micro-batches counts."""
 
