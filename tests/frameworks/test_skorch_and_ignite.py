@@ -58,9 +58,8 @@ def skorch_net(name, model, **keywords):
 def test_skorch_with_losses_of_rows(name):
     model = mlp(torch.float32, batchnorm=True)
     loop, schedule = by_hand(name, model)
-    from skorch.callbacks import LRScheduler
-
-    net = skorch_net(name, model, callbacks=[LRScheduler(LambdaLR, lr_lambda=decay, step_every="batch")])
+    callbacks = pytest.importorskip("skorch.callbacks")
+    net = skorch_net(name, model, callbacks=[callbacks.LRScheduler(LambdaLR, lr_lambda=decay, step_every="batch")])
     net.fit(X, Y)
     for batch in DATA:
         loop.step(loop.gradient(*batch))
