@@ -71,6 +71,42 @@ class ByHand:
             assert difference <= tolerance, f"{name} differs by {difference}"
 
 
+def by_plain_steps(name, model, logits, data, schedules=decay):
+    """Train a copy of a model in bfloat16 by `opt.step` in a plain loop, and return it.
+
+    A loop by hand cannot tell more there: where it perturbs a weight to another last bit, the weight may be rounded to
+    another one of 8 bits.
+
+    Args:
+        name: of METHODS.
+        model: the model, which is left as it is.
+        logits: function of a model and the inputs of a batch, which runs under autocast.
+        data: batches of inputs and classes.
+        schedules: function of the step that the learning rate is multiplied by.
+    """
+    model = copy.deepcopy(model)
+    cls, options = METHODS[name]
+    opt = cls(model.parameters(), torch.optim.SGD, model=model, **options, **SGD)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, schedules)
+
+    def losses(x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            z = logits(model, x)
+        return torch.nn.functional.cross_entropy(z.float(), y, reduction="none")
+
+    for batch in data:
+        opt.step(losses, *batch)
+        opt.zero_grad()
+        schedule.step()
+    return model
+
+
+def assert_same_weights(some, other):
+    """They differ by no more than 1e-6."""
+    for p, q in zip(some.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
 class _Trained:
     """A model whose parameters are those that are trained."""
 

@@ -4,13 +4,21 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from by_hand import METHODS, SGD, ByHand, decay, halved, train_trajectory
+from by_hand import (
+    METHODS,
+    SGD,
+    ByHand,
+    assert_same_weights,
+    by_plain_steps,
+    decay,
+    halved,
+    train_trajectory,
+)
 from problems import batches, losses_of, mlp
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -76,22 +84,12 @@ def test_accumulated_batches_are_perturbed_each_by_itself(name):
     loop.assert_equals(model)
 
 
-@pytest.mark.parametrize("name", ["sam", "esam", "msam"])
+@pytest.mark.parametrize("name", METHODS)
 def test_bf16(name):
     model = mlp(torch.float32)
-    loop, schedule = by_hand(name, model)
-
-    def losses(x, y):
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            z = loop.model(x)
-        return F.cross_entropy(z.float(), y, reduction="none")
-
-    loop.losses = losses
+    expected = by_plain_steps(name, model, lambda model, x: model(x), DATA)
     train(*prepared(name, model, mixed_precision="bf16"))
-    for batch in DATA:
-        loop.step(loop.gradient(*batch))
-        schedule.step()
-    loop.assert_equals(model)
+    assert_same_weights(model, expected)
 
 
 def test_a_closure():

@@ -8,31 +8,18 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 
-from by_hand import ByHand, halved
+from by_hand import METHODS, SGD, ByHand, assert_same_weights, by_plain_steps, decay, halved
 from methods import ORACLES
 from texts import ROWS, bert, classified, continued, gpt2, stacked
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from fastsam import ESAM, GSAM, MESA, MSAM, SAF, SAM, LookSAM
+from fastsam import ESAM, MESA, SAF, SAM
 from fastsam.integrations.transformers import SAMTrainerMixin
-
-METHODS = {
-    "sam": (SAM, {"rho": 0.1}),
-    "esam": (ESAM, {"rho": 0.1, "seed": 4}),
-    "msam": (MSAM, {"rho": 0.1, "num_shards": 4}),
-    "gsam": (GSAM, {"rho": 0.1}),
-    "looksam": (LookSAM, {"rho": 0.1, "k": 2}),
-}
-SGD = {"lr": 0.1, "momentum": 0.9}
 
 
 class SAMTrainer(SAMTrainerMixin, Trainer):
     pass
-
-
-def decay(step):
-    return 1 - step / 10
 
 
 def arguments(folder, **options):
@@ -143,9 +130,11 @@ def test_shards_of_a_language_model(smoothing, tmp_path):
     args = arguments(tmp_path, gradient_accumulation_steps=2, label_smoothing_factor=smoothing)
     train(model, data, args, optimizer("msam", model))
     for i in range(0, 6, 2):
-        shards = [stacked(data, (i + k) * ROWS + j, 2) for k in (0, 1) for j in range(0, ROWS, 2)]
+        # three shards of eight rows
+        sizes = ((0, 3), (3, 3), (6, 2))
+        shards = [stacked(data, (i + k) * ROWS + start, n) for k in (0, 1) for start, n in sizes]
         total = sum(tokens_of(labels) for _, labels in shards)
-        loop.step(*([g * 2 / total for g in loop.gradient(*shard)] for shard in shards))
+        loop.step(*([g * len(shard[0]) / total for g in loop.gradient(*shard)] for shard in shards))
         schedule.step()
     loop.assert_equals(model)
 
@@ -203,7 +192,7 @@ class MeansOfRows(SAMTrainer):
 
     def compute_losses(self, model, inputs, num_items_in_batch=None):
         logits = model(input_ids=inputs["input_ids"]).logits
-        return F.cross_entropy(logits, inputs["labels"], reduction="none")
+        return F.cross_entropy(logits.float(), inputs["labels"], reduction="none")
 
 
 @pytest.mark.parametrize("cls", [SAMTrainer, MeansOfRows])
@@ -235,31 +224,22 @@ def test_a_loss_function_of_the_trainers(tmp_path):
     loop.assert_equals(model)
 
 
-@pytest.mark.parametrize("name", ["sam", "esam", "msam"])
-def test_bf16(name, tmp_path):
-    """Which accelerate runs as an autocast around the model's forward."""
-    model, data = bert(), classified(4)
-    loop, schedule = by_hand(name, copy.deepcopy(model), None)
-
-    def losses(ids, labels):
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            logits = loop.model(input_ids=ids).logits
-        return F.cross_entropy(logits.float(), labels, reduction="none")
-
-    loop.losses = losses
-    trainer = train(model, data, arguments(tmp_path, bf16=True), optimizer(name, model), RowsTrainer)
-    assert trainer.accelerator.mixed_precision == "bf16"
-    for i in range(4):
-        loop.step(loop.gradient(*stacked(data, i * ROWS)))
-        schedule.step()
-    loop.assert_equals(model)
-
-
-class RowsTrainer(SAMTrainer):
+class RowsTrainer(MeansOfRows):
     """Whose loss is computed outside the autocast, as the losses of rows are."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return self.compute_losses(model, inputs).losses.mean()
+        return self.compute_losses(model, inputs).mean()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bf16(name, tmp_path):
+    """Which accelerate runs as an autocast around the model's forward."""
+    model, data = bert(), classified(4)
+    batches = [stacked(data, i * ROWS) for i in range(4)]
+    expected = by_plain_steps(name, model, lambda model, ids: model(input_ids=ids).logits, batches)
+    trainer = train(model, data, arguments(tmp_path, bf16=True), optimizer(name, model), RowsTrainer)
+    assert trainer.accelerator.mixed_precision == "bf16"
+    assert_same_weights(model, expected)
 
 
 @pytest.mark.parametrize("name", ["esam", "looksam"])
