@@ -97,7 +97,7 @@ class MSAM(SAM):
         **base_kwargs: Any,
     ) -> None:
         check_p(p)
-        self.p = float(p)
+        self._p = float(p)
         check_choice("weighting", weighting, ("sample", "uniform"))
         check_choice("bn_update", bn_update, ("mean", "sequential"))
         check_choice("execution", execution, ("sequential", "batched"))

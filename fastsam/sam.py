@@ -115,9 +115,6 @@ class SAM(TwoPassOptimizer):
             loss = opt.step(losses, x, y)
     """
 
-    p = 2.0
-    """Of the norm that rho bounds."""
-
     def __init__(
         self,
         params: Iterable,
@@ -139,7 +136,7 @@ class SAM(TwoPassOptimizer):
         **base_kwargs: Any,
     ) -> None:
         check_p(p)
-        self.p = float(p)
+        self._p = float(p)
         super().__init__(
             params,
             base_optimizer,
@@ -156,6 +153,12 @@ class SAM(TwoPassOptimizer):
             seed=seed,
             **base_kwargs,
         )
+
+    @property
+    def p(self) -> float:
+        """Of the norm that rho bounds."""
+        # No default of the class, which would hide the optimizer's own from a framework's proxy.
+        return getattr(self, "_p", 2.0)
 
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise TypeError or ValueError for a bad rho or adaptive."""

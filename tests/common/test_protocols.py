@@ -595,3 +595,14 @@ def test_a_proxy_goes_by_the_model_that_is_named_later(choose):
             proxy.step()
             other.step(losses_of(expected), x, y)
         assert largest_difference(model, expected) < 1e-12
+
+
+CACHES = {"_checked", "_loading"}
+"""Attributes of which a proxy may have its own: what `check_groups` has seen, and what waits while a dict is loaded."""
+
+
+@law(skips=PLAIN | {"one way shows it": lambda cell: cell.way != "backward"})
+def test_nothing_that_an_optimizer_sets_has_a_default_in_its_class(cell):
+    """A framework's proxy is of the optimizer's class, and would find that in its place."""
+    opt = Training(cell).train(2).opt
+    assert [name for name in vars(opt) if name not in CACHES and hasattr(type(opt), name)] == []
