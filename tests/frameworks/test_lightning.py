@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from fastsam import ESAM, MESA, SAF, SAM
 from fastsam.integrations.lightning import SAMCallback
+from fastsam.schedule import Every
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -269,6 +270,26 @@ def test_losses_of_the_trajectory(past, inside):
             recorded.append(first[0].half().double())
         if past == "saf":
             oracle.records[epoch] = torch.cat(recorded)
+    loop.assert_equals(net.net)
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_steps_that_a_schedule_leaves_to_the_base(automatic):
+    class Every2(Net):
+        def configure_optimizers(self):
+            opt = SAM(self.parameters(), torch.optim.SGD, rho=0.1, when=Every(2), **SGD)
+            return [opt], [{"scheduler": LambdaLR(opt, decay), "interval": "step"}]
+
+    net = Every2("sam", automatic)
+    loop, schedule = by_hand("sam", net)
+    active = SAM([torch.nn.Parameter(torch.zeros(1))], torch.optim.SGD, lr=0.1, when=Every(2))
+    fit(net)
+    for x, y in DATA:
+        loop.options["rho"] = 0.1 if active.needs_second_pass else 0.0
+        active.backward(lambda: active.param_groups[0]["params"][0].sum())
+        active.step()
+        loop.step(loop.gradient(x, y))
+        schedule.step()
     loop.assert_equals(net.net)
 
 
