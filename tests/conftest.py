@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import fastsam
 from fastsam.kernels import ops
+from fastsam.two_pass import stage
 
 torch.set_num_threads(1)
 # what `--hypothesis-profile=full` asks for; tests/fuzz alone goes by it
@@ -35,6 +36,12 @@ def pytest_generate_tests(metafunc):
 
 def pytest_configure(config):
     import_kernels(config.getoption("device"))
+
+
+@pytest.fixture(autouse=True)
+def no_pass_of_an_earlier_test():
+    """Losses tell passes apart: one that a test has left open, in an optimizer still to be disposed of, is not theirs."""
+    stage._passes.steps = []
 
 
 @pytest.fixture

@@ -238,6 +238,22 @@ class ReportsAnotherLoss(SAM):
         self._run.perturbed_losses = [losses.Losses(torch.zeros(()))]
 
 
+class StepsAgainInSecondStep(SAM):
+    def second_step(self, zero_grad=False):
+        super().second_step()
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+class CallsNoClosure(SAM):
+    def step(self, *args, **keywords):
+        return super().step(*args[1:] if self._run.pairs else args, **keywords)
+
+
+class HasADefault(SAM):
+    same_rng = True
+
+
 def count_weights_twice(monkeypatch):
     """Weighted sums are divided by twice the sum of the weights."""
     monkeypatch.setattr(losses, "_at_least_something", lambda total: 2 * total)
@@ -342,6 +358,9 @@ FAULTS = {
     "test_it_is_the_loss_of_all_rows_at_the_perturbed_weights": ReportsAnotherLoss,
     "test_other_ways_leave_none": ReportsAnotherLoss,
     "test_a_base_step_leaves_none": ReportsAnotherLoss,
+    "test_step_after_first_step_is_second_step": StepsAgainInSecondStep,
+    "test_a_closure_of_a_framework_may_clip_what_passes_have_left": CallsNoClosure,
+    "test_nothing_that_an_optimizer_sets_has_a_default_in_its_class": HasADefault,
     "test_equal_weights_are_the_mean": count_weights_twice,
     "test_terms_count_what_they_weigh": count_weights_twice,
     "test_what_cannot_be_weighed_is_refused_and_changes_nothing": read_no_weights,
