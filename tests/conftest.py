@@ -40,7 +40,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def no_pass_of_an_earlier_test():
-    """Losses tell passes apart: one that a test has left open, in an optimizer still to be disposed of, is not theirs."""
+    """A pass that a test has left open, in an optimizer that is still to be disposed of, is not the next one's."""
     stage._passes.steps = []
 
 
