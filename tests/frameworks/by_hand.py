@@ -173,14 +173,15 @@ class Past:
 PAST_DATA = [(*batch, torch.arange(12) + 12 * i) for i, batch in enumerate(batches(2, dtype=torch.float32))]
 
 
-def train_trajectory(past, inside, model, prepare):
+def train_trajectory(past, inside, model, prepare, data=PAST_DATA):
     """Train with SAF or MESA, and return the loop by hand that has done the same.
 
     Args:
         past, inside, model: as for `Past`.
         prepare: function of the optimizer that returns how a step is taken: a function of losses and a batch.
+        data: batches of inputs, classes and ids, in the order of the ids.
     """
-    both = Past(past, inside, model)
+    both = Past(past, inside, model, samples=sum(len(ids) for _, _, ids in data))
     cls, own = (SAM, {"rho": 0.1, "model": model}) if inside == "sam" else (None, {})
     params = model.parameters()
     opt = torch.optim.SGD(params, **SGD) if cls is None else cls(params, torch.optim.SGD, **own, **SGD)
@@ -193,6 +194,6 @@ def train_trajectory(past, inside, model, prepare):
 
     for epoch in range(1, 5):
         both.loss.set_epoch(epoch)
-        for batch in PAST_DATA:
+        for batch in data:
             step(loss, *batch)
-    return both.train_by_hand(PAST_DATA)
+    return both.train_by_hand(data)

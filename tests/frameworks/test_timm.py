@@ -9,10 +9,11 @@ import torch.nn.functional as F
 pytest.importorskip("timm")
 
 import timm
-from by_hand import METHODS, SGD, ByHand, assert_same_weights, by_plain_steps, decay, halved
+from by_hand import METHODS, SGD, ByHand, assert_same_weights, by_plain_steps, decay, halved, train_trajectory
+from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad
+from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, dispatch_clip_grad
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastsam import SAM
@@ -142,6 +143,73 @@ def test_timms_parts_around_it():
     loop.assert_equals(model)
     for p, q in zip(averages[0].module.parameters(), averages[1].module.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", ["sgd", "sam"])
+@pytest.mark.parametrize("past", ["saf", "mesa"])
+def test_losses_of_the_trajectory(past, inside):
+    """With timm's own scaler around SGD, and ours around SAM."""
+    model = vit()
+    data = [(*DATA[i], torch.arange(6) + 6 * i) for i in (0, 1)]
+
+    def prepare(opt):
+        scaler = (SAMScaler if inside == "sam" else NativeScaler)(device="cpu")
+
+        def step(losses, *batch):
+            if inside == "sam":
+                scaler(losses, opt, batch=batch)
+            else:
+                scaler(losses(*batch), opt)
+            opt.zero_grad()
+
+        return step
+
+    train_trajectory(past, inside, model, prepare, data).assert_equals(model)
+
+
+class Run:
+    """timm's training in epochs, as its script puts the parts together."""
+
+    def __init__(self, name, seed=1):
+        self.model, (cls, own) = vit(seed), METHODS[name]
+        built = create_optimizer_v2(self.model, "adamw", lr=0.01, weight_decay=0.01, layer_decay=0.7)
+        self.opt = cls.wrap(built, model=self.model, **own)
+        self.scaler, self.schedule = SAMScaler(device="cpu"), None
+
+    def train(self, epochs):
+        if self.schedule is None:
+            self.schedule = CosineLRScheduler(self.opt, t_initial=4)
+        for epoch in epochs:
+            for batch in DATA[:3]:
+                self.scaler(
+                    losses_of(self.model), self.opt, batch=batch, clip_grad=0.3, parameters=self.model.parameters()
+                )
+                self.opt.zero_grad()
+            self.schedule.step(epoch + 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path):
+    """The checkpoint and its loading are timm's own, which reads weights only; its scheduler's state goes beside it."""
+    whole, resumed = Run(name), Run(name, seed=2)
+    whole.train(range(2))
+    saver = CheckpointSaver(whole.model, whole.opt, amp_scaler=whole.scaler, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(epoch=1)
+    of_schedule = copy.deepcopy(whole.schedule.state_dict())
+    whole.train(range(2, 4))
+
+    epoch = resume_checkpoint(resumed.model, str(tmp_path / "last.pth.tar"), resumed.opt, resumed.scaler)
+    assert epoch == 2
+    resumed.schedule = CosineLRScheduler(resumed.opt, t_initial=4)
+    resumed.schedule.load_state_dict(of_schedule)
+    # as timm's script does, since the scheduler was built after the optimizer was loaded
+    resumed.schedule.step(epoch)
+    resumed.train(range(2, 4))
+    for p, q in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+    assert [g["lr"] for g in whole.opt.param_groups] == [g["lr"] for g in resumed.opt.param_groups]
+    assert whole.scaler.state_dict() == resumed.scaler.state_dict()
+    assert whole.schedule.state_dict() == resumed.schedule.state_dict()
 
 
 def test_what_is_refused():
