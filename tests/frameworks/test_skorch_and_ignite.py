@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from by_hand import METHODS, SGD, ByHand, decay, train_trajectory
+from by_hand import METHODS, PAST_DATA, SGD, ByHand, Past, decay, halved, train_trajectory
 from problems import batches, losses_of, mlp
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -34,7 +34,11 @@ def skorch_net(name, model, **keywords):
                 kept.setdefault("y_pred", predicted.detach())
                 return torch.nn.functional.cross_entropy(predicted, y, reduction="none")
 
-            loss = self.optimizer_.step(losses, *batch)
+            self.optimizer_.zero_grad()
+            loss = self.optimizer_.backward(losses, *batch)
+            named = list(self.get_all_learnable_params())
+            self.notify("on_grad_computed", named_parameters=named, batch=batch, training=True)
+            self.optimizer_.step()
             return {"loss": loss, **kept}
 
     optimizer = {f"optimizer__{key}": value for key, value in {**options, **SGD}.items()}
@@ -54,22 +58,31 @@ def skorch_net(name, model, **keywords):
     )
 
 
+def clipping(clip):
+    callbacks = pytest.importorskip("skorch.callbacks")
+    return [] if clip is None else [callbacks.GradientNormClipping(gradient_clip_value=clip)]
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("name", METHODS)
-def test_skorch_with_losses_of_rows(name):
+def test_skorch_with_losses_of_rows(name, clip):
+    """skorch's callbacks see the final gradient."""
     model = mlp(torch.float32, batchnorm=True)
     loop, schedule = by_hand(name, model)
     callbacks = pytest.importorskip("skorch.callbacks")
-    net = skorch_net(name, model, callbacks=[callbacks.LRScheduler(LambdaLR, lr_lambda=decay, step_every="batch")])
+    scheduler = callbacks.LRScheduler(LambdaLR, lr_lambda=decay, step_every="batch")
+    net = skorch_net(name, model, callbacks=[scheduler, *clipping(clip)])
     net.fit(X, Y)
     for batch in DATA:
-        loop.step(loop.gradient(*batch))
+        loop.step(loop.gradient(*batch), clip=clip)
         schedule.step()
     loop.assert_equals(net.module_)
     assert net.history[-1]["train_loss"] == pytest.approx(sum(loop.first) / 6, abs=1e-5)
 
 
-def test_skorch_as_it_is():
-    """Its own training step passes a closure."""
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_skorch_as_it_is(clip):
+    """Its own training step passes a closure, which clips in both passes; the length of the first does not count."""
     skorch = pytest.importorskip("skorch")
     model = mlp(torch.float32, batchnorm=True)
     loop, _ = by_hand("sam", model)
@@ -89,13 +102,55 @@ def test_skorch_as_it_is():
         iterator_train__shuffle=False,
         train_split=None,
         verbose=0,
+        callbacks=clipping(clip),
     )
     net.fit(X, Y)
     for batch in DATA:
-        loop.step(loop.gradient(*batch))
+        loop.step(loop.gradient(*batch), clip=clip)
     loop.assert_equals(net.module_)
     # the accumulator keeps the first pass's
     assert net.history[-1]["train_loss"] == pytest.approx(sum(loop.first) / 6, abs=1e-5)
+
+
+@pytest.mark.parametrize("inside", ["sgd", "sam"])
+@pytest.mark.parametrize("past", ["saf", "mesa"])
+def test_losses_of_the_trajectory_in_skorch(past, inside):
+    """The loss is the criterion; ids are a second column of the targets."""
+    skorch = pytest.importorskip("skorch")
+    model = mlp(torch.float32, batchnorm=True)
+    both = Past(past, inside, model)
+
+    class Net(skorch.NeuralNet):
+        def initialize_optimizer(self, *args, **kwargs):
+            super().initialize_optimizer(*args, **kwargs)
+            if past == "mesa":
+                self.criterion_.attach(self.optimizer_)
+            return self
+
+        def on_epoch_begin(self, net, **kwargs):
+            super().on_epoch_begin(net, **kwargs)
+            self.criterion_.set_epoch(len(self.history))
+
+        def get_loss(self, y_pred, y_true, X=None, training=False):
+            classes, ids = y_true.unbind(1)
+            return self.criterion_(y_pred, classes, ids if past == "saf" else X)
+
+    own = {"base_optimizer": torch.optim.SGD, "rho": 0.1, "model": model} if inside == "sam" else {}
+    net = Net(
+        model,
+        criterion=both.loss,
+        optimizer=METHODS["sam"][0] if inside == "sam" else torch.optim.SGD,
+        **{f"optimizer__{key}": value for key, value in {**own, **SGD}.items()},
+        batch_size=12,
+        max_epochs=4,
+        iterator_train__shuffle=False,
+        train_split=None,
+        verbose=0,
+    )
+    x, y, ids = (torch.cat(parts) for parts in zip(*PAST_DATA, strict=True))
+    net.fit(x, torch.stack([y, ids], 1))
+    assert net.module_ is model
+    both.train_by_hand(PAST_DATA).assert_equals(model)
 
 
 def test_skorch_goes_on_from_a_checkpoint_bit_for_bit(tmp_path):
@@ -130,6 +185,67 @@ def test_ignite_with_an_engine_of_its_own(name):
         schedule.step()
     loop.assert_equals(model)
     torch.testing.assert_close(seen, loop.first, rtol=1e-5, atol=1e-6)
+
+
+def accumulating(engine, opt, model, own_schedule, accumulated=2, clip=None):
+    """Return an engine that steps with every second batch, or with another number of them."""
+    losses = losses_of(model)
+
+    def update(engine, batch):
+        loss = opt.backward(losses, *batch, backward=lambda loss: (loss / accumulated).backward())
+        if engine.state.iteration % accumulated == 0:
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            opt.step()
+            opt.zero_grad()
+            own_schedule.step()
+        return loss.item()
+
+    return engine.Engine(update)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("name", ["sam", "esam", "msam", "gsam"])
+def test_ignite_accumulates_batches_that_are_perturbed_each_by_itself(name, clip):
+    engine = pytest.importorskip("ignite.engine")
+    model = mlp(torch.float32, batchnorm=True)
+    loop, schedule = by_hand(name, model)
+    cls, options = METHODS[name]
+    opt = cls(model.parameters(), torch.optim.SGD, model=model, **options, **SGD)
+    trainer, seen = accumulating(engine, opt, model, LambdaLR(opt, decay), clip=clip), []
+    trainer.add_event_handler(engine.Events.ITERATION_COMPLETED, lambda e: seen.append(e.state.output))
+    trainer.run(DATA, max_epochs=1)
+    for i in range(0, 6, 2):
+        loop.step(*(halved(loop.gradient(*DATA[i + k])) for k in (0, 1)), clip=clip)
+        schedule.step()
+    loop.assert_equals(model)
+    torch.testing.assert_close(seen, loop.first, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ignite_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path):
+    """With its own handler, at the end of an epoch."""
+    engine, handlers = pytest.importorskip("ignite.engine"), pytest.importorskip("ignite.handlers")
+
+    def parts(seed):
+        model = mlp(torch.float32, batchnorm=True, seed=seed)
+        cls, options = METHODS[name]
+        opt = cls(model.parameters(), torch.optim.SGD, model=model, **options, **SGD)
+        schedule = LambdaLR(opt, decay)
+        trainer = accumulating(engine, opt, model, schedule, accumulated=1 if name == "looksam" else 2)
+        return {"model": model, "opt": opt, "schedule": schedule, "trainer": trainer}
+
+    whole, resumed = parts(1), parts(2)
+    saver = handlers.Checkpoint(whole, handlers.DiskSaver(str(tmp_path), create_dir=False))
+    whole["trainer"].add_event_handler(engine.Events.EPOCH_COMPLETED(once=1), saver)
+    whole["trainer"].run(DATA, max_epochs=2)
+    (file,) = tmp_path.iterdir()
+    handlers.Checkpoint.load_objects(resumed, checkpoint=file)
+    assert resumed["trainer"].state.epoch == 1
+    resumed["trainer"].run(DATA)
+    assert resumed["trainer"].state.iteration == 12
+    for p, q in zip(whole["model"].state_dict().values(), resumed["model"].state_dict().values(), strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("inside", ["sgd", "sam"])
