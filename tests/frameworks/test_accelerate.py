@@ -73,13 +73,14 @@ def test_every_batch_is_a_step(name, clip):
         torch.testing.assert_close(some, other)
 
 
+@pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("name", ["sam", "esam", "gsam"])
-def test_accumulated_batches_are_perturbed_each_by_itself(name):
+def test_accumulated_batches_are_perturbed_each_by_itself(name, clip):
     model = mlp(torch.float32, batchnorm=True)
     loop, schedule = by_hand(name, model)
-    train(*prepared(name, model, gradient_accumulation_steps=2), clip=0.3)
+    train(*prepared(name, model, gradient_accumulation_steps=2), clip=clip)
     for i in range(0, 6, 2):
-        loop.step(*(halved(loop.gradient(*DATA[i + k])) for k in (0, 1)), clip=0.3)
+        loop.step(*(halved(loop.gradient(*DATA[i + k])) for k in (0, 1)), clip=clip)
         schedule.step()
     loop.assert_equals(model)
 

@@ -131,13 +131,14 @@ def test_automatic_optimization(name, clip):
     assert type(net) is Net
 
 
+@pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("name", ["sam", "esam of all rows", "gsam"])
-def test_accumulated_batches_are_perturbed_each_by_itself(name):
+def test_accumulated_batches_are_perturbed_each_by_itself(name, clip):
     net = Net(name)
     loop, schedule = by_hand(name, net)
-    trainer = fit(net, accumulate_grad_batches=2, gradient_clip_val=0.3)
+    trainer = fit(net, accumulate_grad_batches=2, gradient_clip_val=clip)
     for i in range(0, 6, 2):
-        loop.step(*(halved(loop.gradient(*DATA[i + k])) for k in (0, 1)), clip=0.3)
+        loop.step(*(halved(loop.gradient(*DATA[i + k])) for k in (0, 1)), clip=clip)
         schedule.step()
     loop.assert_equals(net.net)
     assert trainer.global_step == 3

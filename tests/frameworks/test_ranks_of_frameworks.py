@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 import on_ranks
 from by_hand import METHODS, SGD, ByHand
-from on_ranks import DATA, WORLD
+from on_ranks import DATA, WORLD, clip_of
 from problems import losses_of, mlp
 from ranks import Ranks
 from texts import ROWS, continued, gpt2, stacked
@@ -54,27 +54,32 @@ class OnRanks:
             options["num_shards"] *= WORLD
         self.name, self.loop = name, ByHand(name, model, losses(model), torch.optim.SGD, options, **SGD)
 
-    def gradient(self, *batch):
+    def gradient(self, *batch, tokens=None):
         if self.name != "esam":
             return self.loop.gradient(*batch)
-        return esam_on_ranks(self.loop, batch)
+        return esam_on_ranks(self.loop, batch, tokens)
 
 
-def esam_on_ranks(loop, batch):
-    """ESAM's oracle, each half of whose rows selects among its own."""
+def esam_on_ranks(loop, batch, tokens=None):
+    """ESAM's oracle, each half of whose rows selects among its own, and counts by the tokens of all its rows."""
     from methods import Step, philox
 
     step = Step(loop.model, loop.losses, batch, loop.options, loop.perturbations, {})
     o, half = loop.options, step.n // WORLD
+    tokens = torch.ones(step.n) if tokens is None else tokens
     words = philox.first_words(len(step.params), step.t, o["seed"])
     first, g = step.look()
     mg = [g_n * (word < philox.threshold(o["beta"])) for g_n, word in zip(g, words, strict=True)]
     norm = sum((v**2).sum() for v in mg).sqrt() + 1e-12
     eps = [o["rho"] / o["beta"] * v / norm for v in mg]
     delta = step.look(eps)[0] - first
-    rows = [delta[i : i + half].argsort(descending=True)[: half // 2] + i for i in (0, half)]
     loop.perturbations += 1
-    return step.look(eps, rows=torch.cat(rows))[1]
+    parts = []
+    for start in (0, half):
+        rows = delta[start : start + half].argsort(descending=True)[: half // 2] + start
+        share = tokens[start : start + half].sum() / tokens[rows].sum() * len(rows) / step.n
+        parts.append([g_n * share for g_n in step.look(eps, rows=rows)[1]])
+    return [sum(pair) for pair in zip(*parts, strict=True)]
 
 
 @functools.cache
@@ -82,7 +87,7 @@ def expected_of(name, accumulated):
     both = OnRanks(name, mlp(torch.float32), losses_of)
     for i in range(0, len(DATA), accumulated):
         parts = [both.gradient(*DATA[i + k]) for k in range(accumulated)]
-        both.loop.step(*([g / accumulated for g in part] for part in parts), clip=0.3)
+        both.loop.step(*([g / accumulated for g in part] for part in parts), clip=clip_of(accumulated))
     return [p.detach().clone() for p in both.loop.model.parameters()]
 
 
@@ -102,13 +107,13 @@ def test_lightnings_automatic_optimization(ranks, accumulated):
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize("name", ["sam", "msam"])
+@pytest.mark.parametrize("name", ["sam", "esam", "msam"])
 def test_hugging_faces_trainer(ranks, name, accumulated):
     """A language model, whose ranks have unequal numbers of tokens, each of which counts the same."""
     from test_trainer import token_sums, tokens_of
 
     model, data = gpt2(), continued(4)
-    both = OnRanks("sam", copy.deepcopy(model), token_sums)
+    both = OnRanks("esam" if name == "esam" else "sam", copy.deepcopy(model), token_sums)
     for i in range(0, 4, accumulated):
         start = i * ROWS
         batches = [stacked(data, start + k * ROWS) for k in range(accumulated)]
@@ -117,7 +122,10 @@ def test_hugging_faces_trainer(ranks, name, accumulated):
             # of each rank's four rows, in three shards
             shards = ((0, 2), (2, 3), (3, 4), (4, 6), (6, 7), (7, 8))
             batches = [tuple(t[a:b] for t in batch) for batch in batches for a, b in shards]
-        gradients = [[g * len(batch[0]) / total for g in both.gradient(*batch)] for batch in batches]
-        both.loop.step(*gradients, clip=0.3)
+        gradients = []
+        for x, y in batches:
+            counted = (y[:, 1:] != -100).sum(1)
+            gradients.append([g * len(x) / total for g in both.gradient(x, y, tokens=counted)])
+        both.loop.step(*gradients, clip=clip_of(accumulated))
     expected = [p.detach().clone() for p in both.loop.model.parameters()]
     run(ranks, on_ranks.by_trainer, name, expected, accumulated=accumulated)
