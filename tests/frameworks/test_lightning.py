@@ -145,7 +145,9 @@ def test_accumulated_batches_are_perturbed_each_by_itself(name, clip):
     assert net.calls == {"before_step": 3, "after_backward": 6, "zero_grad": 3}
 
 
-@pytest.mark.parametrize(("name", "automatic"), [("sam", True), ("looksam", True), ("esam", False), ("msam", False)])
+@pytest.mark.parametrize(
+    ("name", "automatic"), [("sam", True), ("gsam", True), ("looksam", True), *((name, False) for name in OF_ALL)]
+)
 def test_bf16_mixed(name, automatic):
     net = Net(name, automatic, batchnorm=False)
     expected = by_plain_steps(name, net.net, lambda model, x: model(x), DATA)
