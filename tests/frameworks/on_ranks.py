@@ -45,11 +45,13 @@ def assert_equals(model, expected, tolerance=1e-6):
         assert (p - q).abs().max().item() <= tolerance, f"differs by {(p - q).abs().max().item()}"
 
 
-def by_accelerate(name, expected, port, accumulated=1):
+def by_accelerate(name, expected, port, accumulated=1, reduces_each_batch=False):
     enter(torch.distributed.get_rank(), port)
     from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
 
-    accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=accumulated), mlp(torch.float32)
+    plugin = GradientAccumulationPlugin(num_steps=accumulated, sync_each_batch=reduces_each_batch)
+    accelerator, model = Accelerator(cpu=True, gradient_accumulation_plugin=plugin), mlp(torch.float32)
     opt = optimizer(name, model)
     wrapped, opt = accelerator.prepare(model, opt)
     assert type(wrapped).__name__ == "DistributedDataParallel"
@@ -139,7 +141,7 @@ def by_lightning(name, expected, port, accumulated=1, automatic=False):
     assert_equals(net.net, expected)
 
 
-def by_trainer(name, expected, port, accumulated=1):
+def by_trainer(name, expected, port, accumulated=1, reduces_each_batch=False):
     enter(torch.distributed.get_rank(), port)
     from texts import ROWS, continued, gpt2
     from torch.optim.lr_scheduler import LambdaLR
@@ -163,6 +165,7 @@ def by_trainer(name, expected, port, accumulated=1):
         use_cpu=True,
         ddp_backend="gloo",
         report_to=[],
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": reduces_each_batch}},
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )

@@ -82,12 +82,25 @@ def esam_on_ranks(loop, batch, tokens=None):
     return [sum(pair) for pair in zip(*parts, strict=True)]
 
 
+def of_step(both, batches, t):
+    """The gradients of a step's batches. LookSAM looks in every second step, and adds up what they find there."""
+    loop, gradients, found = both.loop, [], []
+    for batch in batches:
+        if both.name == "looksam":
+            loop.perturbations = t
+        gradients.append(both.gradient(*batch))
+        found.append(loop.memory.get("g_v"))
+    if both.name == "looksam" and t % 2 == 0:
+        loop.memory["g_v"] = [sum(parts) for parts in zip(*found, strict=True)]
+    return gradients
+
+
 @functools.cache
 def expected_of(name, accumulated):
     both = OnRanks(name, mlp(torch.float32), losses_of)
     for i in range(0, len(DATA), accumulated):
-        parts = [both.gradient(*DATA[i + k]) for k in range(accumulated)]
-        both.loop.step(*([g / accumulated for g in part] for part in parts), clip=clip_of(accumulated))
+        gradients = of_step(both, DATA[i : i + accumulated], i // accumulated)
+        both.loop.step(*([g / accumulated for g in part] for part in gradients), clip=clip_of(accumulated))
     return [p.detach().clone() for p in both.loop.model.parameters()]
 
 
@@ -101,19 +114,25 @@ def test_loops_with_a_backward_of_the_frameworks(ranks, framework, name, accumul
     run(ranks, MANUAL[framework], name, expected_of(name, accumulated), accumulated=accumulated)
 
 
+@pytest.mark.parametrize("name", ["gsam", "looksam"])
+def test_accelerate_reduces_each_batch_of_methods_that_combine(ranks, name):
+    expected = expected_of(name, 2)
+    run(ranks, on_ranks.by_accelerate, name, expected, accumulated=2, reduces_each_batch=True)
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_lightnings_automatic_optimization(ranks, accumulated):
     run(ranks, on_ranks.by_lightning, "sam", expected_of("sam", accumulated), accumulated=accumulated, automatic=True)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize("name", ["sam", "esam", "msam"])
+@pytest.mark.parametrize("name", ["sam", "esam", "msam", "gsam"])
 def test_hugging_faces_trainer(ranks, name, accumulated):
     """A language model, whose ranks have unequal numbers of tokens, each of which counts the same."""
     from test_trainer import token_sums, tokens_of
 
     model, data = gpt2(), continued(4)
-    both = OnRanks("esam" if name == "esam" else "sam", copy.deepcopy(model), token_sums)
+    both = OnRanks("sam" if name == "msam" else name, copy.deepcopy(model), token_sums)
     for i in range(0, 4, accumulated):
         start = i * ROWS
         batches = [stacked(data, start + k * ROWS) for k in range(accumulated)]
@@ -128,4 +147,5 @@ def test_hugging_faces_trainer(ranks, name, accumulated):
             gradients.append([g * len(x) / total for g in both.gradient(x, y, tokens=counted)])
         both.loop.step(*gradients, clip=clip_of(accumulated))
     expected = [p.detach().clone() for p in both.loop.model.parameters()]
-    run(ranks, on_ranks.by_trainer, name, expected, accumulated=accumulated)
+    # GSAM combines the gradients of both passes of every batch
+    run(ranks, on_ranks.by_trainer, name, expected, accumulated=accumulated, reduces_each_batch=name == "gsam")
