@@ -4,7 +4,18 @@ import copy
 
 import pytest
 import torch
-from by_hand import METHODS, PAST_DATA, SGD, ByHand, Past, decay, halved, train_trajectory
+from by_hand import (
+    METHODS,
+    PAST_DATA,
+    SGD,
+    ByHand,
+    Past,
+    assert_same_weights,
+    by_plain_steps,
+    decay,
+    halved,
+    train_trajectory,
+)
 from problems import batches, losses_of, mlp
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,7 +29,7 @@ def by_hand(name, model):
     return loop, LambdaLR(loop.base, decay)
 
 
-def skorch_net(name, model, **keywords):
+def skorch_net(name, model, bf16=False, **keywords):
     skorch = pytest.importorskip("skorch")
     cls, options = METHODS[name]
 
@@ -30,7 +41,8 @@ def skorch_net(name, model, **keywords):
             kept = {}
 
             def losses(x, y):
-                predicted = self.infer(x, **fit_params)
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    predicted = self.infer(x, **fit_params).float()
                 kept.setdefault("y_pred", predicted.detach())
                 return torch.nn.functional.cross_entropy(predicted, y, reduction="none")
 
@@ -78,6 +90,14 @@ def test_skorch_with_losses_of_rows(name, clip):
         schedule.step()
     loop.assert_equals(net.module_)
     assert net.history[-1]["train_loss"] == pytest.approx(sum(loop.first) / 6, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_skorch_bf16(name):
+    model = mlp(torch.float32)
+    expected = by_plain_steps(name, model, lambda model, x: model(x), DATA, schedules=lambda _: 1.0)
+    skorch_net(name, model, bf16=True).fit(X, Y)
+    assert_same_weights(model, expected)
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])
@@ -185,6 +205,23 @@ def test_ignite_with_an_engine_of_its_own(name):
         schedule.step()
     loop.assert_equals(model)
     torch.testing.assert_close(seen, loop.first, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ignite_bf16(name):
+    engine = pytest.importorskip("ignite.engine")
+    model = mlp(torch.float32)
+    expected = by_plain_steps(name, model, lambda model, x: model(x), DATA, schedules=lambda _: 1.0)
+    cls, options = METHODS[name]
+    opt = cls(model.parameters(), torch.optim.SGD, model=model, **options, **SGD)
+
+    def losses(x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            z = model(x)
+        return torch.nn.functional.cross_entropy(z.float(), y, reduction="none")
+
+    engine.Engine(lambda _, batch: opt.step(losses, *batch).item()).run(DATA, max_epochs=1)
+    assert_same_weights(model, expected)
 
 
 def accumulating(engine, opt, model, own_schedule, accumulated=2, clip=None):
