@@ -118,13 +118,14 @@ class Ascent:
             0-dim float64 tensor on the first tensor's device.
         """
 
+        if not any(self.placements):
+            return ops.norm(self.grads, self.weights, etas, draw)
+
         def norm_of(rows: list[int]) -> Tensor:
             part = self.take(rows)
             some = None if etas is None else [etas[i] for i in rows]
             return ops.norm(part.grads, part.weights, some, draw and draw.take(rows))
 
-        if not any(self.placements):
-            return norm_of(list(range(len(self.weights))))
         return sum_over_ranks(lambda rows: norm_of(rows).square(), self.placements).sqrt()
 
     @torch.no_grad()
