@@ -15,12 +15,11 @@ SAMPLE_ID = "sample_id"
 
 
 class IndexedDataset(Dataset):
-    """A dataset whose items carry their index.
+    """A dataset whose items carry their index: `(*item, index)` of a tuple item, `(item, index)` of any other.
 
-    It is `(*item, index)` of a tuple item, and `(item, index)` of any other but a mapping, as Hugging Face's datasets
-    yield: that is a dict with one more key, "sample_id", for collators that know dictionaries alone. Datasets that hand
-    out whole batches (`__getitems__`, as `torch.utils.data.Subset` and `random_split`) do so here. Attributes are the
-    dataset's.
+    An item that is a mapping, as Hugging Face's datasets yield, also gets it as its key "sample_id", which reaches
+    collators and models that know dictionaries alone. Datasets that hand out whole batches (`__getitems__`, as
+    `torch.utils.data.Subset` and `random_split`) do so here. Attributes are the dataset's.
 
     Args:
         dataset: a map-style dataset: it has `__getitem__` and `__len__`. Ids count its own items: those of a Subset are
@@ -41,19 +40,19 @@ class IndexedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self._with_id(self.dataset[index], index)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, ...]]:
         """Return the items of a batch, as DataLoader asks for them."""
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
         return [self._with_id(item, index) for item, index in zip(items, indices, strict=True)]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return (self[index] for index in range(len(self)))
 
-    def _with_id(self, item: Any, index: Any) -> Any:
+    def _with_id(self, item: Any, index: Any) -> tuple[Any, ...]:
         number = operator.index(index)
         number += len(self) if number < 0 else 0
         if isinstance(item, tuple):
@@ -63,7 +62,7 @@ class IndexedDataset(Dataset):
                 raise ValueError(
                     f"an item has a key {SAMPLE_ID!r} already; rename it, since it stands for the sample's id"
                 )
-            return {**item, SAMPLE_ID: number}
+            item = {**item, SAMPLE_ID: number}
         return item, number
 
     def __getattr__(self, name: str) -> Any:

@@ -14,7 +14,7 @@ from texts import ROWS, bert, classified, continued, gpt2, stacked
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from fastsam import ESAM, MESA, SAF, SAM, IndexedDataset
+from fastsam import ESAM, MESA, SAF, SAM
 from fastsam.integrations.transformers import SAMTrainerMixin
 
 
@@ -296,7 +296,7 @@ class Epochs(TrainerCallback):
 @pytest.mark.parametrize("name", ["saf", "mesa"])
 def test_losses_of_the_trajectory(name, inside, tmp_path):
     model, data = bert().eval(), classified(2)
-    items = IndexedDataset(data)
+    items = [{**item, "sample_id": i} for i, item in enumerate(data)]
     options = {"lam": 1.0, "lag": 1, "start_epoch": 1, "decay": 0.9}
     if name == "saf":
         past = SAF(num_samples=len(items), num_classes=3, lam=1.0, lag=1, start_epoch=1)

@@ -52,26 +52,18 @@ WAYS = {
 def test_ids_of_every_map_style_dataset(name, way):
     dataset = WAYS[way](IndexedDataset(SETS[name]))
     assert isinstance(dataset, IndexedDataset)
-    for number, batch in enumerate(DataLoader(dataset, batch_size=4)):
-        assert id_of(batch).tolist() == list(range(len(dataset)))[4 * number : 4 * number + 4]
-    assert [id_of(item) for item in dataset] == list(range(len(dataset)))
-    assert list(map(type, parts_of(dataset[0]))) == list(map(type, parts_of(dataset.__getitems__([0])[0])))
-    assert id_of(dataset[-1]) == len(dataset) - 1
-
-
-def id_of(item):
-    return item["sample_id"] if isinstance(item, dict) else item[-1]
-
-
-def parts_of(item):
-    return item.values() if isinstance(item, dict) else item
+    for number, (*_, ids) in enumerate(DataLoader(dataset, batch_size=4)):
+        assert ids.tolist() == list(range(len(dataset)))[4 * number : 4 * number + 4]
+    assert [index for *_, index in dataset] == list(range(len(dataset)))
+    assert [type(item) for item in dataset[0][:-1]] == [type(item) for item in dataset.__getitems__([0])[0][:-1]]
+    assert dataset[-1][-1] == len(dataset) - 1
 
 
 def test_records_carry_their_ids_and_are_fetched_at_once():
     dataset = IndexedDataset(Records())
-    batch = next(iter(DataLoader(dataset, batch_size=4, sampler=[5, 3, 11, 0])))
+    batch, ids = next(iter(DataLoader(dataset, batch_size=4, sampler=[5, 3, 11, 0])))
     assert batch["y"].tolist() == [50, 30, 110, 0]
-    assert batch["sample_id"].tolist() == [5, 3, 11, 0]
+    assert batch["sample_id"].tolist() == ids.tolist() == [5, 3, 11, 0]
     assert dataset.fetched == 1
 
 
