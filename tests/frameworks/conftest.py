@@ -1,6 +1,7 @@
 """Frameworks are installed for these tests alone (`make test-frameworks`); where one is not, its tests are left out."""
 
 import os
+import sys
 
 import foreign_torchvision  # noqa: F401
 import pytest
@@ -17,3 +18,12 @@ def pytest_collection_modifyitems(items):
         if "tests/frameworks" in item.path.as_posix():
             for pattern in IGNORED:
                 item.add_marker(pytest.mark.filterwarnings(pattern))
+
+
+@pytest.fixture(autouse=True)
+def no_state_of_accelerate():
+    """Let no test find the precision and accumulation of an earlier one, which accelerate keeps for the process."""
+    if "accelerate.state" in sys.modules:
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
