@@ -89,10 +89,12 @@ class _Mask(NamedTuple):
     def of_elements(self, params: Sequence[Tensor]) -> list[Tensor]:
         found = []
         for i, (p, limit) in enumerate(zip(params, self.limits, strict=False)):
-            own, start = local(p), first_element(p) or 0
-            words = philox.words(own.numel(), i, self.step, self.seed, start=start, device=own.device)
-            m = (words < limit).view(own.shape) if self.given is None else self.given[i]
-            found.append(m if isinstance(m, Tensor) else torch.full_like(own, m, dtype=torch.bool))
+            own = local(p)
+            if self.given is not None:
+                found.append(torch.ones_like(own, dtype=torch.bool) & torch.as_tensor(self.given[i], device=own.device))
+                continue
+            words = philox.words(own.numel(), i, self.step, self.seed, start=first_element(p) or 0, device=own.device)
+            found.append((words < limit).view(own.shape))
         return found
 
 

@@ -13,7 +13,7 @@ needs w itself; the last shard's is part of the base step, as in SAM.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from fastsam.distributed.ddp import PerturbSync
 from fastsam.sam import SAM, check_p
 from fastsam.schedule import Schedule
 from fastsam.two_pass.batch import Batch, batch_size, split_rows
+from fastsam.two_pass.engine import scale_by
 from fastsam.two_pass.loss_function import LossFunction
 from fastsam.two_pass.losses import Losses, Pair
 from fastsam.two_pass.module_state import Modules, as_one, set_to_means
@@ -223,7 +224,7 @@ class MSAM(SAM):
     def _batched_passes(self, shards: BatchedShards, scaler: Any) -> Tensor:
         """Run all first passes at once, then all second ones, each shard at weights of its own."""
         self._start_on_batch(scaler)
-        scale: Callable[[Tensor], Tensor] = _unscaled if scaler is None else scaler.scale
+        scale = scale_by(scaler)
         self._enter_ascent()
         statistics = self._run.module_state.statistics()
         losses, gradients, moved_statistics = shards.first_pass(statistics, scale)
@@ -247,7 +248,3 @@ class MSAM(SAM):
         set_to_means(statistics, moved_statistics)
         self._run.last_grad_norm = self.norm_of_pairs(norms)
         return losses.mean()
-
-
-def _unscaled(loss: Tensor) -> Tensor:
-    return loss

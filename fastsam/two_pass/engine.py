@@ -98,7 +98,7 @@ class Engine(MethodHooks, Capturable):
     def _passes_on_batch(self, loss_fn: LossFunction, batch: Batch, scaler: Any) -> Tensor:
         """Run all passes of a step and return the first ones' mean loss; the update restores the weights."""
         self._start_on_batch(scaler)
-        return self._run_pairs(loss_fn, batch, (lambda loss: loss) if scaler is None else scaler.scale)
+        return self._run_pairs(loss_fn, batch, scale_by(scaler))
 
     def _run_pairs(
         self,
@@ -355,8 +355,12 @@ class Engine(MethodHooks, Capturable):
 
     def _only_makes_state(self) -> bool:
         """Whether this is the step by which torch.distributed.checkpoint makes a base's state, at a rate of 0."""
+        return not self.state and self._rates_are_zero()
+
+    def _rates_are_zero(self) -> bool:
+        """Whether all learning rates are 0, of those that can be read without waiting for a device."""
         rates: list[Any] = [group.get("lr") for group in self.param_groups]
-        if self.state or any(lr is None or (isinstance(lr, Tensor) and lr.is_cuda) for lr in rates):
+        if any(lr is None or (isinstance(lr, Tensor) and lr.is_cuda) for lr in rates):
             return False
         return all(float(lr) == 0 for lr in rates)
 
@@ -399,6 +403,15 @@ class Engine(MethodHooks, Capturable):
         for holder in (self, self._scaler_target, self.base_optimizer):
             holder.__dict__.pop("grad_scale", None)
             holder.__dict__.pop("found_inf", None)
+
+
+def scale_by(scaler: Any) -> Callable[[Tensor], Tensor]:
+    """Return what multiplies a loss by a GradScaler's scale; without one the loss stays as it is."""
+    return _as_it_is if scaler is None else scaler.scale
+
+
+def _as_it_is(loss: Tensor) -> Tensor:
+    return loss
 
 
 def _refuse_no_backward(returned: Any, grads: list[Tensor | None]) -> None:

@@ -17,7 +17,7 @@ from fastsam.distributed.ddp import PerturbSync, check_perturb_sync
 from fastsam.schedule import Schedule, scale_of
 from fastsam.two_pass.batch import NO_BATCH, Batch, read_batch
 from fastsam.two_pass.capture import recorder
-from fastsam.two_pass.engine import Engine
+from fastsam.two_pass.engine import Engine, scale_by
 from fastsam.two_pass.gradients import GradientWatch, refuse_fresh, take
 from fastsam.two_pass.loss_function import LossFunction
 from fastsam.two_pass.module_state import Modules, check_keep, modules_of
@@ -273,7 +273,7 @@ class TwoPassOptimizer(Engine):
         read = self._check_backward(loss_fn, batch, backward, has_aux)
         function = LossFunction(loss_fn, read, has_aux)
         with self._attempt(self._begin_backward, self._fail_pass):
-            return function.with_aux(self._run_pairs(function, read, lambda loss: loss, backward, finishes=True))
+            return function.with_aux(self._run_pairs(function, read, scale_by(None), backward, finishes=True))
 
     def _begin_backward(self) -> None:
         if not self._run.pairs:
@@ -401,8 +401,7 @@ class TwoPassOptimizer(Engine):
 
     def _changes_nothing(self) -> bool:
         """Whether a step of the base changes no weight: torch.distributed.checkpoint makes state by steps with lr 0."""
-        rates = [group.get("lr") for group in self.param_groups]
-        return all(lr is not None and float(lr) == 0 for lr in rates) or all(g is None for g in take(self._params()))
+        return self._rates_are_zero() or all(g is None for g in take(self._params()))
 
     # what graph_step asks
 
