@@ -4,7 +4,8 @@ import copy
 
 import torch
 from methods import ORACLES, Step
-from problems import batches
+from problems import batches, losses_of
+from torch.optim.lr_scheduler import LambdaLR
 
 from fastsam import ESAM, GSAM, MESA, MSAM, SAF, SAM, LookSAM
 from fastsam.methods import METHODS as TABLE
@@ -65,10 +66,36 @@ class ByHand:
         self.base.step()
         self.base.zero_grad()
 
-    def assert_equals(self, model, tolerance=1e-6):
+    def train(self, data, schedule, accumulated=1, **clip):
+        """Take a step for each batch, or for each so many of them together, and of the schedule."""
+        for i in range(0, len(data), accumulated):
+            gradients = [self.gradient(*batch) for batch in data[i : i + accumulated]]
+            self.step(*(halved(g, accumulated) for g in gradients), **clip)
+            schedule.step()
+        return self
+
+    def assert_equals(self, model, tolerance=1e-6, buffers=False):
         for (name, p), q in zip(self.model.named_parameters(), model.parameters(), strict=True):
             difference = (p - q).abs().max().item()
             assert difference <= tolerance, f"{name} differs by {difference}"
+        if buffers:
+            for some, other in zip(model.buffers(), self.model.buffers(), strict=True):
+                torch.testing.assert_close(some, other)
+
+
+def by_hand(name, model, losses_of=losses_of, options=None):
+    """Return a loop for a copy of a model, with SGD, and its schedule.
+
+    Args:
+        name: of METHODS.
+        model: the one that the framework trains.
+        losses_of: function of a model that returns its losses.
+        options: of the method, in place of those of METHODS.
+    """
+    own = METHODS[name][1] if options is None else options
+    loop = ByHand(name, copy.deepcopy(model), None, torch.optim.SGD, own, **SGD)
+    loop.losses = losses_of(loop.model)
+    return loop, LambdaLR(loop.base, decay)
 
 
 def by_plain_steps(name, model, logits, data, schedules=decay):
@@ -87,7 +114,7 @@ def by_plain_steps(name, model, logits, data, schedules=decay):
     model = copy.deepcopy(model)
     cls, options = METHODS[name]
     opt = cls(model.parameters(), torch.optim.SGD, model=model, **options, **SGD)
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, schedules)
+    schedule = LambdaLR(opt, schedules)
 
     def losses(x, y):
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,7 +1,5 @@
 """Lightning's Fabric: `opt.backward(losses, *batch, backward=fabric.backward)`, beside loops written by hand."""
 
-import copy
-
 import pytest
 import torch
 
@@ -10,11 +8,10 @@ pytest.importorskip("lightning")
 from by_hand import (
     METHODS,
     SGD,
-    ByHand,
     assert_same_weights,
+    by_hand,
     by_plain_steps,
     decay,
-    halved,
     train_trajectory,
 )
 from lightning.fabric import Fabric
@@ -48,24 +45,14 @@ def train(fabric, model, opt, schedule, data=DATA, clip=None, accumulated=1):
             opt.zero_grad()
 
 
-def by_hand(name, model):
-    loop = ByHand(name, copy.deepcopy(model), None, torch.optim.SGD, METHODS[name][1], **SGD)
-    loop.losses = losses_of(loop.model)
-    return loop, LambdaLR(loop.base, decay)
-
-
 @pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_batch_is_a_step(name, clip):
     model = mlp(torch.float32, batchnorm=True)
     loop, schedule = by_hand(name, model)
     train(*prepared(name, model), clip=clip)
-    for batch in DATA:
-        loop.step(loop.gradient(*batch), clip=clip)
-        schedule.step()
-    loop.assert_equals(model)
-    for some, other in zip(model.buffers(), loop.model.buffers(), strict=True):
-        torch.testing.assert_close(some, other)
+    loop.train(DATA, schedule, clip=clip)
+    loop.assert_equals(model, buffers=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*no_backward_sync.*")
@@ -75,9 +62,7 @@ def test_accumulated_batches_are_perturbed_each_by_itself(name, clip):
     model = mlp(torch.float32, batchnorm=True)
     loop, schedule = by_hand(name, model)
     train(*prepared(name, model), clip=clip, accumulated=2)
-    for i in range(0, 6, 2):
-        loop.step(*(halved(loop.gradient(*DATA[i + k])) for k in (0, 1)), clip=clip)
-        schedule.step()
+    loop.train(DATA, schedule, accumulated=2, clip=clip)
     loop.assert_equals(model)
 
 

@@ -12,9 +12,9 @@ pytest.importorskip("lightning")
 import lightning as L
 import torchmetrics
 from by_hand import METHODS as OF_ALL
-from by_hand import SGD, ByHand, assert_same_weights, by_plain_steps, decay, halved
+from by_hand import SGD, ByHand, assert_same_weights, by_hand, by_plain_steps, decay
 from methods import ORACLES
-from problems import batches, losses_of, mlp
+from problems import batches, mlp
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -95,10 +95,8 @@ def fit(net, data=DATA, callbacks=None, ckpt_path=None, **options):
     return trainer
 
 
-def by_hand(name, net):
-    loop = ByHand(name.split()[0], copy.deepcopy(net.net), None, torch.optim.SGD, METHODS[name][1], **SGD)
-    loop.losses = losses_of(loop.model)
-    return loop, LambdaLR(loop.base, decay)
+def by_hand_of(name, net):
+    return by_hand(name.split()[0], net.net, options=METHODS[name][1])
 
 
 CLIPS = {"none": {}, "norm": {"clip": 0.3}, "value": {"clip_value": 0.05}}
@@ -109,7 +107,7 @@ CLIPS = {"none": {}, "norm": {"clip": 0.3}, "value": {"clip_value": 0.05}}
 def test_automatic_optimization(name, clip):
     """Clipping, batch norm and the scheduler; logs, metrics and hooks are the first pass's, once."""
     net = Net(name)
-    loop, schedule = by_hand(name, net)
+    loop, schedule = by_hand_of(name, net)
     options = {"none": {}, "norm": {"gradient_clip_val": 0.3}, "value": {"gradient_clip_val": 0.05}}[clip]
     algorithm = {"gradient_clip_algorithm": clip} if options else {}
     hits = 0
@@ -119,9 +117,7 @@ def test_automatic_optimization(name, clip):
             hits += (copy.deepcopy(loop.model)(x).argmax(1) == y).sum().item()
         loop.step(loop.gradient(x, y), **CLIPS[clip])
         schedule.step()
-    loop.assert_equals(net.net)
-    for some, other in zip(net.net.buffers(), loop.model.buffers(), strict=True):
-        torch.testing.assert_close(some, other)
+    loop.assert_equals(net.net, buffers=True)
     logged = trainer.callback_metrics
     assert logged["loss"].item() == pytest.approx(sum(loop.first) / 6, abs=1e-6)
     assert logged["accuracy"].item() == pytest.approx(hits / (6 * 12), abs=1e-6)
@@ -135,11 +131,9 @@ def test_automatic_optimization(name, clip):
 @pytest.mark.parametrize("name", ["sam", "esam of all rows", "gsam"])
 def test_accumulated_batches_are_perturbed_each_by_itself(name, clip):
     net = Net(name)
-    loop, schedule = by_hand(name, net)
+    loop, schedule = by_hand_of(name, net)
     trainer = fit(net, accumulate_grad_batches=2, gradient_clip_val=clip)
-    for i in range(0, 6, 2):
-        loop.step(*(halved(loop.gradient(*DATA[i + k])) for k in (0, 1)), clip=clip)
-        schedule.step()
+    loop.train(DATA, schedule, accumulated=2, clip=clip)
     loop.assert_equals(net.net)
     assert trainer.global_step == 3
     assert net.calls == {"before_step": 3, "after_backward": 6, "zero_grad": 3}
@@ -158,14 +152,10 @@ def test_bf16_mixed(name, automatic):
 @pytest.mark.parametrize("name", METHODS)
 def test_manual_optimization(name):
     net = Net(name, automatic=False)
-    loop, schedule = by_hand(name, net)
+    loop, schedule = by_hand_of(name, net)
     trainer = fit(net)
-    for x, y in DATA:
-        loop.step(loop.gradient(x, y))
-        schedule.step()
-    loop.assert_equals(net.net)
-    for some, other in zip(net.net.buffers(), loop.model.buffers(), strict=True):
-        torch.testing.assert_close(some, other)
+    loop.train(DATA, schedule)
+    loop.assert_equals(net.net, buffers=True)
     assert trainer.callback_metrics["loss"].item() == pytest.approx(sum(loop.first) / 6, abs=1e-6)
     assert trainer.global_step == 6
     assert net.calls["before_step"] == 6
@@ -190,11 +180,9 @@ class ByTwoSteps(Net):
 @pytest.mark.parametrize("name", ["sam", "gsam"])
 def test_manual_optimization_by_two_steps(name):
     net = ByTwoSteps(name, automatic=False)
-    loop, schedule = by_hand(name, net)
+    loop, schedule = by_hand_of(name, net)
     trainer = fit(net)
-    for x, y in DATA:
-        loop.step(loop.gradient(x, y))
-        schedule.step()
+    loop.train(DATA, schedule)
     loop.assert_equals(net.net)
     assert trainer.global_step == 6
 
@@ -284,7 +272,7 @@ def test_steps_that_a_schedule_leaves_to_the_base(automatic):
             return [opt], [{"scheduler": LambdaLR(opt, decay), "interval": "step"}]
 
     net = Every2("sam", automatic)
-    loop, schedule = by_hand("sam", net)
+    loop, schedule = by_hand_of("sam", net)
     active = SAM([torch.nn.Parameter(torch.zeros(1))], torch.optim.SGD, lr=0.1, when=Every(2))
     fit(net)
     for x, y in DATA:
@@ -325,7 +313,7 @@ def test_a_step_that_fails_leaves_weights_and_module_as_they_were(fails_in):
             return super().training_step(batch, batch_idx)
 
     net = Failing("sam", batchnorm=False)
-    loop, _ = by_hand("sam", net)
+    loop, _ = by_hand_of("sam", net)
     with pytest.raises(ValueError, match="planted"):
         fit(net)
     loop.step(loop.gradient(*DATA[0]))
@@ -339,7 +327,7 @@ def test_a_step_that_training_step_skips():
             return None if batch_idx == 2 else super().training_step(batch, batch_idx)
 
     net = Skipping("sam", batchnorm=False)
-    loop, schedule = by_hand("sam", net)
+    loop, schedule = by_hand_of("sam", net)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(net)

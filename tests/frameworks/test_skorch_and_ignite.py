@@ -1,19 +1,16 @@
 """skorch and ignite: the lines that docs/frameworks.md gives, beside loops written by hand."""
 
-import copy
-
 import pytest
 import torch
 from by_hand import (
     METHODS,
     PAST_DATA,
     SGD,
-    ByHand,
     Past,
     assert_same_weights,
+    by_hand,
     by_plain_steps,
     decay,
-    halved,
     train_trajectory,
 )
 from problems import batches, losses_of, mlp
@@ -21,12 +18,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 DATA = batches(6, dtype=torch.float32)
 X, Y = (torch.cat(parts) for parts in zip(*DATA, strict=True))
-
-
-def by_hand(name, model):
-    loop = ByHand(name, copy.deepcopy(model), None, torch.optim.SGD, METHODS[name][1], **SGD)
-    loop.losses = losses_of(loop.model)
-    return loop, LambdaLR(loop.base, decay)
 
 
 def skorch_net(name, model, bf16=False, **keywords):
@@ -85,9 +76,7 @@ def test_skorch_with_losses_of_rows(name, clip):
     scheduler = callbacks.LRScheduler(LambdaLR, lr_lambda=decay, step_every="batch")
     net = skorch_net(name, model, callbacks=[scheduler, *clipping(clip)])
     net.fit(X, Y)
-    for batch in DATA:
-        loop.step(loop.gradient(*batch), clip=clip)
-        schedule.step()
+    loop.train(DATA, schedule, clip=clip)
     loop.assert_equals(net.module_)
     assert net.history[-1]["train_loss"] == pytest.approx(sum(loop.first) / 6, abs=1e-5)
 
@@ -200,9 +189,7 @@ def test_ignite_with_an_engine_of_its_own(name):
     trainer.add_event_handler(engine.Events.ITERATION_COMPLETED, lambda e: seen.append(e.state.output))
     trainer.add_event_handler(engine.Events.ITERATION_COMPLETED, lambda _: own_schedule.step())
     trainer.run(DATA, max_epochs=1)
-    for batch in DATA:
-        loop.step(loop.gradient(*batch), clip=0.3)
-        schedule.step()
+    loop.train(DATA, schedule, clip=0.3)
     loop.assert_equals(model)
     torch.testing.assert_close(seen, loop.first, rtol=1e-5, atol=1e-6)
 
@@ -252,9 +239,7 @@ def test_ignite_accumulates_batches_that_are_perturbed_each_by_itself(name, clip
     trainer, seen = accumulating(engine, opt, model, LambdaLR(opt, decay), clip=clip), []
     trainer.add_event_handler(engine.Events.ITERATION_COMPLETED, lambda e: seen.append(e.state.output))
     trainer.run(DATA, max_epochs=1)
-    for i in range(0, 6, 2):
-        loop.step(*(halved(loop.gradient(*DATA[i + k])) for k in (0, 1)), clip=clip)
-        schedule.step()
+    loop.train(DATA, schedule, accumulated=2, clip=clip)
     loop.assert_equals(model)
     torch.testing.assert_close(seen, loop.first, rtol=1e-5, atol=1e-6)
 

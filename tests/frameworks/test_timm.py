@@ -9,7 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("timm")
 
 import timm
-from by_hand import METHODS, SGD, ByHand, assert_same_weights, by_plain_steps, decay, halved, train_trajectory
+from by_hand import METHODS, SGD, ByHand, assert_same_weights, by_hand, by_plain_steps, decay, halved, train_trajectory
 from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -42,12 +42,6 @@ def optimizer(name, model):
     return cls(model.parameters(), torch.optim.SGD, model=model, **own, **SGD)
 
 
-def by_hand(name, model):
-    loop = ByHand(name, copy.deepcopy(model), None, torch.optim.SGD, METHODS[name][1], **SGD)
-    loop.losses = losses_of(loop.model)
-    return loop, LambdaLR(loop.base, decay)
-
-
 def clipped_step(loop, clip, *gradients):
     if clip is None:
         loop.step(*gradients)
@@ -63,7 +57,7 @@ def clipped_step(loop, clip, *gradients):
 def test_timms_loop(name, clip):
     model = vit()
     opt, scaler = optimizer(name, model), SAMScaler(device="cpu")
-    loop, schedule = by_hand(name, model)
+    loop, schedule = by_hand(name, model, losses_of)
     own_schedule = LambdaLR(opt, decay)
     for batch in DATA:
         clips = {} if clip is None else {"clip_mode": clip[0], "clip_grad": clip[1], "parameters": model.parameters()}
@@ -80,7 +74,7 @@ def test_timms_loop(name, clip):
 def test_accumulated_batches(name):
     model = vit()
     opt, scaler = optimizer(name, model), SAMScaler(device="cpu", enabled=False)
-    loop, _ = by_hand(name, model)
+    loop, _ = by_hand(name, model, losses_of)
     for i in range(0, 4, 2):
         for k in (0, 1):
             scaler(losses_of(model), opt, batch=DATA[i + k], need_update=k == 1, accum_steps=2)
@@ -110,7 +104,7 @@ def test_timms_own_scaler_ends_a_first_step():
     """`step()` after `first_step()`, also under a GradScaler, which the perturbation does not see."""
     model = vit()
     opt, scaler = optimizer("sam", model), NativeScaler(device="cpu")
-    loop, _ = by_hand("sam", model)
+    loop, _ = by_hand("sam", model, losses_of)
     scale = scaler._scaler.scale
     for batch in DATA:
         scale(losses_of(model)(*batch).mean()).backward()
