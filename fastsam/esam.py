@@ -386,7 +386,7 @@ class ESAM(SAM):
         return chosen
 
     def _leave_single(self) -> None:
-        self.last_selected_fraction, self._selected = 1.0, None
+        self.last_selected_fraction = 1.0
         super()._leave_single()
 
     def _number_of_rows(self, n: int) -> int:

@@ -52,7 +52,8 @@ class SAMScaler(NativeScaler):
             clip_grad, clip_mode, parameters: as for the NativeScaler; of the final gradient alone.
             create_graph: must be False.
             need_update: whether this batch ends the step; batches before it accumulate, each perturbed by itself.
-            accum_steps: how many batches make a step.
+            accum_steps: how many batches make a step, by which each loss is divided; 1 where the loss function returns
+                `fastsam.Weighted` with the total of them all.
 
         Returns:
             The first pass's mean loss, detached.
