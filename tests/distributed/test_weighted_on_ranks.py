@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from ddp_steps import assert_equal_on_ranks, rows_of_rank, wrap
 from problems import batches, mlp, snapshot
 from sharding import gathered, shard
+from torch.optim.lr_scheduler import LambdaLR
 
 from fastsam import ESAM, MSAM, SAM, Weighted
 
@@ -140,3 +141,25 @@ def test_sharded_weights_need_the_total_for_shards():
 
 def shard_rows(n, rank, i):
     return torch.arange(n).chunk(RANKS)[rank].tensor_split(2)[i]
+
+
+@pytest.mark.ranks(RANKS)
+def test_a_loop_over_sharded_weights_accumulates_by_the_count_of_all_tokens():
+    """As pretraining loops over FSDP2 have it: a count over ranks and micro-batches, clipping, a schedule."""
+    model, other = mlp(), mlp()
+    shard(model)
+    both = [SAM(m.parameters(), torch.optim.AdamW, 0.2, lr=0.05, model=m) for m in (model, other)]
+    schedules = [LambdaLR(opt, lambda step: 1 - step / 10) for opt in both]
+    for step in range(3):
+        micro_batches = list(weighted_batches(2, seed=step))
+        tokens = sum(batch[2].sum().item() for batch in micro_batches)
+        for batch in micro_batches:
+            both[0].backward(losses_of(model, tokens / RANKS), *rows_of_rank(batch))
+            both[1].backward(losses_of(other, tokens), *batch)
+        for m, opt, schedule in zip((model, other), both, schedules, strict=True):
+            torch.nn.utils.clip_grad_norm_(m.parameters(), 0.1)
+            opt.step()
+            opt.zero_grad()
+            schedule.step()
+        for p, q in zip(gathered(model), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q.detach(), rtol=1e-9, atol=1e-11)
